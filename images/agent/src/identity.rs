@@ -1,0 +1,135 @@
+//! Making a machine unlike its siblings: entropy, clock, names.
+#![allow(unsafe_code)] // the ioctls of the random pool have no safe form
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+
+use bulkhead_agent::Configure;
+use nix::libc;
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use nix::unistd::sethostname;
+
+use crate::failure::{Context, Result, invalid};
+
+/// Most entropy taken at once, in bytes.
+const MAX_SEED: usize = 512;
+
+nix::ioctl_none!(reseed, b'R', 7);
+// From linux/random.h; the type of its argument is that of the fixed part.
+const RNDADDENTROPY: libc::c_ulong = nix::request_code_write!(b'R', 3, size_of::<[i32; 2]>()) as _;
+
+#[repr(C)]
+struct Entropy {
+    bits: i32,
+    len: i32,
+    bytes: [u8; MAX_SEED],
+}
+
+/// Applies everything that is asked for; stops at the first failure.
+pub(crate) fn apply(configure: &Configure) -> Result<()> {
+    if let Some(seed) = &configure.seed {
+        let seed = decode_hex(seed).filter(|seed| !seed.is_empty() && seed.len() <= MAX_SEED);
+        let what = || format!("the seed is not 1 to {MAX_SEED} bytes in hexadecimal");
+        stir(&seed.ok_or_else(|| invalid(what()))?)
+            .context(|| "cannot stir the random pool".into())?;
+    }
+    if let Some(ns) = configure.unix_ns {
+        let time = TimeSpec::new((ns / 1_000_000_000) as i64, (ns % 1_000_000_000) as i64);
+        clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "cannot set the clock".into())?;
+    }
+    if let Some(id) = &configure.machine_id {
+        if id.len() != 32 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+            return Err(invalid(format!(
+                "machine id {id:?} is not 32 lower-case hex digits"
+            )));
+        }
+        write("/etc/machine-id", &format!("{id}\n"), 0o444)?;
+    }
+    if let Some(name) = &configure.hostname {
+        name_host(name)?;
+    }
+    Ok(())
+}
+
+/// Adds entropy that counts, and has the generator use it at once.
+fn stir(seed: &[u8]) -> io::Result<()> {
+    let mut entropy = Entropy {
+        bits: 8 * seed.len() as i32,
+        len: seed.len() as i32,
+        bytes: [0; MAX_SEED],
+    };
+    entropy.bytes[..seed.len()].copy_from_slice(seed);
+    let pool = File::options().write(true).open("/dev/urandom")?;
+    // SAFETY: the kernel reads the fixed part and `len` bytes after it.
+    let added = unsafe { libc::ioctl(pool.as_raw_fd(), RNDADDENTROPY, &entropy) };
+    nix::errno::Errno::result(added)?;
+    // SAFETY: takes no argument.
+    unsafe { reseed(pool.as_raw_fd()) }?;
+    Ok(())
+}
+
+fn name_host(name: &str) -> Result<()> {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(fits) {
+        return Err(invalid(format!("{name:?} cannot be a host name")));
+    }
+    sethostname(name).context(|| format!("cannot set the host name {name}"))?;
+    write("/etc/hostname", &format!("{name}\n"), 0o644)?;
+    let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
+    write("/etc/hosts", &hosts_with(&hosts, name), 0o644)
+}
+
+/// Debian's line for the machine's own name, in the place of an older one.
+fn hosts_with(hosts: &str, name: &str) -> String {
+    let mut text: String = hosts
+        .lines()
+        .filter(|line| line.split_whitespace().next() != Some("127.0.1.1"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    if hosts.trim().is_empty() {
+        text = "127.0.0.1 localhost\n::1 localhost\n".into();
+    }
+    text + &format!("127.0.1.1 {name}\n")
+}
+
+fn write(path: &str, text: &str, mode: u32) -> Result<()> {
+    // A read-only file of an image is in the way of its own replacement.
+    let _ = fs::remove_file(path);
+    fs::write(path, text)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .context(|| format!("cannot write {path}"))
+}
+
+fn decode_hex(text: &str) -> Option<Vec<u8>> {
+    let digits: Option<Vec<u8>> = text.chars().map(|c| Some(c.to_digit(16)? as u8)).collect();
+    let digits = digits?;
+    (digits.len() % 2 == 0).then(|| {
+        digits
+            .chunks(2)
+            .map(|pair| pair[0] << 4 | pair[1])
+            .collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hex_is_read_or_refused() {
+        assert_eq!(decode_hex("00ff7A"), Some(vec![0, 255, 0x7a]));
+        assert_eq!(decode_hex("abc"), None);
+        assert_eq!(decode_hex("zz"), None);
+    }
+
+    #[test]
+    fn the_own_name_is_replaced_in_hosts() {
+        let hosts = "127.0.0.1 localhost\n127.0.1.1 old\n# end\n";
+        let expected = "127.0.0.1 localhost\n# end\n127.0.1.1 new\n";
+        assert_eq!(hosts_with(hosts, "new"), expected);
+        assert!(hosts_with("", "new").starts_with("127.0.0.1 localhost\n"));
+    }
+}

@@ -1,0 +1,473 @@
+//! The messages between the host and the guest agent, and nothing else.
+//!
+//! Both ends speak frames over one byte stream (a virtio-serial port or a
+//! vsock connection). A frame is a [`Header`] of [`HEADER_LEN`] bytes followed
+//! by at most [`MAX_PAYLOAD`] bytes. Frames belong to a stream; the host opens
+//! streams with [`Kind::Open`], and the guest ends each with [`Kind::Exit`].
+//!
+//! ```text
+//! host                                   guest
+//!  | <------------------ Hello (stream 0) -- |   when the agent is up
+//!  | -- Hello (stream 0) -----------------> |   forgets all earlier streams
+//!  | -- Open(n): Request -----------------> |
+//!  | <-------------------- Reply(n): Reply -- |   started, or refused (an Exit follows)
+//!  | -- In(n): bytes / End(n) ------------> |   stdin or an archive
+//!  | <-------- Out(n), Err(n): bytes ------- |   stdout and stderr, or an archive
+//!  | -- Control(n): Control --------------> |   signal, resize, kill
+//!  | <---- Credit(n) in both directions ---> |   bytes consumed by the receiver
+//!  | <---------------------- Exit(n): Exit -- |   always the last frame of a stream
+//! ```
+//!
+//! Flow control: each side may have at most [`WINDOW`] unacknowledged payload
+//! bytes of `In` (host), or of `Out` and `Err` together (guest), on one stream.
+//! The receiver returns them with `Credit` as it consumes them. Everything that
+//! comes from the guest is hostile: the host checks sizes, windows, kinds and
+//! stream numbers, and ends the connection at the first violation.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages. Both `Hello`s carry it; a difference is refused.
+pub const VERSION: u16 = 1;
+/// Length of an encoded [`Header`], in bytes.
+pub const HEADER_LEN: usize = 12;
+/// Largest payload of one frame, in bytes.
+pub const MAX_PAYLOAD: usize = 64 * 1024;
+/// Unacknowledged payload bytes allowed per stream and direction.
+pub const WINDOW: u32 = 512 * 1024;
+/// Most streams the agent keeps open at once; one more is refused.
+pub const MAX_STREAMS: usize = 1024;
+/// The vsock port the agent listens on. Only CID 2 (the host) is served.
+pub const VSOCK_PORT: u32 = 1024;
+/// Name of the virtio-serial port the agent speaks on.
+pub const AGENT_PORT: &str = "bulkhead.agent";
+/// Name of the virtio-serial port of qemu-guest-agent, where an image carries it.
+pub const QGA_PORT: &str = "org.qemu.guest_agent.0";
+/// `serial` of the virtio disk that holds the read-only root file system.
+pub const ROOT_SERIAL: &str = "bulkhead-root";
+/// `serial` of the virtio disk that takes everything the guest writes.
+pub const SCRATCH_SERIAL: &str = "bulkhead-scratch";
+/// The unprivileged user commands run as unless root is asked for.
+pub const DEFAULT_USER: &str = "agent";
+/// Where the workspace is in the guest: `input`, `output` and `work` below it.
+pub const WORKSPACE: &str = "/workspace";
+/// Directory in the initramfs with kernel modules: `<release>/order` names the
+/// files of `<release>/`, one a line, in loading order.
+pub const MODULES_DIR: &str = "/bulkhead-modules";
+
+/// What a frame is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// JSON [`Hello`], stream 0, both directions.
+    Hello = 0,
+    /// JSON [`Request`], host to guest: opens the stream.
+    Open = 1,
+    /// JSON [`Reply`], guest to host: the first frame on a stream.
+    Reply = 2,
+    /// Bytes from host to guest.
+    In = 3,
+    /// Bytes from guest to host: stdout, or the main data of a transfer.
+    Out = 4,
+    /// Bytes from guest to host: stderr, or the side data of a transfer.
+    Err = 5,
+    /// Empty, host to guest: no more `In` will come.
+    End = 6,
+    /// Little-endian `u32`: so many bytes were consumed by the receiver.
+    Credit = 7,
+    /// JSON [`Control`], host to guest, for a running stream.
+    Control = 8,
+    /// JSON [`Exit`], guest to host: the last frame of a stream.
+    Exit = 9,
+}
+
+impl TryFrom<u8> for Kind {
+    type Error = FrameError;
+    fn try_from(value: u8) -> Result<Self, FrameError> {
+        Ok(match value {
+            0 => Self::Hello,
+            1 => Self::Open,
+            2 => Self::Reply,
+            3 => Self::In,
+            4 => Self::Out,
+            5 => Self::Err,
+            6 => Self::End,
+            7 => Self::Credit,
+            8 => Self::Control,
+            9 => Self::Exit,
+            other => return Err(FrameError::Kind(other)),
+        })
+    }
+}
+
+/// Start of every frame: payload length (`u32`), stream (`u32`), kind (`u8`),
+/// three zero bytes; integers are little-endian.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    /// Payload bytes that follow, at most [`MAX_PAYLOAD`].
+    pub len: u32,
+    /// Stream number; 0 only for `Hello`.
+    pub stream: u32,
+    /// What the payload is.
+    pub kind: Kind,
+}
+
+impl Header {
+    /// The header as it goes over the wire.
+    pub fn encode(self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[..4].copy_from_slice(&self.len.to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.stream.to_le_bytes());
+        bytes[8] = self.kind as u8;
+        bytes
+    }
+
+    /// Reads a header back.
+    ///
+    /// # Errors
+    /// A length over [`MAX_PAYLOAD`], an unknown kind, non-zero padding, or a
+    /// stream number that does not fit the kind.
+    pub fn decode(bytes: [u8; HEADER_LEN]) -> Result<Self, FrameError> {
+        let [l0, l1, l2, l3, s0, s1, s2, s3, kind, pad @ ..] = bytes;
+        let len = u32::from_le_bytes([l0, l1, l2, l3]);
+        let stream = u32::from_le_bytes([s0, s1, s2, s3]);
+        let kind = Kind::try_from(kind)?;
+        if len as usize > MAX_PAYLOAD {
+            return Err(FrameError::Length(len));
+        }
+        if pad != [0; 3] {
+            return Err(FrameError::Padding);
+        }
+        if (stream == 0) != (kind == Kind::Hello) {
+            return Err(FrameError::Stream { stream, kind });
+        }
+        Ok(Self { len, stream, kind })
+    }
+}
+
+/// A frame that breaks the rules of this module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameError {
+    /// Payload length over [`MAX_PAYLOAD`].
+    Length(u32),
+    /// A kind this version does not know.
+    Kind(u8),
+    /// The reserved bytes are not zero: the two ends have lost step.
+    Padding,
+    /// Stream 0 used for something other than `Hello`, or the reverse.
+    Stream {
+        /// The stream number seen.
+        stream: u32,
+        /// The kind it came with.
+        kind: Kind,
+    },
+}
+
+impl std::fmt::Display for FrameError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Length(len) => write!(f, "frame of {len} bytes, {MAX_PAYLOAD} allowed"),
+            Self::Kind(kind) => write!(f, "unknown frame kind {kind}"),
+            Self::Padding => write!(f, "frame header with non-zero padding"),
+            Self::Stream { stream, kind } => write!(f, "{kind:?} frame on stream {stream}"),
+        }
+    }
+}
+
+impl std::error::Error for FrameError {}
+
+/// First frame in each direction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`VERSION`] of the sender.
+    pub version: u16,
+    /// Version of the sending program, for messages to people.
+    pub program: String,
+    /// The guest's boot id (`/proc/sys/kernel/random/boot_id`); empty from the host.
+    #[serde(default)]
+    pub boot_id: String,
+}
+
+/// What the host asks for; opens a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Answered with [`Reply::Done`] at once.
+    Ping,
+    /// Run a command; answered with [`Reply::Started`].
+    Exec(Exec),
+    /// Unpack the tar archive that comes as `In` below `path` (made if
+    /// missing), then `Exit`. Entries are contained below `path`.
+    Put {
+        /// Absolute directory in the guest.
+        path: String,
+        /// Owner of everything unpacked; the default user when absent.
+        user: Option<String>,
+        /// Remember what was unpacked, for a later [`Request::Changes`].
+        track: bool,
+    },
+    /// Send `path` (a file or a directory) as a tar archive on `Out`; names
+    /// are relative to `path` (a single file: its base name).
+    Get {
+        /// Absolute path in the guest.
+        path: String,
+    },
+    /// Send what changed below `path` since the `Put` with `track`: a tar of
+    /// new and changed entries on `Out`, NUL-terminated relative names of
+    /// removed entries on `Err`.
+    Changes {
+        /// The same path as in the `Put`.
+        path: String,
+    },
+    /// Make a directory (and its parents) owned by `user`.
+    Mkdir {
+        /// Absolute path in the guest.
+        path: String,
+        /// Owner; root when absent.
+        user: Option<String>,
+    },
+    /// Mount a virtio-9p share.
+    Mount9p {
+        /// The device's mount tag.
+        tag: String,
+        /// Absolute mount point, made if missing.
+        path: String,
+        /// Mount read-only.
+        read_only: bool,
+    },
+    /// Identity of this machine: applied before any command runs.
+    Configure(Configure),
+    /// OS, interfaces and processes; answered with [`Reply::Info`].
+    Info,
+    /// Kill all processes, flush, unmount, power off. `Exit` comes before the end.
+    PowerOff,
+}
+
+/// A command to run in the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exec {
+    /// Program and arguments; the program is looked up in the command's `PATH`.
+    pub argv: Vec<String>,
+    /// Added to, and overriding, the user's login environment.
+    #[serde(default)]
+    pub env: Vec<(String, String)>,
+    /// Working directory; the user's home when absent.
+    #[serde(default)]
+    pub cwd: Option<String>,
+    /// User name or numeric id; [`DEFAULT_USER`] when absent.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Run on a terminal of this size; stderr is then part of stdout.
+    #[serde(default)]
+    pub terminal: Option<Size>,
+    /// Connect `In` to stdin; otherwise stdin is /dev/null.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
+/// Size of a terminal, in characters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    /// Rows.
+    pub rows: u16,
+    /// Columns.
+    pub cols: u16,
+}
+
+/// Identity of a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Configure {
+    /// Host name.
+    #[serde(default)]
+    pub hostname: Option<String>,
+    /// 32 lower-case hexadecimal digits for /etc/machine-id.
+    #[serde(default)]
+    pub machine_id: Option<String>,
+    /// Wall clock to set, in nanoseconds since 1970-01-01 UTC.
+    #[serde(default)]
+    pub unix_ns: Option<u64>,
+    /// Fresh entropy as hexadecimal digits, credited to the guest's random pool.
+    #[serde(default)]
+    pub seed: Option<String>,
+}
+
+/// The guest's answer to a [`Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done, nothing to tell; an `Exit` with code 0 follows.
+    Done,
+    /// The command or transfer runs.
+    Started {
+        /// Process id in the guest; 0 for transfers.
+        pid: u32,
+    },
+    /// Answer to [`Request::Info`].
+    Info(Info),
+    /// Refused or failed before anything ran; an `Exit` follows.
+    Refused(Failure),
+}
+
+/// Why the guest could not do something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What kind of failure.
+    pub kind: FailureKind,
+    /// What failed, on which object, and why.
+    pub message: String,
+}
+
+/// Kinds of [`Failure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureKind {
+    /// The program does not exist (exit code 127).
+    NotFound,
+    /// The program cannot be executed (exit code 126).
+    NotExecutable,
+    /// No such user in the guest.
+    NoUser,
+    /// The request is not understood or not acceptable.
+    Invalid,
+    /// The guest's disk is full.
+    NoSpace,
+    /// Anything else the system refused.
+    System,
+}
+
+/// Messages for a running stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "control", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Control {
+    /// Send a signal to the command's process group.
+    Signal {
+        /// Signal number.
+        signal: i32,
+    },
+    /// The terminal has a new size.
+    Resize(Size),
+    /// Kill the command and every process it started; or give up a transfer.
+    Kill,
+}
+
+/// How a stream ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit code of the command; 0 for a transfer that succeeded.
+    #[serde(default)]
+    pub code: Option<i32>,
+    /// The signal that ended the command.
+    #[serde(default)]
+    pub signal: Option<i32>,
+    /// Why a transfer or request failed.
+    #[serde(default)]
+    pub failure: Option<Failure>,
+    /// CPU time of the command and its waited-for children, in microseconds.
+    #[serde(default)]
+    pub cpu_us: u64,
+    /// Peak resident memory of the largest of its processes, in KiB.
+    #[serde(default)]
+    pub max_rss_kib: u64,
+}
+
+/// What the guest says about itself. Nothing in it is to be trusted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Info {
+    /// `PRETTY_NAME` of /etc/os-release.
+    pub os: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// Host name.
+    pub hostname: String,
+    /// Milliseconds since boot.
+    pub uptime_ms: u64,
+    /// Total memory in KiB.
+    pub memory_kib: u64,
+    /// Free and reclaimable memory in KiB.
+    pub available_kib: u64,
+    /// Network interfaces.
+    pub interfaces: Vec<Interface>,
+    /// Processes, at most 256 of them.
+    pub processes: Vec<Process>,
+}
+
+/// A network interface of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Interface {
+    /// Name.
+    pub name: String,
+    /// Hardware address.
+    pub mac: String,
+    /// Addresses with prefix length.
+    pub addresses: Vec<String>,
+}
+
+/// A process of the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Process id.
+    pub pid: u32,
+    /// Parent's process id.
+    pub ppid: u32,
+    /// Numeric user id.
+    pub uid: u32,
+    /// Resident memory in KiB.
+    pub rss_kib: u64,
+    /// Command line, at most 128 bytes of it.
+    pub command: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn header_survives_the_wire() {
+        let header = Header {
+            len: 5,
+            stream: 0x0102_0304,
+            kind: Kind::Err,
+        };
+        assert_eq!(Header::decode(header.encode()), Ok(header));
+    }
+
+    #[test]
+    fn bad_headers_are_refused() {
+        let good = Header {
+            len: 1,
+            stream: 1,
+            kind: Kind::Out,
+        }
+        .encode();
+        let with = |at: usize, value: u8| {
+            let mut bytes = good;
+            bytes[at] = value;
+            Header::decode(bytes)
+        };
+        assert_eq!(with(3, 1), Err(FrameError::Length(0x0100_0001)));
+        assert_eq!(with(8, 10), Err(FrameError::Kind(10)));
+        assert_eq!(with(11, 1), Err(FrameError::Padding));
+        assert_eq!(
+            with(4, 0),
+            Err(FrameError::Stream {
+                stream: 0,
+                kind: Kind::Out
+            })
+        );
+        assert_eq!(
+            with(8, 0),
+            Err(FrameError::Stream {
+                stream: 1,
+                kind: Kind::Hello
+            })
+        );
+    }
+
+    #[test]
+    fn unknown_request_fields_are_refused() {
+        let text = r#"{"request":"exec","argv":["true"],"shell":true}"#;
+        assert!(serde_json::from_str::<Request>(text).is_err());
+    }
+}

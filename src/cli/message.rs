@@ -1,0 +1,71 @@
+//! Errors as people and programs want to read them.
+
+use std::io::IsTerminal;
+
+use crate::error::{Explain, Report};
+use crate::run::FAILED;
+
+/// A verb that failed.
+#[derive(Debug)]
+pub(super) struct Failure {
+    report: Report,
+    code: i32,
+}
+
+impl<E: Explain> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self {
+            report: Report::of(&error),
+            code: FAILED,
+        }
+    }
+}
+
+impl Failure {
+    /// The same failure with another exit code.
+    pub(super) fn with_code(self, code: i32) -> Self {
+        Self { code, ..self }
+    }
+
+    /// Prints it and gives the exit code.
+    pub(super) fn print(self, json: bool) -> i32 {
+        print_report(&self.report, json);
+        self.code
+    }
+}
+
+/// Prints a report to stderr.
+pub(super) fn print_report(report: &Report, json: bool) {
+    if json {
+        let error = serde_json::json!({ "error": report });
+        eprintln!("{error}");
+        return;
+    }
+    let Report {
+        code,
+        what,
+        cause,
+        remedy,
+    } = report;
+    let what = if cause.is_empty() {
+        what.clone()
+    } else {
+        format!("{what}: {cause}")
+    };
+    let (bold, plain) = if std::io::stderr().is_terminal() {
+        ("\x1b[1;31m", "\x1b[0m")
+    } else {
+        ("", "")
+    };
+    eprintln!("{bold}bulkhead: error [{code}]:{plain} {}", what.trim_end());
+    eprintln!("  help: {remedy}");
+}
+
+/// Prints a value as JSON to stdout.
+pub(super) fn print_json(value: &impl serde::Serialize) {
+    use std::io::Write;
+    if let Ok(text) = serde_json::to_string_pretty(value) {
+        // A reader that went away is no failure of ours.
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+}

@@ -1,0 +1,47 @@
+//! What every error of this crate can tell a user.
+
+/// An error that names its cause and its cure.
+///
+/// Each module has its own error enum; all of them implement this, so that the
+/// command line and a service can print `{code, what, cause, remedy}` for any.
+pub trait Explain: std::error::Error {
+    /// Stable, kebab-case identifier, for scripts: `image-not-found`.
+    fn code(&self) -> &'static str;
+    /// What the user can do next, one imperative sentence.
+    fn remedy(&self) -> String;
+}
+
+/// An [`Explain`] error as plain data.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Report {
+    /// Stable identifier.
+    pub code: String,
+    /// What failed, on which object.
+    pub what: String,
+    /// Why: the chain of sources, outermost first; empty when `what` says it all.
+    pub cause: String,
+    /// What to do next.
+    pub remedy: String,
+}
+
+impl Report {
+    /// Flattens an error and its sources.
+    pub fn of(error: &dyn Explain) -> Self {
+        let mut cause = Vec::new();
+        let mut source = error.source();
+        while let Some(inner) = source {
+            let text = inner.to_string();
+            // `#[error(transparent)]`-like chains repeat themselves.
+            if cause.last() != Some(&text) {
+                cause.push(text);
+            }
+            source = inner.source();
+        }
+        Self {
+            code: error.code().to_owned(),
+            what: error.to_string(),
+            cause: cause.join(": "),
+            remedy: error.remedy(),
+        }
+    }
+}

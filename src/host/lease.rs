@@ -1,0 +1,281 @@
+//! Host resources that are written down before they are made and can be
+//! released any number of times.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::process;
+use crate::error::Explain;
+
+/// One host resource.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Lease {
+    /// A process, told from a later one with the same id by its start time.
+    Process {
+        /// Process id.
+        pid: i32,
+        /// Field 22 of /proc/PID/stat, in clock ticks since boot.
+        start_time: u64,
+        /// The host's boot id: after a reboot the process is gone.
+        boot_id: String,
+    },
+    /// A file.
+    File {
+        /// Its path.
+        path: PathBuf,
+    },
+}
+
+/// A lease that could not be written down or released.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// The journal could not be written.
+    #[error("cannot write the lease journal {path}")]
+    Journal {
+        /// The journal.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The journal could not be read back.
+    #[error("cannot read the lease journal {path}")]
+    Read {
+        /// The journal.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The resource is still there.
+    #[error("cannot release {what}")]
+    Release {
+        /// The resource.
+        what: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Explain for LeaseError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Journal { source, .. } if crate::host::is_full(source) => "no-space",
+            Self::Journal { .. } => "journal-unwritable",
+            Self::Read { .. } => "journal-unreadable",
+            Self::Release { .. } => "lease-not-released",
+        }
+    }
+
+    fn remedy(&self) -> String {
+        match self {
+            Self::Journal { path, .. } => {
+                format!(
+                    "Free space on, or get write access to, the file system of {}.",
+                    path.display()
+                )
+            }
+            Self::Read { path, .. } => {
+                format!(
+                    "Look at {}; remove its directory if no machine of it runs.",
+                    path.display()
+                )
+            }
+            Self::Release { .. } => {
+                "Run `bulkhead gc` again, as the user who started the run.".into()
+            }
+        }
+    }
+}
+
+impl Lease {
+    /// Releases the resource; succeeds when it is gone already.
+    ///
+    /// # Errors
+    /// The resource is still there.
+    pub fn release(&self) -> Result<(), LeaseError> {
+        match self {
+            Self::Process {
+                pid,
+                start_time,
+                boot_id,
+            } => {
+                if *boot_id != process::boot_id() {
+                    return Ok(());
+                }
+                process::kill_if_same(*pid, *start_time).map_err(|source| LeaseError::Release {
+                    what: format!("process {pid}"),
+                    source,
+                })
+            }
+            Self::File { path } => match fs::remove_file(path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    Err(LeaseError::Release {
+                        what: path.display().to_string(),
+                        source,
+                    })
+                }
+                _ => Ok(()),
+            },
+        }
+    }
+}
+
+/// The leases of one run, on disk. Each change is on the disk before `add`
+/// returns: only then is the resource made.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    leases: Vec<Lease>,
+}
+
+impl Journal {
+    /// Starts an empty journal.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn create(path: PathBuf) -> Result<Self, LeaseError> {
+        let journal = Self {
+            path,
+            leases: Vec::new(),
+        };
+        journal.write()?;
+        Ok(journal)
+    }
+
+    /// Reads a journal that another process left. A missing one is empty: its
+    /// owner died before the first lease.
+    ///
+    /// # Errors
+    /// Unreadable or not a journal.
+    pub fn open(path: PathBuf) -> Result<Self, LeaseError> {
+        let leases = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| LeaseError::Read {
+                path: path.clone(),
+                source: source.into(),
+            })?,
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => return Err(LeaseError::Read { path, source }),
+        };
+        Ok(Self { path, leases })
+    }
+
+    /// Writes a lease down. The caller makes the resource afterwards.
+    ///
+    /// # Errors
+    /// The file cannot be written; the resource must not be made.
+    pub fn add(&mut self, lease: Lease) -> Result<(), LeaseError> {
+        self.leases.push(lease);
+        self.write()
+    }
+
+    /// What is leased, in the order of acquisition.
+    pub fn leases(&self) -> &[Lease] {
+        &self.leases
+    }
+
+    /// Releases everything, last acquired first, going on after failures.
+    pub fn release_all(&mut self) -> Vec<LeaseError> {
+        let mut errors = Vec::new();
+        let mut kept = Vec::new();
+        for lease in self.leases.drain(..).rev() {
+            if let Err(error) = lease.release() {
+                errors.push(error);
+                kept.push(lease);
+            }
+        }
+        kept.reverse();
+        self.leases = kept;
+        errors
+    }
+
+    fn write(&self) -> Result<(), LeaseError> {
+        let bytes = serde_json::to_vec(&self.leases).map_err(io::Error::from);
+        bytes
+            .and_then(|bytes| write_durably(&self.path, &bytes))
+            .map_err(|source| LeaseError::Journal {
+                path: self.path.clone(),
+                source,
+            })
+    }
+}
+
+/// Replaces a file as a whole: a crash leaves the old content or the new.
+///
+/// # Errors
+/// As the file system says.
+pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    use std::io::Write;
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    fs::File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_down_is_read_back_and_released_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("resource");
+        let mut journal = Journal::create(dir.path().join("leases.json")).unwrap();
+        journal.add(Lease::File { path: file.clone() }).unwrap();
+        fs::write(&file, b"x").unwrap();
+
+        let mut found = Journal::open(dir.path().join("leases.json")).unwrap();
+        assert_eq!(found.leases(), journal.leases());
+        assert!(found.release_all().is_empty());
+        assert!(!file.exists());
+        assert!(
+            journal.release_all().is_empty(),
+            "releasing again is not an error"
+        );
+    }
+
+    #[test]
+    fn a_lease_that_stays_is_reported_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path().join("leases.json")).unwrap();
+        // A directory is not a file: removal fails.
+        journal
+            .add(Lease::File {
+                path: dir.path().to_owned(),
+            })
+            .unwrap();
+        assert_eq!(journal.release_all().len(), 1);
+        assert_eq!(journal.leases().len(), 1);
+    }
+
+    #[test]
+    fn only_the_very_process_is_killed() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let start_time = process::start_time(pid).unwrap();
+        let lease = |start_time| Lease::Process {
+            pid,
+            start_time,
+            boot_id: process::boot_id(),
+        };
+        lease(start_time + 1).release().unwrap();
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "another start time is another process"
+        );
+        lease(start_time).release().unwrap();
+        let status = child.wait().unwrap();
+        assert!(!status.success());
+        lease(start_time).release().unwrap();
+    }
+}

@@ -1,0 +1,15 @@
+//! What this host can do, and the resources taken from it.
+
+pub mod lease;
+pub mod probe;
+pub mod process;
+pub(crate) mod sys;
+
+/// Whether an error says that a disk or a quota is full.
+pub(crate) fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
+}

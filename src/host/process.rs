@@ -1,0 +1,69 @@
+//! Processes of this host, told apart by id and start time.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::sys;
+
+/// This boot of the host (`/proc/sys/kernel/random/boot_id`).
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// Start time of a process in clock ticks since boot (proc(5), field 22 of
+/// /proc/PID/stat); `None` when there is no such process.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may contain anything, spaces included.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// Whether a process that has ended waits only for its parent to look.
+fn is_zombie(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .ok()
+        .and_then(|stat| {
+            Some(
+                stat.rsplit_once(')')?
+                    .1
+                    .trim_start()
+                    .starts_with(['Z', 'X']),
+            )
+        })
+        .unwrap_or(true)
+}
+
+/// Kills a process if it is the one that started at `start_time`, and waits up
+/// to five seconds until it has ended.
+pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
+    let pidfd = match sys::pidfd_open(pid) {
+        Ok(pidfd) => pidfd,
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    // Read after the pidfd was opened: from here on it is this process or none.
+    if start_time(pid) != Some(start) || is_zombie(pid) {
+        return Ok(());
+    }
+    match sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL) {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        other => other?,
+    }
+    let mut set = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(Duration::from_secs(5)).map_err(io::Error::other)?;
+    match poll(&mut set, timeout)? {
+        0 => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "it does not end after SIGKILL",
+        )),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,160 @@
+//! System calls that the crates we use do not wrap.
+#![allow(unsafe_code)] // each call below says why it is sound
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::libc;
+
+/// A descriptor that names a process for good (pidfd_open(2)).
+///
+/// # Errors
+/// No such process, or no descriptor left.
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers; a non-negative result is a new descriptor
+    // that nobody else owns.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(OwnedFd::from_raw_fd(
+            i32::try_from(fd).map_err(io::Error::other)?,
+        ))
+    }
+}
+
+/// Sends a signal to the process a pidfd names (pidfd_send_signal(2)).
+///
+/// # Errors
+/// The process is gone (`ESRCH`), or it is not ours to signal.
+pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: a valid descriptor, an integer, and a null siginfo, which the
+    // system call allows.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+mod ioctl {
+    nix::ioctl_write_ptr!(vhost_vsock_set_guest_cid, 0xAF, 0x60, u64);
+}
+
+/// Claims a vsock address on an open /dev/vhost-vsock. The claim ends with the
+/// last copy of the descriptor.
+///
+/// # Errors
+/// `EADDRINUSE` when another machine has it.
+pub(crate) fn set_guest_cid(vhost: BorrowedFd<'_>, cid: u64) -> io::Result<()> {
+    // SAFETY: the descriptor is valid and the kernel reads eight bytes from a
+    // valid pointer (linux/vhost.h, VHOST_VSOCK_SET_GUEST_CID).
+    unsafe { ioctl::vhost_vsock_set_guest_cid(vhost.as_raw_fd(), &cid) }?;
+    Ok(())
+}
+
+/// Lets the runtime watch a descriptor.
+///
+/// # Errors
+/// Not inside a runtime with I/O, or the descriptor cannot be polled.
+pub(crate) fn watch(
+    fd: OwnedFd,
+    interest: tokio::io::Interest,
+) -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open descriptor until it is dropped.
+    unsafe { tokio::io::unix::AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// The Landlock ABI of the running kernel (landlock(7)).
+///
+/// # Errors
+/// The kernel has none, or it is switched off.
+pub(crate) fn landlock_abi() -> io::Result<i64> {
+    const LANDLOCK_CREATE_RULESET_VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel reads no memory.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0usize,
+            LANDLOCK_CREATE_RULESET_VERSION,
+        )
+    };
+    if abi < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(abi)
+    }
+}
+
+/// Asks nftables for its generation (NFT_MSG_GETGEN): it answers or it is not there.
+///
+/// # Errors
+/// No netlink, no nftables, or no permission.
+pub(crate) fn nftables_generation() -> io::Result<()> {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto,
+        socket,
+    };
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        protocol,
+    )?;
+    // nlmsghdr (length, type, flags, sequence, port) and nfgenmsg (linux/netlink.h,
+    // linux/netfilter/nf_tables.h): subsystem 10, message 16, NLM_F_REQUEST.
+    let mut message = Vec::with_capacity(20);
+    message.extend(20u32.to_ne_bytes());
+    message.extend(((10u16 << 8) | 16).to_ne_bytes());
+    message.extend(1u16.to_ne_bytes());
+    message.extend([0; 12]);
+    sendto(
+        socket.as_raw_fd(),
+        &message,
+        &NetlinkAddr::new(0, 0),
+        MsgFlags::empty(),
+    )?;
+    let mut answer = [0; 256];
+    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
+    // NLMSG_ERROR is type 2 and carries a negative errno.
+    match answer[..length] {
+        [
+            _,
+            _,
+            _,
+            _,
+            2,
+            0,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            _,
+            a,
+            b,
+            c,
+            d,
+            ..,
+        ] => Err(io::Error::from_raw_os_error(-i32::from_ne_bytes([
+            a, b, c, d,
+        ]))),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,18 @@
+//! Run a command in a disposable QEMU/KVM microVM.
+//!
+//! Data flows one way: a [`spec`] becomes a [`plan`], a plan acquires leases on
+//! the [`host`], leases and arguments make a process ([`vmm`]), the process
+//! gives a monitor ([`qmp`]) and a channel ([`guest`]), the channel an outcome
+//! ([`run`]). A module imports only from those before it.
+
+#[cfg(feature = "cli")]
+pub mod cli;
+pub mod error;
+pub mod guest;
+pub mod host;
+pub mod image;
+pub mod plan;
+pub mod qmp;
+pub mod run;
+pub mod spec;
+pub mod vmm;

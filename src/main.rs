@@ -1,0 +1,5 @@
+//! The `bulkhead` command.
+
+fn main() -> std::process::ExitCode {
+    bulkhead::cli::main()
+}

@@ -1,0 +1,323 @@
+//! QEMU's arguments, one struct for each kind.
+
+use super::{Channel, Descriptor, Plan, SHARE_TAG};
+use crate::image::{Image, KernelFormat};
+use crate::spec::{Accel, MachineType, Spec};
+use bulkhead_agent::{AGENT_PORT, QGA_PORT, ROOT_SERIAL, SCRATCH_SERIAL};
+
+/// `key=value` pairs after a first word, with commas in values doubled as
+/// QEMU's option parser wants them (qemu(1), "-drive").
+struct Options(String);
+
+impl Options {
+    fn new(first: &str) -> Self {
+        Self(first.replace(',', ",,"))
+    }
+
+    fn set(mut self, key: &str, value: impl ToString) -> Self {
+        self.0
+            .push_str(&format!(",{key}={}", value.to_string().replace(',', ",,")));
+        self
+    }
+}
+
+/// One QEMU argument.
+trait Argument {
+    fn flag(&self) -> &'static str;
+    fn value(&self) -> Option<String>;
+}
+
+/// A flag without a value.
+struct Flag(&'static str);
+
+impl Argument for Flag {
+    fn flag(&self) -> &'static str {
+        self.0
+    }
+    fn value(&self) -> Option<String> {
+        None
+    }
+}
+
+/// A flag with a value made from options or a plain text.
+struct Valued(&'static str, String);
+
+impl Argument for Valued {
+    fn flag(&self) -> &'static str {
+        self.0
+    }
+    fn value(&self) -> Option<String> {
+        Some(self.1.clone())
+    }
+}
+
+/// `-chardev socket` on an inherited descriptor.
+struct SocketChardev {
+    id: &'static str,
+    fd: i32,
+}
+
+impl Argument for SocketChardev {
+    fn flag(&self) -> &'static str {
+        "-chardev"
+    }
+    fn value(&self) -> Option<String> {
+        Some(
+            Options::new("socket")
+                .set("id", self.id)
+                .set("fd", self.fd)
+                .0,
+        )
+    }
+}
+
+/// A device on the machine's bus: `virtio-blk-device` on microvm's mmio bus,
+/// `virtio-blk-pci` on q35.
+struct VirtioDevice {
+    kind: &'static str,
+    machine: MachineType,
+    options: Vec<(&'static str, String)>,
+}
+
+impl Argument for VirtioDevice {
+    fn flag(&self) -> &'static str {
+        "-device"
+    }
+    fn value(&self) -> Option<String> {
+        let bus = match self.machine {
+            MachineType::Microvm => "device",
+            MachineType::Q35 => "pci",
+        };
+        let first = format!("{}-{bus}", self.kind);
+        let options = Options::new(&first);
+        Some(
+            self.options
+                .iter()
+                .fold(options, |all, (key, value)| all.set(key, value))
+                .0,
+        )
+    }
+}
+
+/// A port of the virtio-serial device.
+struct SerialPort {
+    kind: &'static str,
+    chardev: &'static str,
+    nr: u32,
+    name: Option<&'static str>,
+}
+
+impl Argument for SerialPort {
+    fn flag(&self) -> &'static str {
+        "-device"
+    }
+    fn value(&self) -> Option<String> {
+        let options = Options::new(self.kind)
+            .set("chardev", self.chardev)
+            .set("nr", self.nr);
+        Some(match self.name {
+            Some(name) => options.set("name", name).0,
+            None => options.0,
+        })
+    }
+}
+
+/// A raw disk whose file is passed as a descriptor.
+struct Disk {
+    node: &'static str,
+    fd: i32,
+    set: u32,
+    read_only: bool,
+}
+
+impl Disk {
+    fn arguments(&self) -> [Valued; 2] {
+        let on_off = |on| if on { "on" } else { "off" };
+        let add_fd = Options(format!("fd={}", self.fd))
+            .set("set", self.set)
+            .set("opaque", self.node);
+        let mut file = Options(format!("driver=raw,node-name={}", self.node))
+            .set("read-only", on_off(self.read_only))
+            .set("file.driver", "file")
+            .set("file.filename", format!("/dev/fdset/{}", self.set))
+            // The lease is what keeps two machines off one disk.
+            .set("file.locking", "off");
+        if !self.read_only {
+            // What the guest deletes shrinks the file; nothing on this disk
+            // outlives the machine, so flushing it would only cost time.
+            file = file.set("discard", "unmap").set("cache.no-flush", "on");
+        }
+        [Valued("-add-fd", add_fd.0), Valued("-blockdev", file.0)]
+    }
+}
+
+/// All arguments, in order.
+pub(super) fn build(spec: &Spec, image: &Image, plan: &Plan) -> Vec<String> {
+    let mut list: Vec<Box<dyn Argument>> = Vec::new();
+    machine(&mut list, spec, plan);
+    boot(&mut list, image, plan);
+    monitor_and_ports(&mut list, plan);
+    disks(&mut list, plan);
+    share(&mut list, plan);
+    let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    list.push(Box::new(Valued("-sandbox", sandbox.into())));
+    list.iter()
+        .flat_map(|argument| std::iter::once(argument.flag().to_owned()).chain(argument.value()))
+        .collect()
+}
+
+fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
+    let name = Options::new(spec.id.as_str()).set("debug-threads", "on");
+    list.push(Box::new(Valued("-name", name.0)));
+    // Distributions' kernels take virtio-mmio devices from ACPI only; ours
+    // takes them from the command line, and boots faster without ACPI.
+    let acpi = match plan.kernel.format {
+        KernelFormat::Bzimage => "on",
+        KernelFormat::Vmlinux => "off",
+    };
+    let machine = match spec.machine {
+        // The option ROMs stay on: QEMU 10 of Debian's backports hangs with its
+        // own qboot, and SeaBIOS costs nothing measurable. Without the RTC the
+        // kernel polls for a second.
+        MachineType::Microvm => Options::new("microvm")
+            .set("acpi", acpi)
+            .set("rtc", "on")
+            .set("usb", "off"),
+        MachineType::Q35 => Options::new("q35")
+            .set("usb", "off")
+            .set("vmport", "off")
+            .set("sata", "off")
+            .set("smbus", "off")
+            .set("graphics", "off")
+            .set("hpet", "off"),
+    };
+    list.push(Box::new(Valued("-machine", machine.0)));
+    let (accel, cpu) = match spec.accel {
+        // Nested virtualization is a way out that nobody asked for.
+        Accel::Kvm => ("kvm".to_owned(), "host,-vmx,-svm"),
+        Accel::Tcg => ("tcg,thread=multi".to_owned(), "max,-svm"),
+    };
+    list.push(Box::new(Valued("-accel", accel)));
+    list.push(Box::new(Valued("-cpu", cpu.into())));
+    list.push(Box::new(Valued("-smp", spec.limits.vcpus.to_string())));
+    list.push(Box::new(Valued(
+        "-m",
+        format!("{}M", spec.limits.memory.as_mib()),
+    )));
+    list.push(Box::new(Flag("-nodefaults")));
+    list.push(Box::new(Flag("-no-user-config")));
+    list.push(Box::new(Flag("-no-reboot")));
+    list.push(Box::new(Valued("-display", "none".into())));
+}
+
+fn boot(list: &mut Vec<Box<dyn Argument>>, image: &Image, plan: &Plan) {
+    let kernel = plan.kernel.path.display().to_string();
+    list.push(Box::new(Valued("-kernel", kernel)));
+    list.push(Box::new(Valued(
+        "-initrd",
+        image.initramfs().display().to_string(),
+    )));
+    list.push(Box::new(Valued("-append", plan.cmdline.clone())));
+}
+
+fn monitor_and_ports(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    let socket = |id, descriptor| plan.fd(descriptor).map(|fd| SocketChardev { id, fd });
+    for (id, descriptor) in [
+        ("qmp", Descriptor::Qmp),
+        ("serial", Descriptor::Serial),
+        ("console", Descriptor::Console),
+        ("qga", Descriptor::Qga),
+        ("agent", Descriptor::Agent),
+    ] {
+        if let Some(chardev) = socket(id, descriptor) {
+            list.push(Box::new(chardev));
+        }
+    }
+    list.push(Box::new(Valued("-mon", "chardev=qmp,mode=control".into())));
+    list.push(Box::new(Valued("-serial", "chardev:serial".into())));
+    let machine = plan.machine;
+    let ports = vec![("id", "ports".to_owned()), ("max_ports", "4".into())];
+    list.push(Box::new(VirtioDevice {
+        kind: "virtio-serial",
+        machine,
+        options: ports,
+    }));
+    let port = |kind, chardev, nr, name| {
+        Box::new(SerialPort {
+            kind,
+            chardev,
+            nr,
+            name,
+        })
+    };
+    // Port 0 is the console's by convention.
+    list.push(port("virtconsole", "console", 0, None));
+    if plan.channel == Channel::Serial {
+        list.push(port("virtserialport", "agent", 1, Some(AGENT_PORT)));
+    }
+    list.push(port("virtserialport", "qga", 2, Some(QGA_PORT)));
+    if let Some(fd) = plan.fd(Descriptor::Vsock) {
+        // The CID set on the descriptor is QEMU's to set again; {cid} is put in
+        // once it is leased.
+        let options = vec![("vhostfd", fd.to_string()), ("guest-cid", CID.to_owned())];
+        list.push(Box::new(VirtioDevice {
+            kind: "vhost-vsock",
+            machine,
+            options,
+        }));
+    }
+}
+
+/// Stands in the arguments for the vsock CID, which is leased at start.
+pub(crate) const CID: &str = "{cid}";
+
+fn disks(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    let disks = [
+        ("root", Descriptor::Root, ROOT_SERIAL, true),
+        ("scratch", Descriptor::Scratch, SCRATCH_SERIAL, false),
+    ];
+    for ((node, descriptor, serial, read_only), set) in disks.into_iter().zip(1..) {
+        let Some(fd) = plan.fd(descriptor) else {
+            continue;
+        };
+        let [add_fd, blockdev] = Disk {
+            node,
+            fd,
+            set,
+            read_only,
+        }
+        .arguments();
+        list.push(Box::new(add_fd));
+        list.push(Box::new(blockdev));
+        let options = vec![("drive", node.to_owned()), ("serial", serial.to_owned())];
+        list.push(Box::new(VirtioDevice {
+            kind: "virtio-blk",
+            machine: plan.machine,
+            options,
+        }));
+    }
+}
+
+fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    let Some(share) = &plan.share else { return };
+    let mut fsdev = Options::new("local")
+        .set("id", SHARE_TAG)
+        .set("path", share.dir.display())
+        // What the guest believes of owners and modes is kept in extended
+        // attributes: it can make no device and no setuid file on the host.
+        .set("security_model", "mapped-xattr")
+        .set("multidevs", "remap");
+    if share.read_only {
+        fsdev = fsdev.set("readonly", "on");
+    }
+    list.push(Box::new(Valued("-fsdev", fsdev.0)));
+    let options = vec![
+        ("fsdev", SHARE_TAG.to_owned()),
+        ("mount_tag", SHARE_TAG.to_owned()),
+    ];
+    list.push(Box::new(VirtioDevice {
+        kind: "virtio-9p",
+        machine: plan.machine,
+        options,
+    }));
+}

@@ -1,0 +1,16 @@
+//! What the host can do, as far as a plan depends on it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Host facts a plan is made from. Filled in by [`crate::host::probe`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// The QEMU binary.
+    pub qemu: PathBuf,
+    /// Clock of the host's time stamp counter in kHz; absent when unknown.
+    pub tsc_khz: Option<u64>,
+    /// Whether /dev/vhost-vsock can be used.
+    pub vhost_vsock: bool,
+}

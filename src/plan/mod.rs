@@ -1,0 +1,178 @@
+//! Every choice made, as plain data.
+//!
+//! A plan is pure: made from a spec, an image and host facts without touching
+//! the system, and compared against snapshots in tests.
+
+mod argv;
+mod cmdline;
+mod facts;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Explain;
+use crate::image::{Image, KernelFormat};
+use crate::spec::{Accel, Bytes, ChannelKind, MachineType, Spec, VmId, WorkspaceMode};
+
+pub(crate) use argv::CID;
+pub use facts::HostFacts;
+
+/// Number of the first descriptor handed to QEMU.
+pub const FIRST_FD: i32 = 3;
+/// Mount tag of the shared workspace.
+pub const SHARE_TAG: &str = "workspace";
+
+/// A wish this host cannot fulfil.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// vsock asked for by name where there is none.
+    #[error("the vsock channel cannot be used: /dev/vhost-vsock is missing")]
+    NoVsock,
+}
+
+impl Explain for PlanError {
+    fn code(&self) -> &'static str {
+        "vsock-missing"
+    }
+
+    fn remedy(&self) -> String {
+        "Load the vhost_vsock module (modprobe vhost_vsock), or use --channel serial.".into()
+    }
+}
+
+/// The kernel a machine boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelChoice {
+    /// The file.
+    pub path: PathBuf,
+    /// How it boots.
+    pub format: KernelFormat,
+}
+
+/// What QEMU is given as open descriptors, from [`FIRST_FD`] on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Descriptor {
+    /// The monitor's socket.
+    Qmp,
+    /// The serial port: kernel messages.
+    Serial,
+    /// The virtio console: the emergency way in.
+    Console,
+    /// The guest agent's virtio-serial port.
+    Agent,
+    /// The port of qemu-guest-agent.
+    Qga,
+    /// The read-only root disk.
+    Root,
+    /// The writable disk.
+    Scratch,
+    /// /dev/vhost-vsock, with the machine's CID set.
+    Vsock,
+}
+
+/// How the guest agent is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Channel {
+    /// Over the virtio-serial port.
+    Serial,
+    /// Over vsock; the CID is leased when the machine starts.
+    Vsock,
+}
+
+/// A host directory the guest sees live.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The host directory.
+    pub dir: PathBuf,
+    /// The guest cannot write.
+    pub read_only: bool,
+}
+
+/// Everything needed to start a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Name of the machine.
+    pub id: VmId,
+    /// The QEMU binary.
+    pub qemu: PathBuf,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// What its descriptors are, in order from [`FIRST_FD`].
+    pub descriptors: Vec<Descriptor>,
+    /// What executes the guest's instructions.
+    pub accel: Accel,
+    /// The machine type.
+    pub machine: MachineType,
+    /// The kernel.
+    pub kernel: KernelChoice,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The read-only root disk.
+    pub root: PathBuf,
+    /// Size of the writable disk.
+    pub scratch: Bytes,
+    /// How the guest agent is reached.
+    pub channel: Channel,
+    /// The shared workspace.
+    pub share: Option<Share>,
+}
+
+impl Plan {
+    /// Makes every choice for `spec`.
+    ///
+    /// # Errors
+    /// The spec insists on something the host facts deny.
+    pub fn new(
+        spec: &Spec,
+        image: &Image,
+        kernel: KernelChoice,
+        facts: &HostFacts,
+    ) -> Result<Self, PlanError> {
+        let channel = match (spec.channel, facts.vhost_vsock) {
+            (ChannelKind::Vsock, false) => return Err(PlanError::NoVsock),
+            (ChannelKind::Serial, _) | (ChannelKind::Auto, false) => Channel::Serial,
+            (ChannelKind::Vsock | ChannelKind::Auto, true) => Channel::Vsock,
+        };
+        use Descriptor as D;
+        let mut descriptors = vec![D::Qmp, D::Serial, D::Console, D::Qga, D::Root, D::Scratch];
+        descriptors.push(match channel {
+            Channel::Serial => D::Agent,
+            Channel::Vsock => D::Vsock,
+        });
+        let share = match (&spec.workspace.dir, spec.workspace.mode) {
+            (Some(dir), WorkspaceMode::Share) => Some(Share {
+                dir: dir.clone(),
+                read_only: spec.workspace.read_only,
+            }),
+            _ => None,
+        };
+        let mut plan = Self {
+            id: spec.id.clone(),
+            qemu: facts.qemu.clone(),
+            args: Vec::new(),
+            descriptors,
+            accel: spec.accel,
+            machine: spec.machine,
+            cmdline: cmdline::build(spec, channel, facts, kernel.format),
+            kernel,
+            root: image.root(),
+            scratch: spec.limits.disk,
+            channel,
+            share,
+        };
+        plan.args = argv::build(spec, image, &plan);
+        Ok(plan)
+    }
+
+    /// The number QEMU sees a descriptor under.
+    pub fn fd(&self, descriptor: Descriptor) -> Option<i32> {
+        let at = self.descriptors.iter().position(|one| *one == descriptor)?;
+        Some(FIRST_FD + i32::try_from(at).ok()?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,95 @@
+//! Plans against snapshots.
+
+use super::*;
+use crate::image::{Agent, File, Kernel, Manifest};
+use crate::spec::Request;
+
+fn image() -> Image {
+    let file = |name: &str| File {
+        file: name.into(),
+        size: 1,
+        sha256: "0".repeat(64),
+    };
+    Image {
+        id: "sha256-1".into(),
+        dir: "/state/images/sha256-1".into(),
+        manifest: Manifest {
+            schema: 1,
+            name: "default".into(),
+            from: None,
+            root: file("root.squashfs"),
+            kernel: Kernel {
+                image: file("kernel"),
+                release: "6.1.0".into(),
+                format: KernelFormat::Bzimage,
+            },
+            initramfs: file("initramfs"),
+            agent: Agent {
+                version: "0.1.0".into(),
+                protocol: 1,
+                sha256: "0".repeat(64),
+            },
+            packages: Vec::new(),
+        },
+    }
+}
+
+fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
+    let text = format!("name = \"vm1\"\ncommand = [\"true\"]\n{request}");
+    let spec = toml::from_str::<Request>(&text).unwrap().resolve().unwrap();
+    let facts = HostFacts {
+        qemu: "/usr/bin/qemu".into(),
+        tsc_khz: Some(2_400_000),
+        vhost_vsock,
+    };
+    let image = image();
+    let kernel = KernelChoice {
+        path: image.kernel(),
+        format: KernelFormat::Bzimage,
+    };
+    Plan::new(&spec, &image, kernel, &facts)
+}
+
+/// One argument with its value a line.
+fn lines(plan: &Plan) -> String {
+    plan.args.join(" ").replace(" -", "\n-")
+}
+
+#[test]
+fn microvm_under_kvm() {
+    insta::assert_snapshot!(lines(&plan("", true).unwrap()));
+}
+
+#[test]
+fn microvm_under_tcg_without_vsock() {
+    insta::assert_snapshot!(lines(
+        &plan("accel = \"tcg\"\nprofile = \"light\"", false).unwrap()
+    ));
+}
+
+#[test]
+fn q35_with_a_read_only_share() {
+    let request = "accel = \"tcg\"\nmachine = \"q35\"\nworkspace = \"/a,b\"\n\
+                   workspace_mode = \"share\"\nread_only = true";
+    insta::assert_snapshot!(lines(&plan(request, true).unwrap()));
+}
+
+#[test]
+fn vsock_is_not_quietly_replaced() {
+    assert!(matches!(
+        plan("channel = \"vsock\"", false),
+        Err(PlanError::NoVsock)
+    ));
+    assert_eq!(
+        plan("channel = \"serial\"", true).unwrap().channel,
+        Channel::Serial
+    );
+}
+
+#[test]
+fn descriptors_are_numbered_without_gaps() {
+    let plan = plan("", false).unwrap();
+    assert_eq!(plan.fd(Descriptor::Qmp), Some(FIRST_FD));
+    assert_eq!(plan.fd(Descriptor::Vsock), None);
+    assert_eq!(plan.fd(Descriptor::Agent), Some(FIRST_FD + 6));
+}

@@ -1,0 +1,152 @@
+//! Why a machine could not be started, or ended on its own.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::record::RecordError;
+use crate::error::Explain;
+use crate::guest::GuestError;
+use crate::image::Error as ImageError;
+use crate::qmp::QmpError;
+use crate::vmm::{ExitStatus, SpawnError};
+
+/// A machine did not come up, or did not stay up.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Something the machine needs on the host.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The plan lacks something a machine needs.
+    #[error("the plan gives the machine no descriptor for {what}")]
+    Missing {
+        /// What.
+        what: &'static str,
+    },
+    /// An empty disk could not be made.
+    #[error(transparent)]
+    Disk(#[from] ImageError),
+    /// The record could not be kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// QEMU could not be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// QEMU ended with an error.
+    #[error("{qemu} ended {}{}", describe(*.status), said(.words))]
+    VmmEnded {
+        /// The binary.
+        qemu: PathBuf,
+        /// How.
+        status: ExitStatus,
+        /// What it wrote to stderr.
+        words: String,
+    },
+    /// The guest's kernel panicked.
+    #[error("the guest kernel panicked; the console's last lines:\n{console}")]
+    GuestPanic {
+        /// The console's tail.
+        console: String,
+    },
+    /// The guest powered off or restarted by itself.
+    #[error("the guest went down by itself; the console's last lines:\n{console}")]
+    GuestEnded {
+        /// The console's tail.
+        console: String,
+    },
+    /// No answer from the guest agent.
+    #[error(
+        "the guest agent did not answer within {}{}",
+        crate::spec::Timeout(*.after),
+        tail(.console)
+    )]
+    AgentSilent {
+        /// How long it was given.
+        after: Duration,
+        /// The console's tail.
+        console: String,
+    },
+    /// The monitor failed.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The guest failed.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.code, status.signal) {
+        (Some(code), _) => format!("with exit code {code}"),
+        (_, Some(signal)) => format!("by signal {signal}"),
+        _ => "without a status".into(),
+    }
+}
+
+fn said(words: &str) -> String {
+    if words.is_empty() {
+        " and said nothing".into()
+    } else {
+        format!("; it said:\n{words}")
+    }
+}
+
+fn tail(console: &str) -> String {
+    if console.is_empty() {
+        "; the console is empty".into()
+    } else {
+        format!("; the console's last lines:\n{console}")
+    }
+}
+
+impl Explain for MachineError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
+            Self::Io { .. } => "host-refused",
+            Self::Missing { .. } => "plan-incomplete",
+            Self::Disk(error) => error.code(),
+            Self::Record(error) => error.code(),
+            Self::Spawn(error) => error.code(),
+            Self::VmmEnded { .. } => "qemu-died",
+            Self::GuestPanic { .. } => "guest-panic",
+            Self::GuestEnded { .. } => "guest-ended",
+            Self::AgentSilent { .. } => "agent-silent",
+            Self::Qmp(error) => error.code(),
+            Self::Guest(error) => error.code(),
+        }
+    }
+
+    fn remedy(&self) -> String {
+        match self {
+            Self::Io { path, .. } => {
+                format!(
+                    "Check the permissions of, and the space for, {}.",
+                    path.display()
+                )
+            }
+            Self::Missing { .. } => "Plan with Plan::new; this is a bug otherwise.".into(),
+            Self::Disk(error) => error.remedy(),
+            Self::Record(error) => error.remedy(),
+            Self::Spawn(error) => error.remedy(),
+            Self::VmmEnded { .. } => {
+                "Act on QEMU's message; `bulkhead doctor` tells what this host can do.".into()
+            }
+            Self::GuestPanic { .. } => {
+                "Give the machine more memory with --memory, or use the image's own kernel.".into()
+            }
+            Self::GuestEnded { .. } | Self::AgentSilent { .. } => {
+                "Check image and kernel, and that the accelerator works (`bulkhead doctor`).".into()
+            }
+            Self::Qmp(error) => error.remedy(),
+            Self::Guest(error) => error.remedy(),
+        }
+    }
+}

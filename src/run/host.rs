@@ -1,0 +1,132 @@
+//! A host to run machines on: its directories, its QEMU, and what is known of both.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::dirs::Dirs;
+use super::machine::{Machine, StartOptions};
+use super::record::Record;
+use super::{RunError, prove};
+use crate::host::probe;
+use crate::image::{Image, KernelFormat, Store};
+use crate::plan::{KernelChoice, Plan};
+use crate::spec::{Accel, Spec};
+
+/// A host to run machines on. Everything is given; nothing is looked up in the
+/// environment but QEMU in `PATH` where none is named.
+#[derive(Debug, Clone)]
+pub struct Host {
+    /// Where things are kept.
+    pub dirs: Dirs,
+    /// The QEMU binary; the first in `PATH` when absent.
+    pub qemu: Option<PathBuf>,
+    /// How long a guest may take until its agent answers.
+    pub boot_timeout: Duration,
+    /// End machines with the thread that starts them.
+    pub die_with_thread: bool,
+}
+
+impl Host {
+    /// How long a guest may take unless said otherwise: generous, for
+    /// emulation on a busy host.
+    pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+
+    /// A host with these directories and the QEMU of its `PATH`.
+    pub fn new(dirs: Dirs) -> Self {
+        Self {
+            dirs,
+            qemu: None,
+            boot_timeout: Self::BOOT_TIMEOUT,
+            die_with_thread: false,
+        }
+    }
+
+    /// The image store.
+    pub fn images(&self) -> Store {
+        Store::new(self.dirs.state.clone())
+    }
+
+    /// Plans a machine for `spec`: finds and checks image, kernel and QEMU.
+    ///
+    /// # Errors
+    /// One of them is missing or not usable.
+    pub fn plan(&self, spec: &Spec) -> Result<(Image, Plan), RunError> {
+        let image = self.images().get(&spec.image)?;
+        let qemu = probe::find_qemu(self.qemu.as_deref())?;
+        let kernel = self.kernel(spec, &image)?;
+        let plan = Plan::new(spec, &image, kernel, &probe::facts(qemu))?;
+        Ok((image, plan))
+    }
+
+    fn kernel(&self, spec: &Spec, image: &Image) -> Result<KernelChoice, RunError> {
+        let Some(asked) = &spec.kernel else {
+            return Ok(KernelChoice {
+                path: image.kernel(),
+                format: image.manifest.kernel.format,
+            });
+        };
+        let path = if asked.contains('/') {
+            PathBuf::from(asked)
+        } else {
+            self.dirs.kernels().join(asked).join("vmlinux")
+        };
+        let format = kernel_format(&path).map_err(|source| RunError::Kernel {
+            name: asked.clone(),
+            path: path.clone(),
+            source,
+        })?;
+        Ok(KernelChoice { path, format })
+    }
+
+    /// Starts a machine for `spec`. KVM is proved first where it is asked for.
+    ///
+    /// # Errors
+    /// See [`RunError`]; nothing is left behind.
+    pub async fn start(&self, spec: &Spec) -> Result<(Image, Machine), RunError> {
+        let (image, plan) = self.plan(spec)?;
+        if spec.accel == Accel::Kvm {
+            let verdict = prove::kvm(self, &plan.qemu, &image).await?;
+            if !verdict.usable {
+                return Err(RunError::NoKvm {
+                    reason: verdict.reason,
+                });
+            }
+        }
+        let machine = self.start_unproved(spec, plan, self.boot_timeout).await?;
+        Ok((image, machine))
+    }
+
+    /// Starts a planned machine, whatever is known of the accelerator.
+    pub(super) async fn start_unproved(
+        &self,
+        spec: &Spec,
+        plan: Plan,
+        boot_timeout: Duration,
+    ) -> Result<Machine, RunError> {
+        let record = Record::create(&self.dirs, spec, &plan)?;
+        let options = StartOptions {
+            cache: self.dirs.cache(),
+            boot_timeout,
+            die_with_thread: self.die_with_thread,
+        };
+        Ok(Machine::start(plan, record, &options).await?)
+    }
+}
+
+/// Tells an uncompressed kernel from a compressed one by its first bytes.
+fn kernel_format(path: &Path) -> std::io::Result<KernelFormat> {
+    use std::io::Read;
+    let mut start = [0; 0x206];
+    std::fs::File::open(path)?.read_exact(&mut start)?;
+    if start.starts_with(b"\x7fELF") {
+        return Ok(KernelFormat::Vmlinux);
+    }
+    // The boot protocol's magic (Documentation/arch/x86/boot.rst).
+    if &start[0x202..0x206] == b"HdrS" {
+        return Ok(KernelFormat::Bzimage);
+    }
+    Err(std::io::Error::new(
+        std::io::ErrorKind::InvalidData,
+        "it is not an x86 Linux kernel",
+    ))
+}

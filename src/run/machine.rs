@@ -1,0 +1,460 @@
+//! A running VMM process with its leases, its monitor and its guest channel.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use bulkhead_agent::{Hello, Request, VSOCK_PORT};
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixStream;
+
+use super::console::{ConsoleLog, printable};
+use super::error::MachineError;
+use super::record::{Record, RecordError};
+use crate::guest::{Channel, GuestError, connect_vsock};
+use crate::host::{probe, sys};
+use crate::image::scratch;
+use crate::plan::{self, Descriptor, Plan};
+use crate::qmp::Monitor;
+use crate::spec::fill_random;
+use crate::vmm::{ExitStatus, Spawn, VmmProcess};
+
+/// What starting a machine needs besides its plan.
+#[derive(Debug, Clone)]
+pub struct StartOptions {
+    /// Where empty disks are kept for copying.
+    pub cache: PathBuf,
+    /// How long the guest may take until its agent answers.
+    pub boot_timeout: Duration,
+    /// End the machine when the thread that starts it ends. Only right where
+    /// that thread lives as long as the machine should.
+    pub die_with_thread: bool,
+}
+
+/// When the phases of a start were over, in microseconds since its beginning.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Phases {
+    /// QEMU executes.
+    pub spawned_us: u64,
+    /// The monitor answers.
+    pub qmp_us: u64,
+    /// The guest agent answers.
+    pub agent_us: u64,
+}
+
+/// A running machine. Dropping it kills the VMM and leaves its other leases to
+/// recovery; [`Machine::stop`] and [`Machine::kill`] release them.
+#[derive(Debug)]
+pub struct Machine {
+    plan: Plan,
+    record: Record,
+    process: VmmProcess,
+    monitor: Monitor,
+    channel: Channel,
+    hello: Hello,
+    console: ConsoleLog,
+    emergency: Option<UnixStream>,
+    qga: Option<UnixStream>,
+    phases: Phases,
+}
+
+/// Our ends of the descriptors QEMU is given.
+#[derive(Debug, Default)]
+struct Ends {
+    qmp: Option<UnixStream>,
+    serial: Option<UnixStream>,
+    console: Option<UnixStream>,
+    qga: Option<UnixStream>,
+    agent: Option<UnixStream>,
+    cid: Option<u32>,
+}
+
+impl Machine {
+    /// Starts the VMM and waits until the guest agent answers. On failure
+    /// nothing is left behind but what the error says.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub async fn start(
+        plan: Plan,
+        mut record: Record,
+        options: &StartOptions,
+    ) -> Result<Self, MachineError> {
+        match Self::bring_up(plan, &mut record, options).await {
+            Ok(parts) => {
+                let Parts {
+                    plan,
+                    process,
+                    monitor,
+                    channel,
+                    hello,
+                    console,
+                    ends,
+                    phases,
+                } = parts;
+                let (emergency, qga) = (ends.console, ends.qga);
+                Ok(Self {
+                    plan,
+                    record,
+                    process,
+                    monitor,
+                    channel,
+                    hello,
+                    console,
+                    emergency,
+                    qga,
+                    phases,
+                })
+            }
+            Err(error) => {
+                for leak in record.close() {
+                    tracing::warn!("{leak}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn bring_up(
+        mut plan: Plan,
+        record: &mut Record,
+        options: &StartOptions,
+    ) -> Result<Parts, MachineError> {
+        let begin = Instant::now();
+        let mut ends = Ends::default();
+        let descriptors = descriptors(&plan, record.dir(), options, &mut ends)?;
+        if let Some(cid) = ends.cid {
+            for word in &mut plan.args {
+                *word = word.replace(plan::CID, &cid.to_string());
+            }
+            record.update_plan(&plan)?;
+        }
+        let log_path = record.dir().join("qemu.log");
+        let log = File::options()
+            .read(true)
+            .append(true)
+            .create_new(true)
+            .open(&log_path)
+            .map_err(io_error("make QEMU's log", &log_path))?;
+        let spawn = Spawn {
+            program: plan.qemu.clone(),
+            args: plan.args.clone(),
+            descriptors,
+            log: log.into(),
+            die_with_thread: options.die_with_thread,
+        };
+        let process = spawn.run(|process| record.lease(process.lease()))?;
+        let mut phases = Phases {
+            spawned_us: since(begin),
+            ..Phases::default()
+        };
+
+        let missing = |what| MachineError::Missing { what };
+        let serial = ends.serial.take().ok_or(missing("the serial port"))?;
+        let console_path = record.dir().join("console.log");
+        let console = ConsoleLog::start(serial, &console_path)
+            .map_err(io_error("make the console's log", &console_path))?;
+        let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
+        let monitor = async {
+            let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
+            Ok::<_, MachineError>((monitor, since(begin)))
+        };
+        let agent = ends.agent.take();
+        let channel = async {
+            let connected = match (agent, ends.cid) {
+                (Some(stream), _) => Channel::connect(stream).await,
+                (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
+                    Ok(stream) => Channel::connect(stream).await,
+                    Err(source) => Err(GuestError::Io {
+                        action: "connecting over vsock",
+                        source: source.into(),
+                    }),
+                },
+                (None, None) => return Err(missing("a channel to the guest agent")),
+            };
+            let (channel, hello) = connected?;
+            Ok::<_, MachineError>((channel, hello, since(begin)))
+        };
+        let ready = async { tokio::try_join!(monitor, channel) };
+        let ready = tokio::select! {
+            // An end of QEMU explains a lost monitor or channel better than they do.
+            biased;
+            status = process.wait() => Err(Ended::Process(status)),
+            ready = ready => ready.map_err(Ended::Setup),
+            () = tokio::time::sleep(options.boot_timeout) => Err(Ended::Silent),
+        };
+        let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
+            Ok(ready) => ready,
+            Err(ended) => {
+                return Err(
+                    explain_end(ended, &plan, &process, &console, &log_path, options).await,
+                );
+            }
+        };
+        phases.qmp_us = qmp_us;
+        phases.agent_us = agent_us;
+        tracing::debug!(id = %plan.id, agent = hello.program, ?phases, "machine is up");
+        Ok(Parts {
+            plan,
+            process,
+            monitor,
+            channel,
+            hello,
+            console,
+            ends,
+            phases,
+        })
+    }
+
+    /// Its plan, with everything that was leased at start filled in.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Directory of its record.
+    pub fn dir(&self) -> &Path {
+        self.record.dir()
+    }
+
+    /// Its monitor.
+    pub fn monitor(&self) -> &Monitor {
+        &self.monitor
+    }
+
+    /// The channel to its guest agent.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// What the guest agent said of itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// The VMM process.
+    pub fn process(&self) -> &VmmProcess {
+        &self.process
+    }
+
+    /// The serial console.
+    pub fn console(&self) -> &ConsoleLog {
+        &self.console
+    }
+
+    /// The emergency console: a root shell on the virtio console. Given once.
+    pub fn take_emergency_console(&mut self) -> Option<UnixStream> {
+        self.emergency.take()
+    }
+
+    /// The port of qemu-guest-agent, for images that run one. Given once.
+    pub fn take_qga(&mut self) -> Option<UnixStream> {
+        self.qga.take()
+    }
+
+    /// How long the phases of the start took.
+    pub fn phases(&self) -> Phases {
+        self.phases
+    }
+
+    /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.
+    pub async fn end_reason(&self) -> Option<MachineError> {
+        let status = self.process.try_wait().ok().flatten()?;
+        let log = self.record.dir().join("qemu.log");
+        Some(explain_status(status, &self.plan, &self.console, &log).await)
+    }
+
+    /// Writes a lease of this machine down.
+    ///
+    /// # Errors
+    /// The journal cannot be written; the resource must not be made.
+    pub fn lease(&mut self, lease: crate::host::lease::Lease) -> Result<(), RecordError> {
+        Ok(self.record.lease(lease)?)
+    }
+
+    /// Powers the guest off, kills the VMM if that takes longer than `grace`,
+    /// and releases every lease.
+    ///
+    /// # Errors
+    /// The leases that could not be released; they stay for `bulkhead gc`.
+    pub async fn stop(self, grace: Duration) -> Result<(), Vec<RecordError>> {
+        let powered_off = async {
+            let ask = self.channel.ask("power off", &Request::PowerOff, grace);
+            // The channel may go down before the answer gets through.
+            let _ = ask.await;
+            self.process.wait().await
+        };
+        let _ = tokio::time::timeout(grace, powered_off).await;
+        self.kill().await
+    }
+
+    /// Ends the VMM at once and releases every lease.
+    ///
+    /// # Errors
+    /// The leases that could not be released; they stay for `bulkhead gc`.
+    pub async fn kill(self) -> Result<(), Vec<RecordError>> {
+        let _ = self.process.kill();
+        let _ = self.process.wait().await;
+        let errors = self.record.close();
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(errors)
+        }
+    }
+}
+
+/// A machine that came up, before its record is attached.
+struct Parts {
+    plan: Plan,
+    process: VmmProcess,
+    monitor: Monitor,
+    channel: Channel,
+    hello: Hello,
+    console: ConsoleLog,
+    ends: Ends,
+    phases: Phases,
+}
+
+/// Why a start came to nothing.
+enum Ended {
+    Process(io::Result<ExitStatus>),
+    Setup(MachineError),
+    Silent,
+}
+
+fn since(begin: Instant) -> u64 {
+    u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
+    let path = path.to_owned();
+    move |source| MachineError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Opens what QEMU is given, in the plan's order.
+fn descriptors(
+    plan: &Plan,
+    dir: &Path,
+    options: &StartOptions,
+    ends: &mut Ends,
+) -> Result<Vec<OwnedFd>, MachineError> {
+    let socket = |end: &mut Option<UnixStream>| {
+        let mut pair = || {
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+            ours.set_nonblocking(true)?;
+            *end = Some(UnixStream::from_std(ours)?);
+            Ok(OwnedFd::from(theirs))
+        };
+        pair().map_err(io_error("make a socket for", &plan.qemu))
+    };
+    plan.descriptors
+        .iter()
+        .map(|descriptor| match descriptor {
+            Descriptor::Qmp => socket(&mut ends.qmp),
+            Descriptor::Serial => socket(&mut ends.serial),
+            Descriptor::Console => socket(&mut ends.console),
+            Descriptor::Qga => socket(&mut ends.qga),
+            Descriptor::Agent => socket(&mut ends.agent),
+            Descriptor::Root => Ok(File::open(&plan.root)
+                .map_err(io_error("open", &plan.root))?
+                .into()),
+            Descriptor::Scratch => scratch_disk(plan, dir, options),
+            Descriptor::Vsock => {
+                let (vhost, cid) = claim_cid()?;
+                ends.cid = Some(cid);
+                Ok(vhost)
+            }
+        })
+        .collect()
+}
+
+/// A fresh disk that exists only for as long as QEMU holds it.
+fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<OwnedFd, MachineError> {
+    let template = scratch::template(&options.cache, plan.scratch.0)?;
+    let path = dir.join("scratch.img");
+    scratch::copy(&template, &path)?;
+    let disk = File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(io_error("open", &path))?;
+    fs::remove_file(&path).map_err(io_error("unlink", &path))?;
+    Ok(disk.into())
+}
+
+/// Claims a free vsock address. It is free again when the descriptor closes.
+fn claim_cid() -> Result<(OwnedFd, u32), MachineError> {
+    let path = Path::new("/dev/vhost-vsock");
+    let vhost = probe::vhost_vsock().map_err(io_error("open", path))?;
+    for _ in 0..64 {
+        let mut bytes = [0; 4];
+        fill_random(&mut bytes);
+        // 0 to 2 are the hypervisor, this host and its loopback; the last is "any".
+        let cid = u32::from_le_bytes(bytes).clamp(3, u32::MAX - 1);
+        match sys::set_guest_cid(vhost.as_fd(), u64::from(cid)) {
+            Ok(()) => return Ok((vhost.into(), cid)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(io_error("claim a vsock address on", path)(error)),
+        }
+    }
+    Err(io_error("claim a vsock address on", path)(
+        io::ErrorKind::AddrInUse.into(),
+    ))
+}
+
+async fn explain_end(
+    ended: Ended,
+    plan: &Plan,
+    process: &VmmProcess,
+    console: &ConsoleLog,
+    log: &Path,
+    options: &StartOptions,
+) -> MachineError {
+    match ended {
+        Ended::Process(Ok(status)) => explain_status(status, plan, console, log).await,
+        Ended::Process(Err(source)) => io_error("wait for", &plan.qemu)(source),
+        Ended::Silent => MachineError::AgentSilent {
+            after: options.boot_timeout,
+            console: console.last_lines(20),
+        },
+        // The monitor or the channel broke: mostly QEMU is about to be gone.
+        Ended::Setup(error) => {
+            match tokio::time::timeout(Duration::from_millis(500), process.wait()).await {
+                Ok(Ok(status)) => explain_status(status, plan, console, log).await,
+                _ => error,
+            }
+        }
+    }
+}
+
+async fn explain_status(
+    status: ExitStatus,
+    plan: &Plan,
+    console: &ConsoleLog,
+    log: &Path,
+) -> MachineError {
+    // The console's last bytes may still be on their way to us.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let words = printable(&fs::read(log).unwrap_or_default(), 20);
+    if console.has_panicked() {
+        MachineError::GuestPanic {
+            console: console.last_lines(20),
+        }
+    } else if status.code == Some(0) {
+        MachineError::GuestEnded {
+            console: console.last_lines(20),
+        }
+    } else {
+        MachineError::VmmEnded {
+            qemu: plan.qemu.clone(),
+            status,
+            words,
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! From a plan to an outcome.
+
+mod capture;
+mod console;
+mod control;
+mod dirs;
+pub mod doctor;
+mod error;
+mod exchange;
+mod host;
+mod machine;
+mod outcome;
+pub mod prove;
+mod record;
+mod recovery;
+mod runner;
+pub mod workspace;
+
+use std::path::PathBuf;
+
+pub use console::ConsoleLog;
+pub use control::{ControlError, Controller};
+pub use dirs::Dirs;
+pub use error::MachineError;
+pub use host::Host;
+pub use machine::{Machine, Phases, StartOptions};
+pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
+pub use record::{Record, RecordError};
+pub use recovery::{Found, recover};
+pub use runner::{Io, Progress, Signal, run};
+
+use crate::error::Explain;
+use crate::host::probe::ProbeError;
+use crate::image::Error as ImageError;
+use crate::plan::PlanError;
+use crate::spec::SpecError;
+
+/// A run that came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Asked for something that cannot be.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The image is missing or damaged.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The kernel asked for cannot be used.
+    #[error("cannot use the kernel {name} ({path})")]
+    Kernel {
+        /// As it was asked for.
+        name: String,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The host lacks something.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The host cannot do what is asked.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// KVM does not work here.
+    #[error("KVM does not work on this host: {reason}")]
+    NoKvm {
+        /// What was seen.
+        reason: String,
+    },
+    /// The record could not be kept.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The machine did not come up, or did not stay up.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The workspace could not be exchanged.
+    #[error(transparent)]
+    Workspace(#[from] exchange::ExchangeError),
+    /// The output could not be passed on or kept.
+    #[error("cannot write the command's output to {place}")]
+    Output {
+        /// Where to.
+        place: String,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The user ended it before the command ran.
+    #[error("interrupted by signal {signal} before the command ran")]
+    Interrupted {
+        /// The signal.
+        signal: i32,
+    },
+}
+
+impl From<crate::guest::GuestError> for RunError {
+    fn from(error: crate::guest::GuestError) -> Self {
+        Self::Machine(error.into())
+    }
+}
+
+impl Explain for RunError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Spec(error) => error.code(),
+            Self::Image(error) => error.code(),
+            Self::Kernel { .. } => "kernel-unusable",
+            Self::Probe(error) => error.code(),
+            Self::Plan(error) => error.code(),
+            Self::NoKvm { .. } => "kvm-unusable",
+            Self::Record(error) => error.code(),
+            Self::Machine(error) => error.code(),
+            Self::Workspace(error) => error.code(),
+            Self::Output { source, .. } if crate::host::is_full(source) => "no-space",
+            Self::Output { .. } => "output-unwritable",
+            Self::Interrupted { .. } => "interrupted",
+        }
+    }
+
+    fn remedy(&self) -> String {
+        match self {
+            Self::Spec(error) => error.remedy(),
+            Self::Image(error) => error.remedy(),
+            Self::Kernel { .. } => {
+                "Build the tuned kernel with `cargo xtask kernel`, or leave --kernel out.".into()
+            }
+            Self::Probe(error) => error.remedy(),
+            Self::Plan(error) => error.remedy(),
+            Self::NoKvm { .. } => {
+                "Use a host with KVM, or accept software emulation, slow and no isolation by hardware, with --accel tcg.".into()
+            }
+            Self::Record(error) => error.remedy(),
+            Self::Machine(error) => error.remedy(),
+            Self::Workspace(error) => error.remedy(),
+            Self::Output { .. } => "Make room, or redirect the output elsewhere.".into(),
+            Self::Interrupted { .. } => "Start it again.".into(),
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Whether KVM works here: proved by a guest kernel that reaches the agent.
+//!
+//! Opening /dev/kvm proves nothing, nor does a stub: there are hosts where
+//! both work and no Linux boots. The verdict is kept for this boot of the
+//! host, this kernel and this QEMU.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::dirs::make_private;
+use super::host::Host;
+use super::{RunError, machine::Machine};
+use crate::error::Report;
+use crate::host::lease::write_durably;
+use crate::host::process;
+use crate::image::Image;
+use crate::plan::{KernelChoice, Plan};
+use crate::spec::{Accel, Bytes, Request, Spec, VmId};
+
+/// How long a small guest may take under KVM. Real hardware needs less than
+/// two seconds with the slowest kernel here.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Whether KVM works, and why not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// A guest kernel reached the agent.
+    pub usable: bool,
+    /// What was seen.
+    pub reason: String,
+    /// Taken from an earlier proof in this boot of the host.
+    #[serde(skip)]
+    pub cached: bool,
+}
+
+/// Proves KVM with `image`, or finds the earlier verdict.
+///
+/// # Errors
+/// The proof itself could not be attempted (no space, no image ...).
+pub async fn kvm(host: &Host, qemu: &Path, image: &Image) -> Result<Verdict, RunError> {
+    let refused = |reason: String| Verdict {
+        usable: false,
+        reason,
+        cached: false,
+    };
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        // Cheap to find out and easy to cure: not worth remembering.
+        return Ok(refused(match error.kind() {
+            io::ErrorKind::NotFound => "/dev/kvm does not exist: no virtualization in this CPU or its firmware settings, or the kvm module is not loaded".into(),
+            io::ErrorKind::PermissionDenied => "/dev/kvm may not be opened by this user: join its group (usually `kvm`)".into(),
+            _ => format!("/dev/kvm cannot be opened: {error}"),
+        }));
+    }
+    let path = verdict_file(host, qemu);
+    if let Some(verdict) = fs::read(&path)
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok())
+    {
+        return Ok(Verdict {
+            cached: true,
+            ..verdict
+        });
+    }
+    let verdict = match boot(host, qemu, image).await {
+        Ok(machine) => {
+            let ms = machine.phases().agent_us / 1000;
+            let _ = machine.kill().await;
+            Verdict {
+                usable: true,
+                reason: format!("a guest kernel reached its agent in {ms} ms"),
+                cached: false,
+            }
+        }
+        Err(RunError::Machine(error)) => {
+            let report = Report::of(&error);
+            match report.code.as_str() {
+                // These say something about KVM; others about the attempt.
+                "agent-silent" | "qemu-died" | "guest-panic" | "guest-ended" => refused(format!(
+                    "/dev/kvm opens, but no Linux guest boots on it: {}",
+                    report.what
+                )),
+                _ => return Err(error.into()),
+            }
+        }
+        Err(error) => return Err(error),
+    };
+    make_private(&host.dirs.runtime)
+        .and_then(|()| write_durably(&path, &serde_json::to_vec(&verdict)?))
+        .unwrap_or_else(|error| tracing::warn!("cannot keep the verdict on KVM: {error}"));
+    Ok(verdict)
+}
+
+async fn boot(host: &Host, qemu: &Path, image: &Image) -> Result<Machine, RunError> {
+    // The small image answers soonest; the asked one serves where it is missing.
+    let image = host.images().get("base").unwrap_or_else(|_| image.clone());
+    let spec = proof_spec(&image.id)?;
+    let kernel = KernelChoice {
+        path: image.kernel(),
+        format: image.manifest.kernel.format,
+    };
+    let facts = crate::host::probe::facts(qemu.to_owned());
+    let plan = Plan::new(&spec, &image, kernel, &facts)?;
+    host.start_unproved(&spec, plan, DEADLINE).await
+}
+
+fn proof_spec(image: &str) -> Result<Spec, RunError> {
+    let request = Request {
+        name: format!("proof-{}", VmId::random()).parse().ok(),
+        image: Some(image.to_owned()),
+        cpus: Some(1),
+        memory: Some(Bytes::mib(256)),
+        disk: Some(Bytes::mib(64)),
+        accel: Some(Accel::Kvm),
+        command: vec!["true".into()],
+        ..Request::default()
+    };
+    Ok(request.resolve()?)
+}
+
+/// One file for each boot of the host, kernel and QEMU build.
+fn verdict_file(host: &Host, qemu: &Path) -> PathBuf {
+    let kernel = nix::sys::utsname::uname()
+        .map(|name| format!("{:?} {:?}", name.release(), name.version()))
+        .unwrap_or_default();
+    let build = fs::metadata(qemu)
+        .map(|meta| format!("{} {} {}", meta.size(), meta.mtime(), meta.ino()))
+        .unwrap_or_default();
+    let key = format!(
+        "{}\n{kernel}\n{}\n{build}",
+        process::boot_id(),
+        qemu.display()
+    );
+    let digest: String = Sha256::digest(key.as_bytes())
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    host.dirs.runtime.join(format!("kvm-{digest}.json"))
+}

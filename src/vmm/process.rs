@@ -1,0 +1,156 @@
+//! A running VMM process, held by a pidfd: never polled, never mistaken.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Mutex;
+
+use nix::libc;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::host::lease::Lease;
+use crate::host::{process as host_process, sys};
+
+/// How a VMM process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitStatus {
+    /// Its exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+}
+
+/// A child process. Dropping it kills it and waits for its end.
+#[derive(Debug)]
+pub struct VmmProcess {
+    pid: i32,
+    start_time: u64,
+    pidfd: AsyncFd<OwnedFd>,
+    /// Set once the process was reaped: its id is free for others from then on.
+    ended: Mutex<Option<ExitStatus>>,
+}
+
+impl VmmProcess {
+    /// Takes over a child that was just forked; kills it if that fails.
+    ///
+    /// # Errors
+    /// No descriptor left.
+    pub(super) fn adopt_child(pid: i32) -> io::Result<Self> {
+        let open = || {
+            let pidfd = sys::watch(sys::pidfd_open(pid)?, Interest::READABLE)?;
+            let start_time = host_process::start_time(pid).ok_or(io::ErrorKind::NotFound)?;
+            Ok(Self {
+                pid,
+                start_time,
+                pidfd,
+                ended: Mutex::new(None),
+            })
+        };
+        open().inspect_err(|_: &io::Error| {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            // Our own child, not yet waited for: the id cannot be another's.
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
+            let _ = nix::sys::wait::waitpid(pid, None);
+        })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// What is written down about it.
+    pub fn lease(&self) -> Lease {
+        Lease::Process {
+            pid: self.pid,
+            start_time: self.start_time,
+            boot_id: host_process::boot_id(),
+        }
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// Somebody else reaped the child.
+    pub async fn wait(&self) -> io::Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
+            // A pidfd stays readable once the process has ended.
+            let _ = self.pidfd.readable().await?;
+        }
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Errors
+    /// Somebody else reaped the child.
+    pub fn try_wait(&self) -> io::Result<Option<ExitStatus>> {
+        self.reap(WaitPidFlag::WNOHANG)
+    }
+
+    /// Ends it at once. Succeeds when it has ended already.
+    ///
+    /// # Errors
+    /// It is not ours to signal.
+    pub fn kill(&self) -> io::Result<()> {
+        match sys::pidfd_send_signal(self.pidfd.get_ref().as_fd(), libc::SIGKILL) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Peak resident memory in KiB and CPU time in milliseconds so far.
+    pub fn usage(&self) -> Option<(u64, u64)> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let kib = peak.trim().trim_end_matches(" kB").parse().ok()?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
+        let ticks: u64 =
+            fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
+        // USER_HZ is 100 on every x86-64 Linux (proc(5)).
+        Some((kib, ticks * 10))
+    }
+
+    fn reap(&self, flag: WaitPidFlag) -> io::Result<Option<ExitStatus>> {
+        let mut ended = self
+            .ended
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        if ended.is_none() {
+            *ended = match waitid(
+                Id::PIDFd(self.pidfd.get_ref().as_fd()),
+                WaitPidFlag::WEXITED | flag,
+            ) {
+                Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus {
+                    code: Some(code),
+                    signal: None,
+                }),
+                Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus {
+                    code: None,
+                    signal: Some(signal as i32),
+                }),
+                // A pidfd opened with PIDFD_NONBLOCK answers EAGAIN.
+                Ok(_) | Err(nix::errno::Errno::EAGAIN) => None,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(*ended)
+    }
+}
+
+impl Drop for VmmProcess {
+    fn drop(&mut self) {
+        if matches!(self.try_wait(), Ok(None)) && self.kill().is_ok() {
+            let pid = nix::unistd::Pid::from_raw(self.pid);
+            let _ = nix::sys::wait::waitpid(pid, None);
+        }
+    }
+}

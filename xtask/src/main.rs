@@ -1,0 +1,45 @@
+//! Tasks of the developers and the README: `cargo xtask TASK`.
+
+mod kernel;
+mod packages;
+mod qemu10;
+mod qmp_schema;
+mod setup;
+mod test;
+mod try_run;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about)]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Set up what is missing and run a command in a microVM.
+    Try(try_run::Args),
+    /// Set up what is missing and pass all tests.
+    Test(test::Args),
+    /// Install what is missing and build the default image.
+    Setup(setup::Args),
+    /// Build the tuned kernel.
+    Kernel(kernel::Args),
+    /// Dumps of what each QEMU version offers.
+    QmpSchema(qmp_schema::Args),
+    /// Unpack QEMU 10.0 beside the host's own and print its path.
+    Qemu10(qemu10::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Args::parse().task {
+        Task::Try(args) => try_run::run(args),
+        Task::Test(args) => test::run(args),
+        Task::Setup(args) => setup::run(args),
+        Task::Kernel(args) => kernel::run(args),
+        Task::QmpSchema(args) => qmp_schema::run(args),
+        Task::Qemu10(args) => qemu10::run(args),
+    }
+}
