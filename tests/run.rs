@@ -2,7 +2,11 @@
 
 mod support;
 
-use support::Bulkhead;
+use std::io::{Read, Write};
+use std::process::Stdio;
+
+use nix::sys::signal::Signal;
+use support::{Bulkhead, machines};
 
 #[test]
 fn streams_stay_apart_and_the_exit_code_is_the_commands() {
@@ -71,66 +75,129 @@ fn the_outcome_says_that_emulation_is_no_isolation() {
 }
 
 #[test]
-fn a_hundred_megabytes_arrive_whole() {
-    let script = "head -c 100000000 /dev/zero";
-    let run = Bulkhead::new().run(&["--", "sh", "-c", script]);
-    assert_eq!((run.stdout.len(), run.code), (100_000_000, 0));
+fn a_hundred_megabytes_arrive_whole_in_little_memory() {
+    const SIZE: usize = 100_000_000;
+    let bulkhead = Bulkhead::new();
+    let script = format!("seq 1 20000000 | head -c {SIZE}");
+    let words = [
+        "run", "--accel", "tcg", "--image", "base", "--", "sh", "-c", &script,
+    ];
+    let mut child = bulkhead
+        .command(&words)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    let mut bytes = vec![0; SIZE - 1];
+    stdout.read_exact(&mut bytes).unwrap();
+    // Before its last byte is read, it is still there to be looked at.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+    stdout.read_to_end(&mut bytes).unwrap();
+    assert!(child.wait().unwrap().success());
+    let mut expected = Vec::with_capacity(SIZE + 16);
+    for number in 1.. {
+        writeln!(expected, "{number}").unwrap();
+        if expected.len() >= SIZE {
+            break;
+        }
+    }
+    expected.truncate(SIZE);
+    assert!(
+        bytes == expected,
+        "the output is not what the command wrote"
+    );
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let peak: usize = peak
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    assert!(peak < 64 * 1024, "{peak} KiB");
+}
+
+#[test]
+fn long_output_for_a_program_goes_to_a_file() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let run = bulkhead.run(&["--json", "--", "sh", "-c", "head -c 3000000 /dev/zero"]);
+    let outcome: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(outcome["stdout"]["bytes"], 3_000_000);
+    assert_eq!(outcome["stdout"]["complete"], false);
+    let file = outcome["stdout"]["file"].as_str().unwrap();
+    assert_eq!(std::fs::metadata(file).unwrap().len(), 3_000_000);
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_command() {
+    let bulkhead = Bulkhead::new();
+    let words = ["run", "--accel", "tcg", "--image", "base", "--", "yes"];
+    let mut child = bulkhead
+        .command(&words)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut start = [0; 2];
+    child.stdout.take().unwrap().read_exact(&mut start).unwrap();
+    assert_eq!(
+        (&start, child.wait().unwrap().code()),
+        (b"y\n", Some(128 + 13))
+    );
+}
+
+#[test]
+fn signals_are_forwarded() {
+    let script = "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.1; done";
+    let run = Bulkhead::new().start("signals", &["--", "sh", "-c", script]);
+    run.signal(Signal::SIGTERM);
+    let ran = run.finish();
+    assert_eq!((ran.stdout.as_str(), ran.code), ("caught\n", 9), "{ran:?}");
+}
+
+#[test]
+fn the_time_limit_ends_the_whole_tree() {
+    // Deaf to everything but SIGKILL, in a session of its own.
+    let script = "trap '' TERM HUP INT; setsid sh -c 'sleep 600' & echo ready; sleep 600";
+    let bulkhead = Bulkhead::new();
+    let ran = bulkhead
+        .start("limit", &["--timeout", "2s", "--", "sh", "-c", script])
+        .finish();
+    assert_eq!(ran.code, 124, "{ran:?}");
+    assert!(ran.stderr.contains("time limit"), "{ran:?}");
+}
+
+#[test]
+fn two_runs_at_once_do_not_meet() {
+    let bulkhead = Bulkhead::new();
+    let first = bulkhead.start("twin-a", &["--", "sh", "-c", "echo ready; read x; echo $x"]);
+    let second = bulkhead.start("twin-b", &["--", "sh", "-c", "echo ready; read x; echo $x"]);
+    let again = bulkhead.run(&["--name", "twin-a", "--", "true"]);
+    assert_eq!(again.code, 125, "{again:?}");
+    assert!(again.stderr.contains("name-in-use"), "{again:?}");
+    for run in [first, second] {
+        assert_eq!(run.finish().code, 0);
+    }
+}
+
+#[test]
+fn nothing_is_left_when_the_owner_is_killed() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let run = bulkhead.start("orphan", &["--", "sh", "-c", "echo ready; sleep 600"]);
+    assert_eq!(machines("orphan").len(), 1);
+    run.signal(Signal::SIGKILL);
+    run.finish();
+    let shown = bulkhead.raw(&["gc", "--dry-run"]);
+    assert!(shown.stdout.contains("would release orphan"), "{shown:?}");
+    let gc = bulkhead.raw(&["gc"]);
+    assert_eq!(gc.code, 0, "{gc:?}");
+    assert_eq!(machines("orphan"), [""; 0]);
+    assert!(!bulkhead.state().join("runs/orphan").exists());
+    assert_eq!(bulkhead.raw(&["gc"]).stdout, "");
 }
 
 #[test]
 fn q35_boots_too() {
     let run = Bulkhead::new().run(&["--machine", "q35", "--", "echo", "hi"]);
     assert_eq!((run.stdout.as_str(), run.code), ("hi\n", 0), "{run:?}");
-}
-
-#[test]
-fn changes_come_back_only_on_request() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("a.txt"), "one\n").unwrap();
-    let path = dir.path().to_str().unwrap();
-    let change = [
-        "--",
-        "sh",
-        "-c",
-        "cat a.txt; echo two > a.txt; echo new > b.txt",
-    ];
-    let bulkhead = Bulkhead::new();
-
-    let run = bulkhead.run(&[&["--workspace", path, "--diff"], &change[..]].concat());
-    assert_eq!((run.stdout.as_str(), run.code), ("one\n", 0), "{run:?}");
-    assert!(run.stderr.contains("-one\n+two\n"), "{run:?}");
-    assert_eq!(
-        std::fs::read_to_string(dir.path().join("a.txt")).unwrap(),
-        "one\n"
-    );
-
-    let run = bulkhead.run(&[&["--workspace", path, "--apply"], &change[..]].concat());
-    assert_eq!(run.code, 0, "{run:?}");
-    assert_eq!(
-        std::fs::read_to_string(dir.path().join("a.txt")).unwrap(),
-        "two\n"
-    );
-    assert_eq!(
-        std::fs::read_to_string(dir.path().join("b.txt")).unwrap(),
-        "new\n"
-    );
-}
-
-#[test]
-fn artifacts_come_back() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("out");
-    let words = [
-        "--artifacts",
-        path.to_str().unwrap(),
-        "--",
-        "sh",
-        "-c",
-        "echo x > /workspace/output/r",
-    ];
-    let run = Bulkhead::new().run(&words);
-    assert_eq!(run.code, 0, "{run:?}");
-    assert_eq!(std::fs::read_to_string(path.join("r")).unwrap(), "x\n");
 }
 
 #[test]
@@ -147,54 +214,73 @@ fn scripts_pick_their_interpreter() {
 }
 
 #[test]
+fn scripts_come_from_stdin_too() {
+    let script = b"#!/bin/sh\necho \"$0\" \"$1\"\n";
+    let run = Bulkhead::new().run_with_input(&["--script", "-", "--", "arg"], script);
+    assert!(run.stdout.ends_with(" arg\n") && run.code == 0, "{run:?}");
+    let run = Bulkhead::new().run_with_input(&["--script", "-"], b"no interpreter\n");
+    assert!(
+        run.code == 125 && run.stderr.contains("script-invalid"),
+        "{run:?}"
+    );
+}
+
+#[test]
 fn real_programs_work_in_the_default_image() {
-    let script = "set -e; python3 -c 'print(6*7)'; printf 'int main(){return 0;}' > m.c; \
-                  gcc m.c -o m && ./m; git init -q . && git -c user.name=a -c user.email=a@b \
-                  commit -q --allow-empty -m x; node -e 'console.log(1+1)'";
-    let run = Bulkhead::with_image("default").run(&["--", "sh", "-c", script]);
-    assert_eq!((run.stdout.as_str(), run.code), ("42\n2\n", 0), "{run:?}");
-}
-
-#[test]
-fn without_kvm_it_stops_with_reason_and_cure() {
-    let run = Bulkhead::new().raw(&["run", "--image", "base", "--", "true"]);
-    if run.code == 0 {
-        println!("skipped: without_kvm_it_stops_with_reason_and_cure: KVM works here");
-        return;
-    }
-    assert_eq!(run.code, 125, "{run:?}");
-    assert!(
-        run.stderr.contains("kvm-unusable") && run.stderr.contains("--accel tcg"),
-        "{run:?}"
-    );
-}
-
-#[test]
-fn a_missing_image_and_a_missing_qemu_are_named() {
-    let bulkhead = Bulkhead::new();
-    let run = bulkhead.raw(&["run", "--accel", "tcg", "--image", "nowhere", "--", "true"]);
-    assert!(run.code == 125 && run.stderr.contains("nowhere"), "{run:?}");
-    let run = bulkhead.run(&["--qemu", "/nowhere/qemu", "--", "true"]);
-    assert!(
-        run.code == 125 && run.stderr.contains("qemu-not-found"),
-        "{run:?}"
-    );
-}
-
-#[test]
-fn a_qemu_that_dies_is_quoted() {
     let dir = tempfile::tempdir().unwrap();
-    let qemu = dir.path().join("qemu");
-    std::fs::write(&qemu, "#!/bin/sh\necho 'no such machine' >&2; exit 1\n").unwrap();
-    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-    std::fs::set_permissions(&qemu, executable).unwrap();
-    let run = Bulkhead::new().run(&["--qemu", qemu.to_str().unwrap(), "--", "true"]);
-    assert_eq!(run.code, 125, "{run:?}");
-    assert!(
-        run.stderr.contains("qemu-died") && run.stderr.contains("no such machine"),
+    let script = dir.path().join("programs.sh");
+    std::fs::write(&script, REAL_PROGRAMS).unwrap();
+    let words = ["--timeout", "5m", "--script", script.to_str().unwrap()];
+    let run = Bulkhead::with_image("default").run(&words);
+    let lines: Vec<&str> = run.stdout.lines().collect();
+    assert_eq!(
+        (lines.as_slice(), run.code),
+        (&REAL_OUTPUT[..], 0),
         "{run:?}"
     );
 }
+
+/// What an agent does all day.
+const REAL_PROGRAMS: &str = r#"#!/bin/bash
+set -eu
+python3 -c 'print(6*7)'
+mkdir -p project/tests && cd project
+echo 'def add(a, b): return a + b' > sums.py
+touch tests/__init__.py
+cat > tests/test_sums.py <<'END'
+import unittest, sums
+class Sums(unittest.TestCase):
+    def test_add(self): self.assertEqual(sums.add(2, 3), 5)
+END
+python3 -m unittest 2>&1 | tail -1
+git init --quiet .
+git config user.name agent && git config user.email agent@example.com
+printf '__pycache__
+' > .gitignore
+git add . && git commit --quiet -m first
+git log --format=%s
+git status --porcelain
+cat > hello.c <<'END'
+#include <stdio.h>
+int main(void) { puts("compiled"); return 0; }
+END
+printf 'hello: hello.c
+	gcc -O1 -Wall -o hello hello.c
+' > Makefile
+make --silent && ./hello
+node -e 'console.log([1, 2, 3].map(n => n * n).join(" "))'
+rg --no-filename --count add sums.py
+readlink /proc/self/exe
+"#;
+const REAL_OUTPUT: [&str; 7] = [
+    "42",
+    "OK",
+    "first",
+    "compiled",
+    "1 4 9",
+    "1",
+    "/usr/bin/readlink",
+];
 
 #[test]
 fn core_runs_work_on_qemu_10() {

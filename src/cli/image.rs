@@ -1,9 +1,14 @@
 //! `bulkhead image`: build, show, import and remove images.
 
 use std::io::{self, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use crate::image::{AgentBinary, Builder, Image, KernelSource, Recipe, Result, Store, Summary};
+use super::Global;
+use super::message::Failure;
+use super::run::{self, word};
+use crate::image::{AgentBinary, Builder, Image, KernelSource, Recipe, Result, Summary};
+use crate::run::{Io, provision};
+use crate::spec::{Accel, Bytes, Profile, Request, Timeout};
 
 /// Options of `bulkhead image`.
 #[derive(Debug, clap::Args)]
@@ -45,8 +50,30 @@ enum Verb {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Build {
     /// Built-in recipe: base or default
-    #[arg(default_value = "default", conflicts_with = "recipe")]
+    #[arg(default_value = "default", conflicts_with_all = ["recipe", "from"])]
     built_in: String,
+    /// Provision: boot this image, run a script in it as root, and save the result
+    #[arg(long, value_name = "IMAGE", requires_all = ["run", "name"])]
+    #[arg(conflicts_with_all = ["recipe", "kernel", "agent"])]
+    from: Option<String>,
+    /// The script that provisions
+    #[arg(long, value_name = "FILE", requires = "from")]
+    run: Option<PathBuf>,
+    /// Limits of the provisioning machine [default: standard]
+    #[arg(long, requires = "from", value_parser = word::<Profile>)]
+    profile: Option<Profile>,
+    /// Its memory [default: the profile's]
+    #[arg(long, requires = "from")]
+    memory: Option<Bytes>,
+    /// Its disk [default: the profile's]
+    #[arg(long, requires = "from")]
+    disk: Option<Bytes>,
+    /// How long the script may take [default: 30m]
+    #[arg(long, requires = "from")]
+    timeout: Option<Timeout>,
+    /// kvm or tcg [default: kvm]
+    #[arg(long, env = "BULKHEAD_ACCEL", value_parser = word::<Accel>)]
+    accel: Option<Accel>,
     /// Recipe of your own
     #[arg(long, value_name = "FILE", requires = "name")]
     recipe: Option<PathBuf>,
@@ -61,11 +88,17 @@ pub(crate) struct Build {
     agent: Option<PathBuf>,
 }
 
-/// Runs the verb. Progress goes to `progress`, results to stdout.
-pub(crate) fn run(args: Args, store: &Store, json: bool, progress: impl Fn(&str)) -> Result<()> {
-    let builder = Builder::new(store).with_progress(progress);
+/// Runs the verb. Progress goes to stderr, results to stdout.
+pub(super) async fn run(args: Args, global: &Global) -> std::result::Result<(), Failure> {
+    let (store, json) = (global.host().images(), global.json);
+    let builder = Builder::new(&store).with_progress(|text| eprintln!("bulkhead: {text}"));
     match args.verb {
-        Verb::Build(build) => built(&build.run(&builder)?, json),
+        Verb::Build(build) => match (&build.from, &build.run) {
+            (Some(from), Some(script)) => {
+                built(&build.provision(from, script, global).await?, json);
+            }
+            _ => built(&build.run(&builder)?, json),
+        },
         Verb::Ls if json => print(&store.list()?),
         Verb::Ls => table(&store.list()?),
         Verb::Inspect { image } => inspect(&store.inspect(&image)?, json),
@@ -89,6 +122,35 @@ pub(crate) fn run(args: Args, store: &Store, json: bool, progress: impl Fn(&str)
 }
 
 impl Build {
+    async fn provision(
+        &self,
+        from: &str,
+        script: &Path,
+        global: &Global,
+    ) -> std::result::Result<Image, Failure> {
+        let request = Request {
+            image: Some(from.to_owned()),
+            profile: self.profile,
+            memory: self.memory,
+            disk: self.disk,
+            timeout: Some(self.timeout.unwrap_or(Timeout::secs(30 * 60))),
+            accel: self.accel,
+            user: Some("root".into()),
+            script: Some(run::read_script(script)?),
+            ..Request::default()
+        };
+        let host = global.host();
+        let io = Io {
+            // The result is all that belongs on stdout.
+            stdout: Some(Box::new(tokio::io::stderr())),
+            stderr: Some(Box::new(tokio::io::stderr())),
+            signals: run::signals()?,
+            ..Io::collecting(host.dirs.state.join("output"))
+        };
+        let name = self.name.as_deref().unwrap_or_default();
+        Ok(provision(&host, &request.resolve()?, name, io).await?)
+    }
+
     fn run(&self, builder: &Builder<'_>) -> Result<Image> {
         let recipe = match &self.recipe {
             Some(path) => Recipe::load(path)?,

@@ -108,12 +108,7 @@ pub fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match verb {
             Verb::Run(args) => run::run(*args, &global).await,
-            Verb::Image(args) => {
-                let say = |text: &str| eprintln!("bulkhead: {text}");
-                image::run(args, &global.host().images(), global.json, say)
-                    .map(|()| 0)
-                    .map_err(Failure::from)
-            }
+            Verb::Image(args) => image::run(args, &global).await.map(|()| 0),
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
             Verb::Console(args) => console::run(args, &global).await,

@@ -103,7 +103,7 @@ pub(super) struct Args {
 }
 
 /// Parses a word as the configuration file does, so that the two agree.
-fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+pub(super) fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     use serde::de::IntoDeserializer;
     let text: serde::de::value::StrDeserializer<'_, serde::de::value::Error> =
         text.into_deserializer();
@@ -163,7 +163,7 @@ impl Args {
     }
 }
 
-fn read_script(path: &Path) -> Result<Script, SpecError> {
+pub(super) fn read_script(path: &Path) -> Result<Script, SpecError> {
     let read = || {
         let mut content = Vec::new();
         let limit = Script::MAX as u64 + 1;
@@ -195,16 +195,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     if let Err(error) = crate::run::recover(&host.dirs, false) {
         tracing::debug!("recovery: {error}");
     }
-    let (sender, signals) = mpsc::channel(64);
-    watch_signals(&sender).map_err(|source| RunError::Output {
-        place: "signals".into(),
-        source,
-    })?;
-    let raw = if spec.command.terminal {
-        RawMode::enter()
-    } else {
-        None
-    };
+    let signals = signals()?;
     let collect = global.json;
     let io = Io {
         stdin: (!script_on_stdin).then(|| Box::new(tokio::io::stdin()) as _),
@@ -213,14 +204,14 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         spill: host.dirs.state.join("output"),
         signals,
         size: terminal::size(),
-        progress: progress(raw.is_some() || global.json),
+        progress: progress(spec.command.terminal, global.json),
     };
-    let result = crate::run::run(&host, &spec, io).await;
-    drop(raw);
-    let outcome = result.map_err(|error| match error {
-        RunError::Interrupted { signal } => Failure::from(error).with_code(128 + signal),
-        error => Failure::from(error),
-    })?;
+    let outcome = crate::run::run(&host, &spec, io)
+        .await
+        .map_err(|error| match error {
+            RunError::Interrupted { signal } => Failure::from(error).with_code(128 + signal),
+            error => Failure::from(error),
+        })?;
     report(&outcome, global.json);
     Ok(outcome.exit_code)
 }
@@ -249,17 +240,33 @@ fn report(outcome: &Outcome, json: bool) {
     }
 }
 
-/// Shows on a terminal what is being waited for.
-fn progress(quiet: bool) -> Box<dyn FnMut(Progress) + Send> {
-    if quiet || !std::io::stderr().is_terminal() {
-        return Box::new(|_| {});
-    }
-    Box::new(|progress| match progress {
-        Progress::Starting => eprint!("\rbulkhead: starting a machine\x1b[K"),
-        Progress::Sending => eprint!("\rbulkhead: sending the workspace\x1b[K"),
-        Progress::Running => eprint!("\r\x1b[K"),
-        Progress::Fetching => {}
+/// Shows on a terminal what is being waited for, and gives the terminal to the
+/// command for as long as it runs: until then Ctrl-C is Bulkhead's.
+fn progress(terminal: bool, quiet: bool) -> Box<dyn FnMut(Progress) + Send> {
+    let show = !quiet && std::io::stderr().is_terminal();
+    let mut raw: Option<RawMode> = None;
+    Box::new(move |progress| {
+        match progress {
+            Progress::Starting if show => eprint!("\rbulkhead: starting a machine\x1b[K"),
+            Progress::Sending if show => eprint!("\rbulkhead: sending the workspace\x1b[K"),
+            Progress::Running if show => eprint!("\r\x1b[K"),
+            _ => {}
+        }
+        drop(raw.take());
+        if terminal && progress == Progress::Running {
+            raw = RawMode::enter();
+        }
     })
+}
+
+/// The user's signals, for as long as the program runs.
+pub(super) fn signals() -> Result<mpsc::Receiver<Signal>, RunError> {
+    let (sender, signals) = mpsc::channel(64);
+    watch_signals(&sender).map_err(|source| RunError::Output {
+        place: "signals".into(),
+        source,
+    })?;
+    Ok(signals)
 }
 
 /// Passes signals on to the command for as long as the program runs.

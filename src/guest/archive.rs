@@ -31,8 +31,8 @@ mod warning;
 
 pub(crate) use beneath::{Beneath, copy_data, create_in, stat_in, umask};
 pub use error::Error;
-pub(crate) use name::is_bidi_or_invisible;
 pub use name::{Name, printable};
+pub(crate) use name::{is_bidi_or_invisible, link_stays_inside};
 pub use pack::{Kind, Manifest, PackLimits, Packed, Stamp, pack, pack_file};
 pub use unpack::{Modes, Options, Unpacked, UnpackedEntry, unpack};
 pub use warning::{Warning, Warnings};

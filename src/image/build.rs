@@ -123,9 +123,17 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// The archive is not acceptable, tar2sqfs fails, the disk is full.
     pub fn from_root_tar(&self, reader: impl Read, from: &Image, name: &str) -> Result<Image> {
+        const ARCHIVE: &str = "the root file system";
         let provisioned = Some(from.id.clone());
-        self.assemble(from, name, provisioned, "the root file system", |merge| {
-            merge.layer(reader, &HashMap::new())
+        let mut reader = reader;
+        self.assemble(from, name, provisioned, ARCHIVE, |merge| {
+            merge.layer(&mut reader, &HashMap::new())?;
+            // Whether its maker was content shows at the very end.
+            io::copy(&mut reader, &mut io::sink()).map_err(|source| Error::Archive {
+                archive: ARCHIVE.into(),
+                reason: source.to_string(),
+            })?;
+            Ok(())
         })
     }
 

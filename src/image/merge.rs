@@ -145,7 +145,10 @@ impl<W: Write> Merge<W> {
             self.write(path, meta, bytes.len() as u64, &mut &bytes[..])?;
         }
         for (path, text) in rules::FIXED {
-            if self.has(b"etc") && !matches!(self.seen.get(*path), Some(Node::Other)) {
+            let no_dir = |node: Option<&Node>| matches!(node, Some(Node::File | Node::Other));
+            if !no_dir(self.seen.get(&b"etc"[..]))
+                && !matches!(self.seen.get(*path), Some(Node::Other))
+            {
                 self.write(
                     path,
                     Meta::root(0o644),

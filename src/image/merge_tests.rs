@@ -82,6 +82,10 @@ fn devices_and_machine_state_are_left_out() {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(kind);
         header.set_size(0);
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
         builder
             .append_data(&mut header, name, std::io::empty())
             .unwrap();

@@ -29,6 +29,7 @@ pub use initramfs::AgentBinary;
 pub use kernel::KernelSource;
 pub use manifest::{Agent, File, Kernel, KernelFormat, Manifest, Package};
 pub use recipe::{Recipe, Variant};
+pub(crate) use store::check_name;
 pub use store::{Lock, Store, Summary};
 
 /// An image on disk whose files were checked against its manifest.

@@ -480,7 +480,7 @@ fn is_id(text: &str) -> bool {
 }
 
 /// Refuses what cannot be the name of an image.
-pub(super) fn check_name(name: &str) -> Result<()> {
+pub(crate) fn check_name(name: &str) -> Result<()> {
     let reason = if name.is_empty() || name.len() > 64 {
         "it must have 1 to 64 characters"
     } else if name.starts_with("sha256-") {

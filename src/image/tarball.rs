@@ -151,7 +151,7 @@ mod tests {
             .entry(
                 long.as_bytes(),
                 Meta::root(0o4755),
-                Some(b"\x01\n\x00"),
+                Some(b"\x01\x02\x00"),
                 body,
             )
             .unwrap();

@@ -132,7 +132,7 @@ mod tests {
             text.ends_with("agent:x:1001:1000:,,,:/home/agent:/bin/sh\n"),
             "{text}"
         );
-        assert_eq!(text.matches("root:").count(), 1);
+        assert_eq!(text.matches("root:x:").count(), 1);
         assert_eq!(accounts.files.len(), 4);
     }
 

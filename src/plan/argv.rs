@@ -195,7 +195,14 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
     let (accel, cpu) = match spec.accel {
         // Nested virtualization is a way out that nobody asked for.
         Accel::Kvm => ("kvm".to_owned(), "host,-vmx,-svm"),
-        Accel::Tcg => ("tcg,thread=multi".to_owned(), "max,-svm"),
+        // Without SVM, QEMU 7.2 ends the extended CPUID leaves before the one
+        // with the address sizes, and a kernel with five-level page tables then
+        // takes its own addresses for wild ones: paths in /proc read "xxxx".
+        // Four levels are also less to walk.
+        Accel::Tcg => (
+            "tcg,thread=multi".to_owned(),
+            "max,-svm,-la57,xlevel=0x80000008",
+        ),
     };
     list.push(Box::new(Valued("-accel", accel)));
     list.push(Box::new(Valued("-cpu", cpu.into())));

@@ -237,10 +237,14 @@ impl Serving {
         };
         let console = console.as_mut()?;
         write_line(&mut connection, &Answer::Console).await.ok()?;
-        tokio::io::copy_bidirectional(&mut connection, console)
-            .await
-            .ok()
-            .map(|_| ())
+        // The console outlives the connection: neither side is shut down.
+        let (mut from_user, mut to_user) = connection.split();
+        let (mut from_guest, mut to_guest) = console.split();
+        tokio::select! {
+            _ = tokio::io::copy(&mut from_user, &mut to_guest) => {}
+            _ = tokio::io::copy(&mut from_guest, &mut to_user) => {}
+        }
+        Some(())
     }
 }
 

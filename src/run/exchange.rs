@@ -129,6 +129,11 @@ impl Exchange {
         })
     }
 
+    /// The workspace, its directory resolved.
+    pub(super) fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
     /// The user a command runs as: in a share the owner of the files, because
     /// nobody else could write them.
     pub(super) fn user(&self, spec: &Spec) -> Option<String> {
@@ -174,6 +179,13 @@ impl Exchange {
                     read_only: self.workspace.read_only,
                 };
                 channel.ask("mount the workspace", &mount, ANSWER).await?;
+                if !self.workspace.read_only && dir.join(".git").exists() {
+                    warnings.push(format!(
+                        "the guest can change hooks and configuration of the repository in {}: \
+                         look at them before you use git there, or use workspace mode `copy`",
+                        dir.display()
+                    ));
+                }
                 if self.owner == Some(0) && spec.command.user.is_none() && !self.workspace.read_only
                 {
                     warnings.push(format!(
@@ -296,7 +308,7 @@ fn pack_script(script: &Script, writer: impl io::Write) -> Result<(), archive::E
 }
 
 /// A pipe between a thread that blocks and the runtime.
-fn pipe() -> Result<(UnixStream, std::os::unix::net::UnixStream), super::RunError> {
+pub(super) fn pipe() -> Result<(UnixStream, std::os::unix::net::UnixStream), super::RunError> {
     let pair = || {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
         ours.set_nonblocking(true)?;
@@ -314,7 +326,7 @@ fn pipe() -> Result<(UnixStream, std::os::unix::net::UnixStream), super::RunErro
 }
 
 /// Bounds the time in which the guest must take or give the next bytes.
-async fn in_time<T>(
+pub(super) async fn in_time<T>(
     what: &str,
     work: impl Future<Output = Result<T, GuestError>>,
 ) -> Result<T, GuestError> {
@@ -402,7 +414,7 @@ async fn receive<T: Send + 'static>(
 }
 
 /// What a thread gave; its panic goes on here.
-fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
+pub(super) fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
     match result {
         Ok(value) => value,
         Err(error) => match error.try_into_panic() {

@@ -92,7 +92,9 @@ impl Host {
                 });
             }
         }
-        let machine = self.start_unproved(spec, plan, self.boot_timeout).await?;
+        let lock = image.lock()?;
+        let mut machine = self.start_unproved(spec, plan, self.boot_timeout).await?;
+        machine.hold(lock);
         Ok((image, machine))
     }
 

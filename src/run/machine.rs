@@ -15,7 +15,7 @@ use super::error::MachineError;
 use super::record::{Record, RecordError};
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::{probe, sys};
-use crate::image::scratch;
+use crate::image::{Lock, scratch};
 use crate::plan::{self, Descriptor, Plan};
 use crate::qmp::Monitor;
 use crate::spec::fill_random;
@@ -58,6 +58,8 @@ pub struct Machine {
     emergency: Option<UnixStream>,
     qga: Option<UnixStream>,
     phases: Phases,
+    /// Keeps its image from being removed.
+    image: Option<Lock>,
 }
 
 /// Our ends of the descriptors QEMU is given.
@@ -106,6 +108,7 @@ impl Machine {
                     emergency,
                     qga,
                     phases,
+                    image: None,
                 })
             }
             Err(error) => {
@@ -256,6 +259,11 @@ impl Machine {
     /// How long the phases of the start took.
     pub fn phases(&self) -> Phases {
         self.phases
+    }
+
+    /// Keeps `image` from being removed while the machine lives.
+    pub fn hold(&mut self, image: Lock) {
+        self.image = Some(image);
     }
 
     /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.

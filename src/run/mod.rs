@@ -11,9 +11,11 @@ mod host;
 mod machine;
 mod outcome;
 pub mod prove;
+mod provision;
 mod record;
 mod recovery;
 mod runner;
+mod share;
 pub mod workspace;
 
 use std::path::PathBuf;
@@ -25,6 +27,7 @@ pub use error::MachineError;
 pub use host::Host;
 pub use machine::{Machine, Phases, StartOptions};
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
+pub use provision::provision;
 pub use record::{Record, RecordError};
 pub use recovery::{Found, recover};
 pub use runner::{Io, Progress, Signal, run};
@@ -85,12 +88,27 @@ pub enum RunError {
         #[source]
         source: std::io::Error,
     },
+    /// A script that was to make an image failed.
+    #[error("the script {}; no image was made", script_end(*.code, *.timed_out))]
+    Script {
+        /// Its exit code.
+        code: i32,
+        /// The time limit ended it.
+        timed_out: bool,
+    },
     /// The user ended it before the command ran.
     #[error("interrupted by signal {signal} before the command ran")]
     Interrupted {
         /// The signal.
         signal: i32,
     },
+}
+
+fn script_end(code: i32, timed_out: bool) -> String {
+    match timed_out {
+        true => "ran out of time".to_owned(),
+        false => format!("ended with exit code {code}"),
+    }
 }
 
 impl From<crate::guest::GuestError> for RunError {
@@ -113,6 +131,7 @@ impl Explain for RunError {
             Self::Workspace(error) => error.code(),
             Self::Output { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Output { .. } => "output-unwritable",
+            Self::Script { .. } => "script-failed",
             Self::Interrupted { .. } => "interrupted",
         }
     }
@@ -133,6 +152,10 @@ impl Explain for RunError {
             Self::Machine(error) => error.remedy(),
             Self::Workspace(error) => error.remedy(),
             Self::Output { .. } => "Make room, or redirect the output elsewhere.".into(),
+            Self::Script {
+                timed_out: true, ..
+            } => "Give it more time with --timeout.".into(),
+            Self::Script { .. } => "Correct the script; its output is above.".into(),
             Self::Interrupted { .. } => "Start it again.".into(),
         }
     }

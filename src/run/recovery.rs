@@ -7,8 +7,10 @@ use serde::Serialize;
 
 use super::dirs::Dirs;
 use super::record::{RecordError, io_error, lock_run, lock_runs};
+use super::share;
 use crate::error::{Explain, Report};
 use crate::host::lease::{Journal, Lease};
+use crate::spec::{Spec, WorkspaceMode};
 
 /// What was found in one run's directory.
 #[derive(Debug, Clone, Serialize)]
@@ -93,6 +95,25 @@ fn dead(id: String, leases: Vec<Lease>, errors: &[&dyn Explain]) -> Found {
     }
 }
 
+/// Makes the shared workspace of a dead run ordinary. It may be long gone.
+fn settle_share(dir: &Path) {
+    let spec: Option<Spec> = fs::read(dir.join("spec.json"))
+        .ok()
+        .and_then(|text| serde_json::from_slice(&text).ok());
+    let Some(workspace) = spec.map(|spec| spec.workspace) else {
+        return;
+    };
+    if let (WorkspaceMode::Share, false, Some(dir)) =
+        (workspace.mode, workspace.read_only, &workspace.dir)
+        && let Err(error) = share::settle(dir)
+    {
+        tracing::warn!(
+            "the shared workspace {} keeps QEMU's owners: {error}",
+            dir.display()
+        );
+    }
+}
+
 /// Releases one run if its owner is dead. The caller holds the lock on all runs.
 pub(super) fn recover_one(dir: &Path) -> Found {
     let id = name(dir);
@@ -112,6 +133,7 @@ pub(super) fn recover_one(dir: &Path) -> Found {
         let errors: Vec<&dyn Explain> = errors.iter().map(|error| error as &dyn Explain).collect();
         return dead(id, leases, &errors);
     }
+    settle_share(dir);
     match fs::remove_dir_all(dir) {
         Ok(()) => dead(id, leases, &[]),
         Err(source) => {

@@ -9,13 +9,15 @@ use tokio::sync::mpsc;
 
 use super::capture::Capture;
 use super::control;
-use super::exchange::Exchange;
+use super::exchange::{Exchange, joined};
 use super::host::Host;
 use super::machine::Machine;
 use super::outcome::{Outcome, Resources, TIMED_OUT, Times};
+use super::share;
 use super::{MachineError, RunError};
 use crate::error::Report;
 use crate::guest::{GuestError, Input, Output, Stream};
+use crate::image::Image;
 use crate::plan::Channel;
 use crate::spec::{Accel, ChannelKind, Spec, fill_random};
 
@@ -87,12 +89,13 @@ impl Io {
 pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> {
     let begin = Instant::now();
     let mut io = io;
-    (io.progress)(Progress::Starting);
     let exchange = Exchange::prepare(&spec.workspace)?;
-    let (image, mut machine) = tokio::select! {
-        started = host.start(spec) => started?,
-        signal = interruption(&mut io.signals) => return Err(RunError::Interrupted { signal }),
+    // With its directories as they were found, for the record.
+    let spec = &Spec {
+        workspace: exchange.workspace().clone(),
+        ..spec.clone()
     };
+    let (image, mut machine) = start(host, spec, &mut io).await?;
     let done = Session {
         host,
         spec,
@@ -108,12 +111,26 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     };
     let phases = machine.phases();
     // A share's last writes are the guest's to flush; all else goes with it.
-    let removed = if machine.plan().share.is_some() {
+    let share = machine.plan().share.clone();
+    let removed = if share.is_some() {
         machine.stop(Duration::from_secs(10)).await
     } else {
         machine.kill().await
     };
+    let settled = match share.filter(|share| !share.read_only) {
+        Some(share) => {
+            let settle = tokio::task::spawn_blocking(move || share::settle(&share.dir));
+            joined(settle.await)
+        }
+        None => Ok(share::Settled::default()),
+    };
     let mut done = done?;
+    match settled {
+        Ok(settled) => done.warnings.extend(settled.warnings),
+        Err(error) => done
+            .warnings
+            .push(format!("the shared workspace keeps QEMU's owners: {error}")),
+    }
     for error in removed.err().into_iter().flatten() {
         done.warnings.push(format!(
             "left behind, `bulkhead gc` will try again: {error}"
@@ -153,6 +170,19 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     })
 }
 
+/// Starts a machine, unless the user changes their mind meanwhile.
+pub(super) async fn start(
+    host: &Host,
+    spec: &Spec,
+    io: &mut Io,
+) -> Result<(Image, Machine), RunError> {
+    (io.progress)(Progress::Starting);
+    tokio::select! {
+        started = host.start(spec) => started,
+        signal = interruption(&mut io.signals) => Err(RunError::Interrupted { signal }),
+    }
+}
+
 fn micros(begin: Instant) -> u64 {
     u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
@@ -171,10 +201,10 @@ async fn interruption(signals: &mut mpsc::Receiver<Signal>) -> i32 {
 
 /// What a session gives.
 #[derive(Default)]
-struct Done {
+pub(super) struct Done {
     exit: Exit,
-    exit_code: i32,
-    timed_out: bool,
+    pub(super) exit_code: i32,
+    pub(super) timed_out: bool,
     refused: Option<Report>,
     stdout: Option<super::outcome::Captured>,
     stderr: Option<super::outcome::Captured>,
@@ -185,15 +215,15 @@ struct Done {
 }
 
 /// One command in one machine.
-struct Session<'a> {
-    host: &'a Host,
-    spec: &'a Spec,
-    machine: &'a mut Machine,
-    exchange: Exchange,
+pub(super) struct Session<'a> {
+    pub(super) host: &'a Host,
+    pub(super) spec: &'a Spec,
+    pub(super) machine: &'a mut Machine,
+    pub(super) exchange: Exchange,
 }
 
 impl Session<'_> {
-    async fn run(mut self, mut io: Io) -> Result<Done, RunError> {
+    pub(super) async fn run(mut self, mut io: Io) -> Result<Done, RunError> {
         let _control = control::serve(&self.host.dirs, self.spec, self.machine).await?;
         match self.steps(&mut io).await {
             // The channel breaks when the machine ends; the machine knows why.

@@ -1,8 +1,9 @@
 //! The program under test, with directories of its own and the prepared images.
+#![allow(dead_code)] // each test file uses a part of it
 
-use std::io::Write;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 /// The `bulkhead` binary, on the state directory that `cargo xtask test` prepared.
 pub(crate) struct Bulkhead {
@@ -50,11 +51,61 @@ impl Bulkhead {
         self.call(words, b"")
     }
 
-    fn call(&self, words: &[&str], input: &[u8]) -> Ran {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_bulkhead"))
+    /// Directory with images and runs.
+    pub(crate) fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// A state directory of its own, with the prepared images in it.
+    pub(crate) fn with_own_state(self) -> Self {
+        let state = self.runtime.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        std::os::unix::fs::symlink(self.state.join("images"), state.join("images")).unwrap();
+        Self { state, ..self }
+    }
+
+    /// Another state directory.
+    pub(crate) fn with_state(self, state: &Path) -> Self {
+        let state = state.to_owned();
+        Self { state, ..self }
+    }
+
+    /// The program with its directories, to be started by hand.
+    pub(crate) fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
+        command
             .args(words)
             .env("BULKHEAD_STATE_DIR", &self.state)
-            .env("BULKHEAD_RUNTIME_DIR", self.runtime.path())
+            .env("BULKHEAD_RUNTIME_DIR", self.runtime.path());
+        command
+    }
+
+    /// Starts `bulkhead run --name NAME` under emulation and waits until the
+    /// command's first line, which must be `ready`.
+    pub(crate) fn start(&self, name: &str, words: &[&str]) -> Started {
+        let fixed = [
+            "run", "--accel", "tcg", "--image", self.image, "--name", name,
+        ];
+        let mut child = self
+            .command(&[&fixed, words].concat())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        let started = Started { child, stdout };
+        if line != "ready\n" {
+            panic!("it did not get ready: {:?}", started.finish());
+        }
+        started
+    }
+
+    fn call(&self, words: &[&str], input: &[u8]) -> Ran {
+        let mut child = self
+            .command(words)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -62,12 +113,66 @@ impl Bulkhead {
             .unwrap();
         // A program that ends early does not take its input.
         let _ = child.stdin.take().unwrap().write_all(input);
-        let output = child.wait_with_output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
+        ran(child.wait_with_output().unwrap())
+    }
+}
+
+fn ran(output: std::process::Output) -> Ran {
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    Ran {
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+        code: output.status.code().unwrap_or(-1),
+    }
+}
+
+/// A run that is under way; killed when dropped.
+pub(crate) struct Started {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Started {
+    pub(crate) fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for the end; what was read before is not in its output.
+    pub(crate) fn finish(mut self) -> Ran {
+        drop(self.child.stdin.take());
+        let mut stdout = String::new();
+        self.stdout.read_to_string(&mut stdout).unwrap();
+        let mut stderr = String::new();
+        let pipe = self.child.stderr.as_mut().unwrap();
+        pipe.read_to_string(&mut stderr).unwrap();
+        let code = self.child.wait().unwrap().code().unwrap_or(-1);
         Ran {
-            stdout: text(output.stdout),
-            stderr: text(output.stderr),
-            code: output.status.code().unwrap_or(-1),
+            stdout,
+            stderr,
+            code,
         }
     }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// QEMU processes whose command line names this machine.
+pub(crate) fn machines(name: &str) -> Vec<String> {
+    let name = format!("{name},debug-threads=on");
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|process| std::fs::read(process.path().join("cmdline")).ok())
+        .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
+        .filter(|line| line.contains(&name))
+        .collect()
 }

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
 
 use bulkhead_agent::{Info, Interface, Process};
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::SockaddrStorage;
 use nix::sys::utsname::uname;
+use nix::time::{ClockId, clock_gettime};
 
 /// Most processes listed.
 const MAX_PROCESSES: usize = 256;
@@ -16,8 +18,7 @@ const MAX_COMMAND: usize = 128;
 /// Collects it all; what cannot be read stays empty.
 pub(crate) fn collect() -> Info {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
-    let seconds = uptime.split(' ').next().and_then(|text| text.parse().ok());
+    let uptime = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
     let name = uname().ok();
     let text = |part: Option<&std::ffi::OsStr>| {
         part.map_or_else(String::new, |part| part.to_string_lossy().into_owned())
@@ -26,7 +27,7 @@ pub(crate) fn collect() -> Info {
         os: os_name(&fs::read_to_string("/etc/os-release").unwrap_or_default()),
         kernel: text(name.as_ref().map(|name| name.release())),
         hostname: text(name.as_ref().map(|name| name.nodename())),
-        uptime_ms: seconds.map_or(0, |seconds: f64| (seconds * 1000.0) as u64),
+        uptime_ms: uptime.map_or(0, |uptime| uptime.as_millis() as u64),
         memory_kib: field(&memory, "MemTotal:"),
         available_kib: field(&memory, "MemAvailable:"),
         interfaces: interfaces(),

@@ -61,9 +61,31 @@ pub(super) fn mount_the_rest() {
         let made = symlink(target, link).context(|| format!("cannot link {link}"));
         report(made);
     }
+    report(link_ports());
     report(make_dir("/run/lock", 0o1777, None));
     // On disk, not a tmpfs: a big build must not eat the machine's memory.
     report(make_dir("/tmp", 0o1777, None));
+}
+
+/// Links in /dev/virtio-ports by name, as udev makes them: programs such as
+/// qemu-guest-agent look there.
+fn link_ports() -> Result<()> {
+    const PORTS: &str = "/dev/virtio-ports";
+    let Ok(ports) = fs::read_dir("/sys/class/virtio-ports") else {
+        return Ok(());
+    };
+    make_dir(PORTS, 0o755, None)?;
+    for port in ports.flatten() {
+        let name = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+        let name = name.trim();
+        if name.is_empty() || name.contains('/') || name.starts_with('.') {
+            continue;
+        }
+        let link = Path::new(PORTS).join(name);
+        let target = Path::new("..").join(port.file_name());
+        symlink(target, &link).context(|| format!("cannot link {}", link.display()))?;
+    }
+    Ok(())
 }
 
 /// The workspace directories, for the default user where there is one.

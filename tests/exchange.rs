@@ -1,0 +1,228 @@
+//! Directories that go into the guest and come back.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use support::Bulkhead;
+
+/// Path, mode and content of every file and link below `dir`.
+fn files(dir: &Path) -> BTreeMap<PathBuf, (u32, Vec<u8>)> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(at) = pending.pop() {
+        for entry in fs::read_dir(at).unwrap() {
+            let path = entry.unwrap().path();
+            let meta = fs::symlink_metadata(&path).unwrap();
+            if meta.is_dir() {
+                pending.push(path);
+                continue;
+            }
+            let content = match meta.is_symlink() {
+                true => fs::read_link(&path)
+                    .unwrap()
+                    .into_os_string()
+                    .into_encoded_bytes(),
+                false => fs::read(&path).unwrap(),
+            };
+            let name = path.strip_prefix(dir).unwrap().to_owned();
+            found.insert(name, (meta.mode() & 0o7777, content));
+        }
+    }
+    found
+}
+
+#[test]
+fn changes_come_back_only_on_request() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.txt"), "one\n").unwrap();
+    fs::write(dir.path().join("gone.txt"), "x").unwrap();
+    let path = dir.path().to_str().unwrap();
+    let script = "cat a.txt; echo two > a.txt; echo new > b.txt; rm gone.txt";
+    let change = ["--", "sh", "-c", script];
+    let bulkhead = Bulkhead::new();
+    let before = files(dir.path());
+
+    let run = bulkhead.run(&[&["--workspace", path, "--diff"], &change[..]].concat());
+    assert_eq!((run.stdout.as_str(), run.code), ("one\n", 0), "{run:?}");
+    assert!(run.stderr.contains("-one\n+two\n"), "{run:?}");
+    assert_eq!(files(dir.path()), before);
+
+    let run = bulkhead.run(&[&["--json", "--workspace", path, "--apply"], &change[..]].concat());
+    assert_eq!(run.code, 0, "{run:?}");
+    let outcome: serde_json::Value = serde_json::from_str(&run.stdout).unwrap();
+    assert_eq!(
+        outcome["changes"]["changed"],
+        serde_json::json!(["a.txt", "b.txt"])
+    );
+    assert_eq!(
+        outcome["changes"]["removed"],
+        serde_json::json!(["gone.txt"])
+    );
+    let content = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    assert_eq!(
+        (content("a.txt").as_str(), content("b.txt").as_str()),
+        ("two\n", "new\n")
+    );
+    assert!(!dir.path().join("gone.txt").exists());
+}
+
+#[test]
+fn ten_thousand_files_go_in_and_come_back_identical() {
+    let dir = tempfile::tempdir().unwrap();
+    for n in 0..10_000 {
+        let sub = dir.path().join(format!("in/{}", n / 200));
+        fs::create_dir_all(&sub).unwrap();
+        fs::write(sub.join(format!("file {n}")), format!("content of {n}\n")).unwrap();
+    }
+    let path = dir.path().to_str().unwrap();
+    let words = [
+        "--workspace",
+        path,
+        "--apply",
+        "--",
+        "cp",
+        "-a",
+        "in",
+        "out",
+    ];
+    let run = Bulkhead::new().run(&words);
+    assert_eq!(run.code, 0, "{run:?}");
+    let (went, came) = (
+        files(&dir.path().join("in")),
+        files(&dir.path().join("out")),
+    );
+    assert_eq!((went.len(), went == came), (10_000, true));
+}
+
+#[test]
+fn a_repository_comes_back_without_what_git_would_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let git = |words: &[&str]| {
+        let mut git = std::process::Command::new("git");
+        git.current_dir(dir.path())
+            .args(["-c", "user.name=a", "-c", "user.email=a@b"]);
+        let output = git.args(words).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    git(&["init", "--quiet"]);
+    fs::write(dir.path().join("f"), "one\n").unwrap();
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "-m", "first"]);
+    let script = "set -e; echo two > f; git config user.name agent; git config user.email a@b; \
+        git commit --quiet -a -m second; git config core.fsmonitor 'touch /tmp/pwned'; \
+        git config core.hooksPath /workspace/work; git config filter.x.clean 'touch /tmp/pwned'; \
+        printf '#!/bin/sh\\n' > .git/hooks/pre-commit; chmod +x .git/hooks/pre-commit";
+    let path = dir.path().to_str().unwrap();
+    let words = ["--workspace", path, "--apply", "--", "sh", "-c", script];
+    let run = Bulkhead::with_image("default").run(&words);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(git(&["log", "--format=%s"]), "second\nfirst\n");
+    assert_eq!(git(&["status", "--porcelain"]), "");
+    assert!(!dir.path().join(".git/hooks/pre-commit").exists());
+    let config = fs::read_to_string(dir.path().join(".git/config")).unwrap();
+    for key in ["fsmonitor", "hooksPath", "clean"] {
+        assert!(!config.contains(key), "{config}");
+    }
+    assert!(run.stderr.contains("fsmonitor"), "{run:?}");
+}
+
+#[test]
+fn artifacts_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out");
+    let script = "cd /workspace/output; mkdir d; echo x > d/r; ln -s /etc/passwd leak; \
+                  truncate -s 5G sparse";
+    let words = [
+        "--artifacts",
+        path.to_str().unwrap(),
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let run = Bulkhead::new().run(&words);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(fs::read_to_string(path.join("d/r")).unwrap(), "x\n");
+    assert!(fs::symlink_metadata(path.join("leak")).is_err());
+    assert!(run.stderr.contains("leak"), "{run:?}");
+    let sparse = fs::metadata(path.join("sparse")).unwrap();
+    assert_eq!((sparse.len(), sparse.blocks() < 1000), (5 << 30, true));
+}
+
+#[test]
+fn a_share_is_live_and_leaves_ordinary_files() {
+    // On a file system with extended attributes.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    chown(dir.path(), Some(12345), Some(12346)).unwrap();
+    let path = |name: &str| dir.path().join(name);
+    fs::write(path("in"), "from the host\n").unwrap();
+    chown(path("in"), Some(12345), Some(12346)).unwrap();
+    let script = "cat in; echo more >> in; mkdir d; printf '#!/bin/sh\\n' > d/tool; \
+                  chmod 755 d/tool; ln -s tool d/link; id -u; umask 077; echo x > private";
+    let shared = dir.path().to_str().unwrap();
+    let words = [
+        "--workspace",
+        shared,
+        "--workspace-mode",
+        "share",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let run = Bulkhead::new().run(&words);
+    assert_eq!(
+        (run.stdout.as_str(), run.code),
+        ("from the host\n12345\n", 0),
+        "{run:?}"
+    );
+    assert_eq!(
+        fs::read_to_string(path("in")).unwrap(),
+        "from the host\nmore\n"
+    );
+    for (name, mode) in [
+        ("d", 0o755),
+        ("d/tool", 0o755),
+        ("private", 0o600),
+        ("in", 0o644),
+    ] {
+        let meta = fs::metadata(path(name)).unwrap();
+        let seen = (meta.uid(), meta.gid(), meta.mode() & 0o7777);
+        assert_eq!(seen, (12345, 12346, mode), "{name}");
+    }
+    assert_eq!(fs::read_link(path("d/link")).unwrap(), Path::new("tool"));
+    let meta = fs::symlink_metadata(path("d/link")).unwrap();
+    assert_eq!(meta.uid(), 12345);
+}
+
+#[test]
+fn a_read_only_share_cannot_be_written() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
+    fs::write(dir.path().join("in"), "x\n").unwrap();
+    let before = files(dir.path());
+    // Root in the guest may remount as it likes: the host says no.
+    let script = "cat in; mount -o remount,rw /workspace/work; echo y > in; touch new; rm in";
+    let path = dir.path().to_str().unwrap();
+    let words = [
+        "--workspace",
+        path,
+        "--workspace-mode",
+        "share:ro",
+        "--user",
+        "root",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let run = Bulkhead::new().run(&words);
+    assert_eq!(run.stdout, "x\n", "{run:?}");
+    assert_ne!(run.code, 0);
+    assert_eq!(files(dir.path()), before);
+}

@@ -1,0 +1,259 @@
+//! One machine through the library, and what others see of it meanwhile.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead::error::Explain as _;
+use bulkhead::guest::Output;
+use bulkhead::run::{Dirs, Host};
+use bulkhead::spec::{Accel, Request as Wish, Spec};
+use bulkhead_agent::{Exec, Request};
+use nix::pty::{Winsize, openpty};
+use rustix::termios::tcsetwinsize;
+use support::Bulkhead;
+
+fn host(runtime: &tempfile::TempDir) -> Host {
+    let state = std::env::var_os("BULKHEAD_TEST_STATE").expect("run `cargo xtask test`");
+    Host {
+        die_with_thread: true,
+        ..Host::new(Dirs {
+            state: state.into(),
+            runtime: runtime.path().to_owned(),
+        })
+    }
+}
+
+fn spec() -> Spec {
+    let wish = Wish {
+        image: Some("base".into()),
+        accel: Some(Accel::Tcg),
+        command: vec!["true".into()],
+        ..Wish::default()
+    };
+    wish.resolve().unwrap()
+}
+
+#[tokio::test]
+async fn two_hundred_commands_at_once_all_answer() {
+    let runtime = tempfile::tempdir().unwrap();
+    let (_, machine) = host(&runtime).start(&spec()).await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..200 {
+        let channel = machine.channel().clone();
+        tasks.spawn(async move {
+            let exec = Exec {
+                argv: ["sh", "-c", &format!("echo {n}; exit {}", n % 100)]
+                    .map(str::to_owned)
+                    .into(),
+                ..Exec::default()
+            };
+            let mut stream = channel.open(&Request::Exec(exec)).await.unwrap();
+            stream.started("run sh").await.unwrap();
+            let mut text = Vec::new();
+            loop {
+                match stream.next().await.unwrap() {
+                    Output::Out(bytes) => text.extend(bytes),
+                    Output::Err(bytes) => panic!("{}", String::from_utf8_lossy(&bytes)),
+                    Output::Exit(exit) => break (n, text, exit.code),
+                }
+            }
+        });
+    }
+    let mut answers = 0;
+    while let Some(answer) = tasks.join_next().await {
+        let (n, text, code) = answer.unwrap();
+        assert_eq!((text, code), (format!("{n}\n").into_bytes(), Some(n % 100)));
+        answers += 1;
+    }
+    assert_eq!(answers, 200);
+    machine.stop(Duration::from_secs(20)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_silent_guest_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = dir.path().join("qemu");
+    // Started, but its processors never run.
+    std::fs::write(&qemu, "#!/bin/sh\nexec qemu-system-x86_64 -S \"$@\"\n").unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&qemu, executable).unwrap();
+    let host = Host {
+        qemu: Some(qemu),
+        boot_timeout: Duration::from_secs(3),
+        ..host(&dir)
+    };
+    let spec = spec();
+    let error = host.start(&spec).await.unwrap_err();
+    assert_eq!(error.code(), "agent-silent", "{error}");
+    assert_eq!(support::machines(spec.id.as_str()), [""; 0]);
+    assert!(!host.dirs.runs().join(spec.id.as_str()).exists());
+}
+
+#[tokio::test]
+async fn an_image_in_use_cannot_be_removed() {
+    let runtime = tempfile::tempdir().unwrap();
+    let host = host(&runtime);
+    let (image, machine) = host.start(&spec()).await.unwrap();
+    let error = host.images().rm(&image.id).unwrap_err();
+    assert_eq!(error.code(), "image-in-use", "{error}");
+    machine.kill().await.unwrap();
+}
+
+#[test]
+fn a_running_machine_can_be_inspected() {
+    let bulkhead = Bulkhead::with_image("default");
+    let script = "qemu-ga -p /dev/virtio-ports/org.qemu.guest_agent.0 & echo ready; sleep 600";
+    let words = ["--user", "root", "--", "sh", "-c", script];
+    let run = bulkhead.start("inspected", &words);
+    let info = bulkhead.raw(&["--json", "inspect", "inspected", "--guest"]);
+    let info: serde_json::Value = serde_json::from_str(&info.stdout).unwrap();
+    assert!(info["os"].as_str().unwrap().contains("Debian"), "{info}");
+    assert_eq!(info["interfaces"][0]["name"], "lo");
+    let processes = info["processes"].as_array().unwrap();
+    let has = |name: &str| {
+        let named =
+            |process: &serde_json::Value| process["command"].as_str().unwrap().contains(name);
+        processes.iter().any(named)
+    };
+    assert!(has("sleep 600"), "{info}");
+    let text = bulkhead.raw(&["inspect", "inspected", "--guest"]);
+    assert!(text.stdout.contains("Debian") && text.code == 0, "{text:?}");
+    // qemu-ga needs a moment to open its port.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let qga = loop {
+        let qga = bulkhead.raw(&["--json", "inspect", "inspected", "--guest", "--qga"]);
+        if qga.code == 0 || Instant::now() > deadline {
+            break qga;
+        }
+    };
+    let qga: serde_json::Value = serde_json::from_str(&qga.stdout).unwrap();
+    assert!(qga["os"].to_string().contains("debian"), "{qga}");
+    run.signal(nix::sys::signal::Signal::SIGINT);
+    assert_eq!(run.finish().code, 130);
+    let gone = bulkhead.raw(&["inspect", "inspected", "--guest"]);
+    assert!(
+        gone.code == 125 && gone.stderr.contains("machine-not-found"),
+        "{gone:?}"
+    );
+}
+
+#[test]
+fn the_emergency_console_is_a_root_shell_again_and_again() {
+    let bulkhead = Bulkhead::new();
+    let run = bulkhead.start("console", &["--", "sh", "-c", "echo ready; sleep 600"]);
+    for round in 1..=2 {
+        let mut console = bulkhead
+            .command(&["console", "console"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = console.stdin.take().unwrap();
+        stdin
+            .write_all(b"\necho round-$((40+2))-$(id -un)\n")
+            .unwrap();
+        let mut stdout = console.stdout.take().unwrap();
+        let mut seen = String::new();
+        let mut buffer = [0; 1000];
+        while !seen.contains("round-42-root") {
+            let count = stdout.read(&mut buffer).unwrap();
+            assert!(count > 0, "the console closed in round {round}: {seen}");
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+        stdin.write_all(b"\x1d").unwrap();
+        assert!(console.wait().unwrap().success());
+    }
+    run.signal(nix::sys::signal::Signal::SIGTERM);
+    run.finish();
+}
+
+#[test]
+fn a_terminal_is_a_real_one() {
+    let size = |rows, cols| Winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let pty = openpty(&size(40, 120), None).unwrap();
+    let script = "stty size; while [ \"$(stty size)\" = '40 120' ]; do sleep 0.1; done; \
+                  stty size; echo ask; read x; echo \"got-$x\"; cat";
+    let words = [
+        "run", "--accel", "tcg", "--image", "base", "-t", "--", "sh", "-c", script,
+    ];
+    let end = || Stdio::from(pty.slave.try_clone().unwrap());
+    let mut command: Command = Bulkhead::new().command(&words);
+    let mut child = command
+        .stdin(end())
+        .stdout(end())
+        .stderr(end())
+        .spawn()
+        .unwrap();
+    drop(command);
+    drop(pty.slave);
+    let mut terminal = std::fs::File::from(pty.master);
+    let mut seen = String::new();
+    let mut wait_for = |terminal: &mut std::fs::File, text: &str| {
+        let mut buffer = [0; 1000];
+        while !seen.contains(text) {
+            let count = terminal.read(&mut buffer).unwrap_or(0);
+            assert!(count > 0, "{text} did not come: {seen}");
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    };
+    wait_for(&mut terminal, "40 120");
+    let new = rustix::termios::Winsize {
+        ws_row: 50,
+        ws_col: 100,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(&terminal, new).unwrap();
+    // The kernel tells only the terminal's own session.
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGWINCH).unwrap();
+    wait_for(&mut terminal, "50 100");
+    wait_for(&mut terminal, "ask");
+    terminal.write_all(b"words\r").unwrap();
+    wait_for(&mut terminal, "got-words");
+    // Ctrl-C is a character, and the guest's terminal makes it a signal.
+    terminal.write_all(b"\x03").unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[test]
+fn doctor_tells_each_ability_with_reason_and_cure() {
+    let bulkhead = Bulkhead::new();
+    let doctor = bulkhead.raw(&["--json", "doctor"]);
+    let checks: serde_json::Value = serde_json::from_str(&doctor.stdout).unwrap();
+    let checks = checks.as_array().unwrap();
+    let find = |name: &str| checks.iter().find(|check| check["name"] == name);
+    for name in [
+        "kvm", "qemu", "vsock", "cgroups", "landlock", "nftables", "user", "disk",
+    ] {
+        let check = find(name).unwrap_or_else(|| panic!("nothing of {name}: {doctor:?}"));
+        assert!(!check["seen"].as_str().unwrap().is_empty(), "{check}");
+        assert!(
+            check["status"] == "ok" || check["cure"].is_string(),
+            "{check}"
+        );
+    }
+    assert_eq!(find("qemu").unwrap()["status"], "ok");
+    // Asked again, the verdict on KVM comes from the cache, and is the same.
+    let begin = Instant::now();
+    let again = bulkhead.raw(&["--json", "doctor"]);
+    assert!(begin.elapsed() < Duration::from_secs(10));
+    let again: serde_json::Value = serde_json::from_str(&again.stdout).unwrap();
+    let kvm = |checks: &serde_json::Value| {
+        let kvm = checks
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|check| check["name"] == "kvm");
+        kvm.unwrap()["status"].clone()
+    };
+    assert_eq!(kvm(&again), find("kvm").unwrap()["status"]);
+}
