@@ -82,8 +82,7 @@ fn a_root_tar_and_an_oci_layout_are_imported() {
     let (bulkhead, temp) = with_copied_images();
     // The guest's own root file system, as any tool would have packed it.
     let tar = temp.path().join("root.tar");
-    let script =
-        "tar -C / --one-file-system -cf - ./bin ./lib ./lib64 ./usr/bin ./usr/lib ./etc ./sbin";
+    let script = "tar -C / --one-file-system -cf - ./bin ./lib ./lib64 ./usr/bin ./usr/lib ./usr/lib64 ./etc";
     let words = [
         "run", "--accel", "tcg", "--image", "base", "--user", "root", "--", "sh", "-c", script,
     ];

@@ -15,6 +15,9 @@ use nix::pty::{Winsize, openpty};
 use rustix::termios::tcsetwinsize;
 use support::Bulkhead;
 
+/// More than any answer takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn host(runtime: &tempfile::TempDir) -> Host {
     let state = std::env::var_os("BULKHEAD_TEST_STATE").expect("run `cargo xtask test`");
     Host {
@@ -69,6 +72,21 @@ async fn two_hundred_commands_at_once_all_answer() {
         answers += 1;
     }
     assert_eq!(answers, 200);
+    machine.stop(Duration::from_secs(20)).await.unwrap();
+}
+
+/// A port polled from two sides once lost one message in a few hundred.
+#[tokio::test]
+async fn no_message_gets_lost_on_the_way() {
+    let runtime = tempfile::tempdir().unwrap();
+    let (_, machine) = host(&runtime).start(&spec()).await.unwrap();
+    for round in 0..1000 {
+        let ask = machine
+            .channel()
+            .ask("describe itself", &Request::Info, PATIENCE);
+        ask.await
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
     machine.stop(Duration::from_secs(20)).await.unwrap();
 }
 
@@ -232,7 +250,7 @@ fn doctor_tells_each_ability_with_reason_and_cure() {
     let checks = checks.as_array().unwrap();
     let find = |name: &str| checks.iter().find(|check| check["name"] == name);
     for name in [
-        "kvm", "qemu", "vsock", "cgroups", "landlock", "nftables", "user", "disk",
+        "kvm", "qemu", "image", "vsock", "cgroup", "landlock", "nftables", "user", "space",
     ] {
         let check = find(name).unwrap_or_else(|| panic!("nothing of {name}: {doctor:?}"));
         assert!(!check["seen"].as_str().unwrap().is_empty(), "{check}");

@@ -138,7 +138,9 @@ impl Running {
             return Ok(());
         }
         let text = String::from_utf8_lossy(&text).into_owned();
-        if text.contains("No space left on device") {
+        // On a full disk there is often no room for its words either.
+        let mute = text.trim().is_empty() && is_full(&self.dir);
+        if mute || text.contains("No space left on device") {
             return Err(Error::NoSpace {
                 path: self.dir.clone(),
             });
@@ -153,6 +155,11 @@ impl Running {
             stderr: lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"),
         })
     }
+}
+
+/// Whether the file system of `dir` has no block left for files to come.
+fn is_full(dir: &Path) -> bool {
+    nix::sys::statvfs::statvfs(dir).is_ok_and(|stat| stat.blocks_available() == 0)
 }
 
 impl Drop for Running {

@@ -70,9 +70,16 @@ impl ConsoleLog {
         printable(&bytes, count)
     }
 
-    /// Whether the kernel has said that it panicked.
-    pub fn has_panicked(&self) -> bool {
-        self.last_lines(usize::MAX).contains("Kernel panic")
+    /// From the kernel's panic message on, at most `count` lines; `None` when
+    /// it has not panicked.
+    pub fn panic_lines(&self, count: usize) -> Option<String> {
+        let all = self.last_lines(usize::MAX);
+        let lines: Vec<&str> = all.lines().collect();
+        let first = lines
+            .iter()
+            .position(|line| line.contains("Kernel panic"))?;
+        let end = lines.len().min(first + count);
+        Some(lines[first..end].join("\n"))
     }
 }
 
@@ -129,7 +136,7 @@ mod tests {
             .write_all(b"Kernel panic - not syncing\n")
             .await
             .unwrap();
-        while !log.has_panicked() {
+        while log.panic_lines(1).is_none() {
             tokio::task::yield_now().await;
         }
         assert!(log.tail.lock().unwrap().len() <= TAIL);

@@ -108,7 +108,7 @@ async fn accelerator(host: &Host) -> Check {
     match proved.await {
         Ok(verdict) if verdict.usable => check(name, Status::Ok, verdict.reason, ""),
         Ok(verdict) => {
-            let reason = verdict.reason.lines().next().unwrap_or_default().to_owned();
+            let reason = verdict.reason.lines().collect::<Vec<_>>().join("; ");
             let cure = RunError::NoKvm {
                 reason: String::new(),
             }

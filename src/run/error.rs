@@ -51,7 +51,7 @@ pub enum MachineError {
         words: String,
     },
     /// The guest's kernel panicked.
-    #[error("the guest kernel panicked; the console's last lines:\n{console}")]
+    #[error("the guest kernel panicked; on its console:\n{console}")]
     GuestPanic {
         /// The console's tail.
         console: String,

@@ -450,10 +450,8 @@ async fn explain_status(
     // The console's last bytes may still be on their way to us.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let words = printable(&fs::read(log).unwrap_or_default(), 20);
-    if console.has_panicked() {
-        MachineError::GuestPanic {
-            console: console.last_lines(20),
-        }
+    if let Some(console) = console.panic_lines(20) {
+        MachineError::GuestPanic { console }
     } else if status.code == Some(0) {
         MachineError::GuestEnded {
             console: console.last_lines(20),

@@ -19,7 +19,7 @@ use crate::spec::Spec;
 /// Packs the root file system in the guest. The archive has everything an
 /// image keeps: owners, hard links, capabilities. What belongs to this run or
 /// to a running system stays out.
-const TAR: [&str; 15] = [
+const TAR: [&str; 19] = [
     "tar",
     "--create",
     "--file=-",
@@ -29,16 +29,20 @@ const TAR: [&str; 15] = [
     "--xattrs",
     "--xattrs-include=security.capability",
     "--sort=name",
-    "--exclude=./workspace/input/*",
-    "--exclude=./workspace/output/*",
-    "--exclude=./workspace/work/*",
-    "--exclude=./tmp/*",
     "--warning=no-file-ignored",
+    "--anchored",
+    "--exclude=./dev",
+    "--exclude=./proc",
+    "--exclude=./run",
+    "--exclude=./sys",
+    "--exclude=./tmp/*",
+    "--exclude=./var/tmp/*",
+    "--exclude=./workspace/*/*",
     ".",
 ];
 const WHAT: &str = "pack its root file system with tar";
 /// How much of tar's complaints is kept, in bytes.
-const WORDS: usize = 2000;
+const WORDS: usize = 64 * 1024;
 
 /// Runs the script of `spec` in a machine of its image and makes what the root
 /// file system then is an image named `name`, with the same kernel and agent.
@@ -118,13 +122,13 @@ async fn export(
                     }
                 }
                 Output::Err(bytes) => {
-                    let room = WORDS - words.len();
-                    words.extend_from_slice(&bytes[..bytes.len().min(room)]);
+                    words.extend_from_slice(&bytes);
+                    words.drain(..words.len().saturating_sub(WORDS));
                 }
                 Output::Exit(exit) => {
                     let result = match exit.code {
                         Some(0) => Ok(()),
-                        _ => Err(super::console::printable(&words, 5)),
+                        _ => Err(complaints(&words)),
                     };
                     let _ = verdict.send(result);
                     return Ok(());
@@ -137,6 +141,16 @@ async fn export(
     let built = joined(builder.await);
     carried.map_err(MachineError::from)?;
     Ok(built?)
+}
+
+/// What tar said, without its wonder at file systems without attributes.
+fn complaints(words: &[u8]) -> String {
+    let words = super::console::printable(words, usize::MAX);
+    let lines: Vec<&str> = words
+        .lines()
+        .filter(|line| !line.contains("xattr"))
+        .collect();
+    lines[lines.len().saturating_sub(5)..].join("; ")
 }
 
 /// An archive that ends well only if the program that makes it did.

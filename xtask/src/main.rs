@@ -1,5 +1,6 @@
 //! Tasks of the developers and the README: `cargo xtask TASK`.
 
+mod bench;
 mod kernel;
 mod packages;
 mod qemu10;
@@ -25,6 +26,8 @@ enum Task {
     Test(test::Args),
     /// Install what is missing and build the default image.
     Setup(setup::Args),
+    /// Measure, against bare QEMU in the same run.
+    Bench(bench::Args),
     /// Build the tuned kernel.
     Kernel(kernel::Args),
     /// Dumps of what each QEMU version offers.
@@ -38,6 +41,7 @@ fn main() -> anyhow::Result<()> {
         Task::Try(args) => try_run::run(args),
         Task::Test(args) => test::run(args),
         Task::Setup(args) => setup::run(args),
+        Task::Bench(args) => bench::run(args),
         Task::Kernel(args) => kernel::run(args),
         Task::QmpSchema(args) => qmp_schema::run(args),
         Task::Qemu10(args) => qemu10::run(args),
