@@ -283,6 +283,26 @@ const REAL_OUTPUT: [&str; 7] = [
 ];
 
 #[test]
+fn the_tuned_kernel_runs_the_default_image() {
+    let script = "uname -r; readlink /proc/self/exe; python3 -c 'print(6*7)'; git init -q x && \
+                  ls -d x/.git; mount -t tmpfs none /mnt && echo root; ls /sys/fs/cgroup/cgroup.procs";
+    let words = [
+        "--kernel", "tuned", "--user", "root", "--", "sh", "-c", script,
+    ];
+    for machine in ["microvm", "q35"] {
+        let words = [&["--machine", machine], &words[..]].concat();
+        let run = Bulkhead::with_image("default").run(&words);
+        let (release, rest) = run.stdout.split_once('\n').unwrap();
+        assert!(
+            release.starts_with("6.12.") && release.ends_with("-bulkhead"),
+            "{run:?}"
+        );
+        let expected = "/usr/bin/readlink\n42\nx/.git\nroot\n/sys/fs/cgroup/cgroup.procs\n";
+        assert_eq!((rest, run.code), (expected, 0), "{machine}: {run:?}");
+    }
+}
+
+#[test]
 fn core_runs_work_on_qemu_10() {
     let Ok(qemu) = std::env::var("BULKHEAD_QEMU10") else {
         println!("skipped: core_runs_work_on_qemu_10: BULKHEAD_QEMU10 names no QEMU");

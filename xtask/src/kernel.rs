@@ -43,7 +43,7 @@ const UNREAD: [&str; 7] = [
 /// Options.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Add what Docker-like tools need inside the guest.
+    /// Add what Docker-like tools need inside the guest; the kernel is then named `docker`.
     #[arg(long)]
     docker: bool,
     /// Where Bulkhead keeps its state [default: $BULKHEAD_STATE_DIR, or /var/lib/bulkhead].
@@ -81,6 +81,17 @@ struct Inputs {
     fragment_sha256: String,
 }
 
+/// Builds the tuned kernel unless it is there and up to date.
+pub(crate) fn ensure(state_dir: &Path, yes: bool) -> anyhow::Result<()> {
+    run(Args {
+        docker: false,
+        state_dir: Some(state_dir.to_owned()),
+        jobs: None,
+        keep_build: false,
+        yes,
+    })
+}
+
 /// Runs the task.
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     require_packages(args.yes)?;
@@ -94,7 +105,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     fs::create_dir_all(&kernels)
         .with_context(|| format!("cannot make the directory {}", kernels.display()))?;
     sweep(&kernels)?;
-    let tuned = kernels.join("tuned");
+    let tuned = kernels.join(NAMES[usize::from(args.docker)]);
     if is_current(&tuned, &inputs) {
         eprintln!("kernel: {} is up to date", tuned.join("vmlinux").display());
         return Ok(());
@@ -227,13 +238,15 @@ fn install(staged: &Path, tuned: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Names of the kernels, without and with the Docker fragment.
+const NAMES: [&str; 2] = ["tuned", "docker"];
 const BUILD_PREFIX: &str = ".build-";
 const INSTALLED_PREFIX: &str = ".tuned-";
 
 /// Removes what interrupted builds left: build directories whose process is
 /// gone, and installed files nothing points to.
 fn sweep(kernels: &Path) -> anyhow::Result<()> {
-    let current = fs::read_link(kernels.join("tuned")).ok();
+    let current = NAMES.map(|name| fs::read_link(kernels.join(name)).ok());
     for entry in fs::read_dir(kernels)? {
         let entry = entry?;
         let name = entry.file_name();
@@ -242,7 +255,8 @@ fn sweep(kernels: &Path) -> anyhow::Result<()> {
             let pid = rest.split('-').next().unwrap_or_default();
             pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists()
         } else {
-            text.starts_with(INSTALLED_PREFIX) && current.as_deref() != Some(Path::new(&name))
+            let used = |link: &Option<PathBuf>| link.as_deref() == Some(Path::new(&name));
+            text.starts_with(INSTALLED_PREFIX) && !current.iter().any(used)
         };
         if stale {
             let path = entry.path();
@@ -327,6 +341,8 @@ fn require_packages(install: bool) -> anyhow::Result<()> {
         );
     }
     step(&format!("install {names}"), || {
+        // Fresh machines have no package lists, others have old ones.
+        checked(Command::new("apt-get").args(["update", "--quiet"]))?;
         checked(
             Command::new("apt-get")
                 .args(["install", "--yes", "--quiet", "--no-install-recommends"])

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{qemu10, setup};
+use crate::{kernel, qemu10, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -42,15 +42,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
         .context("xtask has a parent")?;
     std::env::set_current_dir(root)?;
     let ready = setup::ensure(&args.state_dir, true)?;
+    kernel::ensure(&args.state_dir, true)?;
     let qemu10 = qemu10::ensure(&root.join("target"))?;
+    let state = args.state_dir.canonicalize()?;
+    let mut count = Count::default();
     if args.filter.is_none() {
-        static_checks()?;
+        count.checks(static_checks());
     }
     let mut tests = Command::new("cargo");
     tests.args(["test", "--workspace", "--no-fail-fast"]);
     tests.args(args.filter.as_deref());
     tests.args(["--", "--show-output", "--test-threads=2"]);
-    tests.env("BULKHEAD_TEST_STATE", args.state_dir.canonicalize()?);
+    tests.env("BULKHEAD_TEST_STATE", &state);
     tests.env(
         "BULKHEAD_TEST_AGENT",
         ready.bulkhead.with_file_name("bulkhead-agent"),
@@ -61,12 +64,15 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let output = tests.stdout(Stdio::piped()).spawn()?.wait_with_output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     print!("{text}");
-    let mut count = count(&text);
+    count.tests(&text);
     ensure!(
         output.status.success() || count.failed > 0,
         "the tests could not be built or run; see above"
     );
-    for leak in leaks(&args.state_dir)? {
+    if args.filter.is_none() {
+        count.checks(programs(&state));
+    }
+    for leak in leaks(&state)? {
         println!("left behind: {leak}");
         count.failed += 1;
     }
@@ -88,64 +94,124 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn static_checks() -> Result<()> {
+/// A check and what came of it.
+type Check = (&'static str, Result<()>);
+
+/// What the compiler and its friends can tell.
+fn static_checks() -> Vec<Check> {
     let cargo = |words: &[&str]| {
         let mut command = Command::new("cargo");
-        command.args(words);
+        command.args(words).env("RUSTDOCFLAGS", "-D warnings");
         setup::call(&mut command)
     };
-    cargo(&["fmt", "--all", "--check"])?;
-    cargo(&[
-        "clippy",
-        "--workspace",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ])?;
-    // The feature matrix; the default is above.
-    for features in [
-        &["--no-default-features"][..],
-        &["--no-default-features", "--features", "service"],
-    ] {
-        let words = [
-            &["clippy", "--package", "bulkhead-vm", "--lib", "--examples"],
-            features,
-            &["--", "-D", "warnings"],
-        ];
-        cargo(&words.concat())?;
-    }
-    let mut doc = Command::new("cargo");
-    doc.args(["doc", "--workspace", "--no-deps"])
-        .env("RUSTDOCFLAGS", "-D warnings");
-    setup::call(&mut doc)
+    let clippy = |words: &[&str]| cargo(&[&["clippy"], words, &["--", "-D", "warnings"]].concat());
+    // The default features are in the workspace's check.
+    let alone = [
+        "--package",
+        "bulkhead-vm",
+        "--lib",
+        "--examples",
+        "--no-default-features",
+    ];
+    let service = [&alone[..], &["--features", "service"]].concat();
+    vec![
+        ("rustfmt", cargo(&["fmt", "--all", "--check"])),
+        ("clippy", clippy(&["--workspace", "--all-targets"])),
+        ("clippy without default features", clippy(&alone)),
+        ("clippy with the service only", clippy(&service)),
+        ("documentation", cargo(&["doc", "--workspace", "--no-deps"])),
+    ]
 }
 
-/// Reads `test result: ok. 8 passed; 0 failed; 0 ignored; ...` and
-/// `skipped: NAME: reason` lines.
-fn count(text: &str) -> Count {
-    let mut count = Count::default();
-    for line in text.lines().map(str::trim) {
-        if let Some(skip) = line.strip_prefix("skipped: ") {
-            count.skipped.insert(skip.to_owned());
-        }
-        if let Some(result) = line.strip_prefix("test result: ") {
-            let figure = |what: &str| {
-                let before = result.split(what).next()?;
-                before.trim().rsplit([' ', '.']).next()?.parse().ok()
-            };
-            count.passed += figure("passed").unwrap_or(0usize);
-            count.failed += figure("failed")
-                .and_then(|_: usize| {
-                    let (_, rest) = result.split_once("passed; ")?;
-                    rest.split(' ').next()?.parse().ok()
-                })
-                .unwrap_or(0usize);
+/// What is not run by `cargo test`.
+fn programs(state: &Path) -> Vec<Check> {
+    vec![
+        ("examples/embed", embed(state)),
+        ("xtask bench boot", bench(state)),
+    ]
+}
+
+/// The library in somebody else's program, without the command line's dependencies.
+fn embed(state: &Path) -> Result<()> {
+    let runtime = tempfile::tempdir()?;
+    let mut command = Command::new("cargo");
+    command.args([
+        "run",
+        "--quiet",
+        "--package",
+        "bulkhead-vm",
+        "--no-default-features",
+    ]);
+    command.args(["--example", "embed", "--"]);
+    command
+        .args([state, runtime.path()])
+        .args(["tcg", "echo", "hello"]);
+    let output = command.stderr(Stdio::inherit()).output()?;
+    ensure!(
+        output.status.success() && output.stdout == b"hello\n",
+        "it printed {:?} and gave {}",
+        String::from_utf8_lossy(&output.stdout),
+        output.status
+    );
+    Ok(())
+}
+
+/// That it measures every phase, not how long they take.
+fn bench(state: &Path) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args([
+        "bench", "boot", "-n", "2", "--accel", "tcg", "--kernel", "tuned",
+    ]);
+    command.args(["--json", "--state-dir"]).arg(state);
+    let output = command.stderr(Stdio::inherit()).output()?;
+    ensure!(output.status.success(), "it gave {}", output.status);
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let rows = report["rows"].as_array().context("it has no rows")?;
+    ensure!(rows.len() == 12, "it has {} rows", rows.len());
+    for row in rows {
+        let measured = row["n"] == 2 && row["p50_ms"].as_f64().is_some_and(|ms| ms > 0.0);
+        ensure!(measured, "it did not measure {row}");
+    }
+    Ok(())
+}
+
+impl Count {
+    /// Adds checks, saying what failed.
+    fn checks(&mut self, checks: Vec<Check>) {
+        for (name, result) in checks {
+            match result {
+                Ok(()) => self.passed += 1,
+                Err(error) => {
+                    println!("check failed: {name}: {error:#}");
+                    self.failed += 1;
+                }
+            }
         }
     }
-    // A skipped test returns early, and the harness counts it as passed.
-    count.passed = count.passed.saturating_sub(count.skipped.len());
-    count
+
+    /// Reads `test result: ok. 8 passed; 0 failed; 0 ignored; ...` and
+    /// `skipped: NAME: reason` lines.
+    fn tests(&mut self, text: &str) {
+        let before = self.skipped.len();
+        for line in text.lines().map(str::trim) {
+            if let Some(skip) = line.strip_prefix("skipped: ") {
+                self.skipped.insert(skip.to_owned());
+            }
+            let Some(result) = line.strip_prefix("test result: ") else {
+                continue;
+            };
+            // `ok. 8 passed; 0 failed; ...`
+            let figure = |what: &str| -> usize {
+                let before = result.split(what).next().unwrap_or_default();
+                let number = before.trim().rsplit(' ').next().unwrap_or_default();
+                number.parse().unwrap_or(0)
+            };
+            self.passed += figure("passed");
+            self.failed += figure("failed");
+        }
+        // A skipped test returns early, and the harness counts it as passed.
+        self.passed -= self.passed.min(self.skipped.len() - before);
+    }
 }
 
 /// Skips whose name is on no line of the list.
@@ -168,28 +234,50 @@ fn unexpected(skipped: &BTreeSet<String>, allowed: &str) -> Vec<String> {
         .collect()
 }
 
-/// What the tests left on this host: runs, and QEMU processes of our machines.
-fn leaks(state_dir: &Path) -> Result<Vec<String>> {
+/// What the tests left on this host: runs, half-made images, QEMU processes,
+/// and mounts below our directories.
+fn leaks(state: &Path) -> Result<Vec<String>> {
     let mut leaks = Vec::new();
-    if let Ok(runs) = fs::read_dir(state_dir.join("runs")) {
-        for run in runs {
-            let run = run?;
-            if run.file_type()?.is_dir() {
-                leaks.push(run.path().display().to_string());
-            }
+    let entries = |dir: &str| {
+        fs::read_dir(state.join(dir))
+            .into_iter()
+            .flatten()
+            .flatten()
+    };
+    for run in entries("runs") {
+        if run.file_type()?.is_dir() {
+            leaks.push(run.path().display().to_string());
         }
     }
-    let state = state_dir.canonicalize()?;
+    for image in entries("images") {
+        if image.file_name().to_string_lossy().starts_with(".staging") {
+            leaks.push(image.path().display().to_string());
+        }
+    }
+    let target = std::env::current_dir()?.join("target");
+    let ours = |text: &str| {
+        [state, &target]
+            .iter()
+            .any(|dir| text.contains(&*dir.to_string_lossy()))
+    };
     for process in fs::read_dir("/proc")?.flatten() {
         let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if line.contains("qemu-system") && line.contains(&*state.to_string_lossy()) {
-            leaks.push(format!(
-                "process {}: {line}",
-                process.file_name().to_string_lossy()
-            ));
+        let program = ["qemu-system", "mmdebstrap", "tar2sqfs"]
+            .iter()
+            .any(|name| line.contains(name));
+        if program && ours(&line) {
+            let pid = process.file_name();
+            leaks.push(format!("process {}: {line}", pid.to_string_lossy()));
         }
     }
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    leaks.extend(
+        places
+            .filter(|place| ours(place))
+            .map(|place| format!("mount {place}")),
+    );
     Ok(leaks)
 }
 
@@ -202,7 +290,8 @@ mod tests {
         let text = "test result: ok. 8 passed; 0 failed; 0 ignored; 0 measured\n\
                     skipped: qemu10: no such suite\n\
                     test result: FAILED. 3 passed; 2 failed; 0 ignored\n";
-        let count = count(text);
+        let mut count = Count::default();
+        count.tests(text);
         assert_eq!(
             (count.passed, count.failed, count.skipped.len()),
             (10, 2, 1)

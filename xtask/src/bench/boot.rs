@@ -1,6 +1,7 @@
 //! A machine's life in phases: ours, and that of a QEMU started by hand with
 //! the same kernel, disks and devices.
 
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -104,9 +105,12 @@ async fn measure(args: Args) -> Result<()> {
     };
     let (image, plan) = host.plan(&wish()?).map_err(explain)?;
     let (mut ours, mut floor) = (Vec::new(), Vec::new());
+    let shown = std::io::stderr().is_terminal();
     // The first pair warms the page cache and is not counted.
     for round in 0..=args.n {
-        eprint!("\rbench boot: {round} of {} pairs", args.n);
+        if shown {
+            eprint!("\rbench boot: {round} of {} pairs", args.n);
+        }
         let pair = if round % 2 == 0 {
             let first = bulkhead(&host, &wish()?).await?;
             (first, bare(&plan, &host, temp.path()).await?)
@@ -119,7 +123,9 @@ async fn measure(args: Args) -> Result<()> {
             floor.push(pair.1);
         }
     }
-    eprintln!();
+    if shown {
+        eprintln!();
+    }
     let column = |samples: &[Sample], at: usize| -> Vec<f64> {
         samples.iter().map(|sample| sample[at]).collect()
     };
