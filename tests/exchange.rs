@@ -155,6 +155,44 @@ fn artifacts_come_back() {
 }
 
 #[test]
+fn the_guests_words_cannot_steer_the_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    let script = "printf '\\033]52;c;aGk=\\007\\n' > evil.txt";
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let words = [
+        "run",
+        "--accel",
+        "tcg",
+        "--image",
+        "base",
+        "--workspace",
+        path,
+        "--diff",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let mut child = Bulkhead::new()
+        .command(&words)
+        .stdin(std::process::Stdio::null())
+        .stderr(std::process::Stdio::from(pty.slave))
+        .spawn()
+        .unwrap();
+    let mut seen = Vec::new();
+    // The end of a terminal is an error.
+    let _ = std::io::Read::read_to_end(&mut fs::File::from(pty.master), &mut seen);
+    assert!(child.wait().unwrap().success());
+    let seen = String::from_utf8_lossy(&seen);
+    assert!(
+        seen.contains("evil.txt") && seen.contains("]52;c"),
+        "{seen}"
+    );
+    assert!(!seen.contains("\u{1b}]"), "{seen:?}");
+}
+
+#[test]
 fn a_share_is_live_and_leaves_ordinary_files() {
     // On a file system with extended attributes.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();

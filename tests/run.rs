@@ -166,6 +166,30 @@ fn the_time_limit_ends_the_whole_tree() {
 }
 
 #[test]
+fn the_time_limit_holds_though_nobody_reads_the_output() {
+    let bulkhead = Bulkhead::new();
+    let words = [
+        "run",
+        "--accel",
+        "tcg",
+        "--image",
+        "base",
+        "--timeout",
+        "3s",
+        "--",
+        "yes",
+    ];
+    let mut child = bulkhead
+        .command(&words)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Held, and not read.
+    let _stdout = child.stdout.take().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(124));
+}
+
+#[test]
 fn two_runs_at_once_do_not_meet() {
     let bulkhead = Bulkhead::new();
     let first = bulkhead.start("twin-a", &["--", "sh", "-c", "echo ready; read x; echo $x"]);
@@ -176,6 +200,30 @@ fn two_runs_at_once_do_not_meet() {
     for run in [first, second] {
         assert_eq!(run.finish().code, 0);
     }
+}
+
+#[test]
+fn a_signal_before_the_command_runs_ends_it_all() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let words = [
+        "run", "--accel", "tcg", "--image", "base", "--name", "early", "--", "true",
+    ];
+    let child = bulkhead
+        .command(&words)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while machines("early").is_empty() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
+    nix::sys::signal::kill(pid, Signal::SIGINT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("[interrupted]"), "{stderr}");
+    assert_eq!(machines("early"), [""; 0]);
+    assert!(!bulkhead.state().join("runs/early").exists());
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Errors as people and programs want to read them.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use crate::error::{Explain, Report};
+use crate::guest::archive::printable;
 use crate::run::FAILED;
 
 /// A verb that failed.
@@ -38,7 +39,7 @@ impl Failure {
 pub(super) fn print_report(report: &Report, json: bool) {
     if json {
         let error = serde_json::json!({ "error": report });
-        eprintln!("{error}");
+        say(&error.to_string());
         return;
     }
     let Report {
@@ -52,18 +53,38 @@ pub(super) fn print_report(report: &Report, json: bool) {
     } else {
         format!("{what}: {cause}")
     };
+    let (what, remedy) = (visible(&what), visible(remedy));
     let (bold, plain) = if std::io::stderr().is_terminal() {
         ("\x1b[1;31m", "\x1b[0m")
     } else {
         ("", "")
     };
-    eprintln!("{bold}bulkhead: error [{code}]:{plain} {}", what.trim_end());
-    eprintln!("  help: {remedy}");
+    say(&format!(
+        "{bold}bulkhead: error [{code}]:{plain} {}\n  help: {remedy}",
+        what.trim_end()
+    ));
+}
+
+/// A line on stderr; nobody can be told when that fails.
+pub(super) fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Text that may hold a guest's words, line by line, without anything that
+/// steers a terminal.
+pub(super) fn visible(text: &str) -> String {
+    let lines: Vec<String> = text
+        .split('\n')
+        .map(|line| match line.strip_prefix('\t') {
+            Some(rest) => format!("\t{}", printable(rest.as_bytes())),
+            None => printable(line.as_bytes()),
+        })
+        .collect();
+    lines.join("\n")
 }
 
 /// Prints a value as JSON to stdout.
 pub(super) fn print_json(value: &impl serde::Serialize) {
-    use std::io::Write;
     if let Ok(text) = serde_json::to_string_pretty(value) {
         // A reader that went away is no failure of ours.
         let _ = writeln!(std::io::stdout(), "{text}");

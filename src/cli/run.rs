@@ -7,7 +7,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Global;
-use super::message::{Failure, print_json, print_report};
+use super::message::{Failure, print_json, print_report, say, visible};
 use super::terminal::{self, RawMode};
 use crate::run::{Io, Outcome, Progress, RunError, Signal};
 use crate::spec::{
@@ -198,7 +198,8 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let signals = signals()?;
     let collect = global.json;
     let io = Io {
-        stdin: (!script_on_stdin).then(|| Box::new(tokio::io::stdin()) as _),
+        stdin: (!script_on_stdin && terminal::has_input())
+            .then(|| Box::new(tokio::io::stdin()) as _),
         stdout: (!collect).then(|| Box::new(tokio::io::stdout()) as _),
         stderr: (!collect).then(|| Box::new(tokio::io::stderr()) as _),
         spill: host.dirs.state.join("output"),
@@ -226,17 +227,22 @@ fn report(outcome: &Outcome, json: bool) {
         .as_ref()
         .and_then(|changes| changes.diff.as_ref())
     {
-        // Stdout is the command's.
-        eprint!("{diff}");
+        let diff = diff.strip_suffix('\n').unwrap_or(diff);
+        // Stdout is the command's. A file gets the diff as it is, to apply it.
+        let text = match std::io::stderr().is_terminal() {
+            true => visible(diff),
+            false => diff.to_owned(),
+        };
+        say(&text);
     }
     if let Some(refused) = &outcome.refused {
         print_report(refused, false);
     }
     if outcome.timed_out {
-        eprintln!("bulkhead: the command was ended by its time limit");
+        say("bulkhead: the command was ended by its time limit");
     }
     for warning in &outcome.warnings {
-        eprintln!("bulkhead: warning: {warning}");
+        say(&format!("bulkhead: warning: {}", visible(warning)));
     }
 }
 
@@ -244,19 +250,47 @@ fn report(outcome: &Outcome, json: bool) {
 /// command for as long as it runs: until then Ctrl-C is Bulkhead's.
 fn progress(terminal: bool, quiet: bool) -> Box<dyn FnMut(Progress) + Send> {
     let show = !quiet && std::io::stderr().is_terminal();
+    let mut line = ProgressLine {
+        enabled: show,
+        shown: false,
+    };
     let mut raw: Option<RawMode> = None;
     Box::new(move |progress| {
         match progress {
-            Progress::Starting if show => eprint!("\rbulkhead: starting a machine\x1b[K"),
-            Progress::Sending if show => eprint!("\rbulkhead: sending the workspace\x1b[K"),
-            Progress::Running if show => eprint!("\r\x1b[K"),
-            _ => {}
+            Progress::Starting => line.show("bulkhead: starting a machine"),
+            Progress::Sending => line.show("bulkhead: sending the workspace"),
+            Progress::Running => line.show(""),
+            Progress::Fetching => {}
         }
         drop(raw.take());
         if terminal && progress == Progress::Running {
             raw = RawMode::enter();
         }
     })
+}
+
+/// A line on the terminal that others replace; gone when dropped.
+struct ProgressLine {
+    enabled: bool,
+    shown: bool,
+}
+
+impl ProgressLine {
+    fn show(&mut self, text: &str) {
+        if self.enabled {
+            eprint!("\r{text}\x1b[K");
+            self.shown = !text.is_empty();
+        }
+    }
+}
+
+impl Drop for ProgressLine {
+    fn drop(&mut self) {
+        // Where the command has the terminal, nothing may be wiped away.
+        if self.shown {
+            self.show("");
+        }
+    }
 }
 
 /// The user's signals, for as long as the program runs.

@@ -31,6 +31,12 @@ impl Drop for RawMode {
     }
 }
 
+/// Whether stdin may be read: that of a job in the background stops the program.
+pub(super) fn has_input() -> bool {
+    // An error: no terminal, or not the one that has jobs.
+    nix::unistd::tcgetpgrp(stdin()).map_or(true, |group| group == nix::unistd::getpgrp())
+}
+
 /// Size of the terminal; 24 by 80 where there is none.
 pub(super) fn size() -> Size {
     let mut size = libc::winsize {

@@ -9,17 +9,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent::{
-    Exit, HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request, VERSION,
+    Exit, Failure, HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request,
+    VERSION,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
+use super::archive::printable;
 use super::error::GuestError;
 use super::stream::{State, Stream};
 
 /// Frames waiting to be written before senders have to wait.
 const WRITE_QUEUE: usize = 32;
+/// How long the guest may leave that queue full.
+const STALLED: Duration = Duration::from_secs(60);
+/// Longest explanation taken from the guest, in bytes.
+const MAX_WORDS: usize = 4096;
 
 /// A connection to a guest agent. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -123,13 +129,6 @@ impl Channel {
             streams: Mutex::new(streams),
             frames,
         });
-        let reading = tokio::spawn({
-            let shared = Arc::clone(&shared);
-            async move {
-                let error = read_frames(&mut reader, &shared).await;
-                shared.end(error);
-            }
-        });
         let writing = tokio::spawn({
             let shared = Arc::downgrade(&shared);
             async move {
@@ -138,6 +137,16 @@ impl Channel {
                 {
                     shared.end(error);
                 }
+            }
+        });
+        let reading = tokio::spawn({
+            let (shared, writing) = (Arc::clone(&shared), writing.abort_handle());
+            async move {
+                let error = read_frames(&mut reader, &shared).await;
+                shared.end(error);
+                // It may wait for a guest that reads no more; with it goes the
+                // queue, and so do those who wait for room in it.
+                writing.abort();
             }
         });
         let tasks = Arc::new(Tasks([reading.abort_handle(), writing.abort_handle()]));
@@ -220,19 +229,29 @@ impl Shared {
     }
 
     pub(super) async fn send(&self, frame: Vec<u8>) -> Result<(), GuestError> {
-        match self.frames.send(frame).await {
-            Ok(()) => Ok(()),
-            Err(_) => Err(lock(&self.streams)
+        match tokio::time::timeout(STALLED, self.frames.send(frame)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(lock(&self.streams)
                 .ended
                 .clone()
                 .unwrap_or(GuestError::Closed)),
+            Err(_) => Err(GuestError::Timeout {
+                what: "take what was sent to it".into(),
+                after: STALLED,
+            }),
         }
     }
 
-    /// Sends without waiting where a caller cannot wait (a drop); the frame is
-    /// lost when the queue is full, so only for what is a courtesy.
-    pub(super) fn try_send(&self, frame: Vec<u8>) {
-        let _ = self.frames.try_send(frame);
+    /// Sends from where nobody can wait (a drop): in the background when there
+    /// is no room at once.
+    pub(super) fn send_later(self: &Arc<Self>, frame: Vec<u8>) {
+        let Err(mpsc::error::TrySendError::Full(frame)) = self.frames.try_send(frame) else {
+            return;
+        };
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            let shared = Arc::clone(self);
+            runtime.spawn(async move { shared.send(frame).await });
+        }
     }
 
     fn end(&self, error: GuestError) {
@@ -286,6 +305,13 @@ fn decode<'a, T: serde::Deserialize<'a>>(payload: &'a [u8]) -> Result<T, GuestEr
     serde_json::from_slice(payload).map_err(|error| GuestError::Protocol(error.to_string()))
 }
 
+/// The guest's words will be shown: nothing in them may steer a terminal.
+fn clean(failure: Failure) -> Failure {
+    let words = failure.message.as_bytes();
+    let message = printable(&words[..words.len().min(MAX_WORDS)]);
+    Failure { message, ..failure }
+}
+
 /// Serves until the connection ends; the reason is returned.
 async fn read_frames(reader: &mut (impl AsyncRead + Unpin), shared: &Arc<Shared>) -> GuestError {
     // The frames come through a buffer: small ones cost no system call each.
@@ -311,18 +337,24 @@ fn dispatch(header: Header, payload: Vec<u8>, shared: &Arc<Shared>) -> Result<()
     };
     match kind {
         Kind::Out | Kind::Err => {
-            let discarded = state.receive(kind, &payload)?;
-            if discarded > 0 {
-                // Nobody reads this stream any more: the window goes straight back.
+            if state.receive(kind, &payload)? {
+                // Nobody reads this stream any more: the window goes straight
+                // back, by one task for all that comes.
                 let shared = Arc::clone(shared);
                 tokio::spawn(async move {
-                    let _ = shared
-                        .send(frame(stream, Kind::Credit, &discarded.to_le_bytes()))
-                        .await;
+                    while let Some(discarded) = state.discarded() {
+                        let credit = frame(stream, Kind::Credit, &discarded.to_le_bytes());
+                        if shared.send(credit).await.is_err() {
+                            return;
+                        }
+                    }
                 });
             }
         }
-        Kind::Reply => state.reply(decode::<Reply>(&payload)?)?,
+        Kind::Reply => state.reply(match decode(&payload)? {
+            Reply::Refused(failure) => Reply::Refused(clean(failure)),
+            reply => reply,
+        })?,
         Kind::Credit => {
             let bytes = payload
                 .try_into()
@@ -330,7 +362,8 @@ fn dispatch(header: Header, payload: Vec<u8>, shared: &Arc<Shared>) -> Result<()
             state.credit(u32::from_le_bytes(bytes))?;
         }
         Kind::Exit => {
-            let exit = decode::<Exit>(&payload)?;
+            let mut exit = decode::<Exit>(&payload)?;
+            exit.failure = exit.failure.map(clean);
             lock(&shared.streams).open.remove(&stream);
             state.exit(exit);
         }

@@ -43,6 +43,8 @@ struct Inner {
     credit: u32,
     /// Nobody reads any more.
     abandoned: bool,
+    /// A task returns the window of an abandoned stream.
+    crediting: bool,
 }
 
 impl Default for Inner {
@@ -57,6 +59,7 @@ impl Default for Inner {
             failed: None,
             credit: WINDOW,
             abandoned: false,
+            crediting: false,
         }
     }
 }
@@ -66,9 +69,9 @@ impl State {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes in output; returns how many bytes were thrown away because nobody
-    /// reads this stream.
-    pub(super) fn receive(&self, kind: Kind, bytes: &[u8]) -> Result<u32, GuestError> {
+    /// Takes in output; `true` when nobody reads this stream any more and
+    /// somebody has to return its window ([`State::discarded`]).
+    pub(super) fn receive(&self, kind: Kind, bytes: &[u8]) -> Result<bool, GuestError> {
         // An empty frame costs the guest nothing and us a wake-up.
         let Some(len) = u32::try_from(bytes.len()).ok().filter(|len| *len > 0) else {
             return Err(GuestError::Protocol(
@@ -76,21 +79,30 @@ impl State {
             ));
         };
         let mut inner = self.lock();
-        if inner.abandoned {
-            return Ok(len);
-        }
         if !inner.replied || inner.unacknowledged.saturating_add(len) > WINDOW {
             return Err(GuestError::Protocol(
                 "more output than its window allows".into(),
             ));
         }
         inner.unacknowledged += len;
+        if inner.abandoned {
+            return Ok(!std::mem::replace(&mut inner.crediting, true));
+        }
         match kind {
             Kind::Err => inner.err.extend_from_slice(bytes),
             _ => inner.out.extend_from_slice(bytes),
         }
         self.readable.notify_one();
-        Ok(0)
+        Ok(false)
+    }
+
+    /// Bytes of an abandoned stream to be returned to the guest; `None` when
+    /// there are none and nobody returns them any more.
+    pub(super) fn discarded(&self) -> Option<u32> {
+        let mut inner = self.lock();
+        let bytes = std::mem::take(&mut inner.unacknowledged);
+        inner.crediting = bytes > 0 && inner.exit.is_none();
+        inner.crediting.then_some(bytes)
     }
 
     pub(super) fn reply(&self, reply: Reply) -> Result<(), GuestError> {
@@ -272,17 +284,18 @@ impl Drop for Stream {
             inner.abandoned = true;
             inner.out = Vec::new();
             inner.err = Vec::new();
-            (inner.exit.is_none() && inner.failed.is_none()).then_some(inner.unacknowledged)
+            let unread = std::mem::take(&mut inner.unacknowledged);
+            (inner.exit.is_none() && inner.failed.is_none()).then_some(unread)
         };
         let Some(unread) = unread.filter(|_| !self.finished) else {
             return;
         };
         if let Ok(kill) = serde_json::to_vec(&Control::Kill) {
-            self.shared.try_send(frame(self.id, Kind::Control, &kill));
+            self.shared.send_later(frame(self.id, Kind::Control, &kill));
         }
         if unread > 0 {
             self.shared
-                .try_send(frame(self.id, Kind::Credit, &unread.to_le_bytes()));
+                .send_later(frame(self.id, Kind::Credit, &unread.to_le_bytes()));
         }
     }
 }

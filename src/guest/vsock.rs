@@ -2,14 +2,19 @@
 
 use std::io;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, VsockAddr as Address, bind, connect as connect_socket,
+    socket,
+};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
-use vsock::{VMADDR_CID_ANY, VsockAddr, VsockStream};
+use vsock::{VMADDR_CID_ANY, VsockStream};
 
 use crate::host::sys;
 
@@ -24,8 +29,7 @@ const RETRY: Duration = Duration::from_millis(2);
 pub(crate) async fn connect(cid: u32, port: u32) -> io::Result<VsockIo> {
     debug_assert_ne!(cid, VMADDR_CID_ANY);
     loop {
-        let attempt =
-            tokio::task::spawn_blocking(move || VsockStream::connect(&VsockAddr::new(cid, port)));
+        let attempt = tokio::task::spawn_blocking(move || attempt(cid, port));
         match attempt.await.map_err(io::Error::other)? {
             Ok(stream) => return VsockIo::new(stream),
             // Not booted, driver not loaded, agent not listening.
@@ -45,6 +49,26 @@ pub(crate) async fn connect(cid: u32, port: u32) -> io::Result<VsockIo> {
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Connects from a privileged port: the agent hears no others, because any
+/// local user may connect to a guest. Needs CAP_NET_BIND_SERVICE (vsock(7)).
+fn attempt(cid: u32, port: u32) -> io::Result<VsockStream> {
+    for from in bulkhead_agent::VSOCK_HOST_PORTS {
+        let fd = socket(
+            AddressFamily::Vsock,
+            SockType::Stream,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
+        match bind(fd.as_raw_fd(), &Address::new(VMADDR_CID_ANY, from)) {
+            Err(Errno::EADDRINUSE) => continue,
+            bound => bound?,
+        }
+        connect_socket(fd.as_raw_fd(), &Address::new(cid, port))?;
+        return Ok(sys::vsock_stream(fd));
+    }
+    Err(io::ErrorKind::AddrInUse.into())
 }
 
 /// A non-blocking vsock connection.

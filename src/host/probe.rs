@@ -64,7 +64,8 @@ pub fn facts(qemu: PathBuf) -> HostFacts {
     HostFacts {
         qemu,
         tsc_khz: tsc_khz(),
-        vhost_vsock: vhost_vsock().is_ok(),
+        // The agent listens to privileged ports of the host only.
+        vhost_vsock: nix::unistd::geteuid().is_root() && vhost_vsock().is_ok(),
     }
 }
 

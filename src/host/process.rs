@@ -59,7 +59,13 @@ pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
     }
     let mut set = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(Duration::from_secs(5)).map_err(io::Error::other)?;
-    match poll(&mut set, timeout)? {
+    let ended = loop {
+        match poll(&mut set, timeout) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => break other?,
+        }
+    };
+    match ended {
         0 => Err(io::Error::new(
             io::ErrorKind::TimedOut,
             "it does not end after SIGKILL",

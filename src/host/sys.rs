@@ -158,3 +158,10 @@ pub(crate) fn nftables_generation() -> io::Result<()> {
         _ => Ok(()),
     }
 }
+
+/// A connected vsock socket as the stream it is.
+pub(crate) fn vsock_stream(fd: OwnedFd) -> vsock::VsockStream {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    // SAFETY: the descriptor is open, a vsock socket, and given up here.
+    unsafe { vsock::VsockStream::from_raw_fd(fd.into_raw_fd()) }
+}

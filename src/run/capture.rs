@@ -2,8 +2,10 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use super::dirs::make_private;
 use super::outcome::Captured;
 
 /// Output being collected.
@@ -13,6 +15,20 @@ pub(super) struct Capture {
     head: Vec<u8>,
     bytes: u64,
     file: Option<File>,
+    finished: bool,
+}
+
+/// Most output that is collected, in bytes. A command that writes more is
+/// ended, for the disk is not its own.
+const LIMIT: u64 = 4 << 30;
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        // Nobody will be told of it.
+        if self.file.is_some() && !self.finished {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Capture {
@@ -23,6 +39,7 @@ impl Capture {
             head: Vec::new(),
             bytes: 0,
             file: None,
+            finished: false,
         }
     }
 
@@ -35,14 +52,23 @@ impl Capture {
     pub(super) fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.file.is_none() && self.head.len() + bytes.len() > Captured::INLINE {
             if let Some(dir) = self.path.parent() {
-                fs::create_dir_all(dir)?;
+                make_private(dir)?;
             }
-            let mut file = File::create(&self.path)?;
+            let mut options = File::options();
+            // It may hold secrets.
+            options.write(true).create(true).truncate(true).mode(0o600);
+            let mut file = options.open(&self.path)?;
             file.write_all(&self.head)?;
             self.file = Some(file);
         }
         if let Some(file) = &mut self.file {
             file.write_all(bytes)?;
+        }
+        if self.bytes + bytes.len() as u64 > LIMIT {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("more than {} GiB of output", LIMIT >> 30),
+            ));
         }
         let room = Captured::INLINE - self.head.len();
         self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
@@ -51,16 +77,17 @@ impl Capture {
     }
 
     /// What was collected.
-    pub(super) fn finish(self) -> Captured {
+    pub(super) fn finish(mut self) -> Captured {
+        self.finished = true;
         let spilled = self.file.is_some();
-        let (text, exact) = match String::from_utf8(self.head) {
+        let (text, exact) = match String::from_utf8(std::mem::take(&mut self.head)) {
             Ok(text) => (text, true),
             Err(error) => (
                 String::from_utf8_lossy(error.as_bytes()).into_owned(),
                 false,
             ),
         };
-        let file = spilled.then_some(self.path);
+        let file = spilled.then(|| std::mem::take(&mut self.path));
         Captured {
             bytes: self.bytes,
             text,

@@ -1,14 +1,16 @@
-//! The guest's serial console: its last lines in memory, all of it (within
-//! bounds) in a file.
+//! The guest's serial console, and what QEMU says: the last lines in memory,
+//! all of it (within bounds) in a file.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 /// Bytes of console kept in memory.
@@ -21,6 +23,8 @@ const FILE_LIMIT: usize = 16 << 20;
 pub struct ConsoleLog {
     tail: Arc<Mutex<VecDeque<u8>>>,
     task: AbortHandle,
+    /// Closed when nothing more can come.
+    open: watch::Receiver<()>,
 }
 
 impl ConsoleLog {
@@ -32,9 +36,11 @@ impl ConsoleLog {
         let mut file = File::create(path)?;
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let kept = Arc::clone(&tail);
+        let (ending, open) = watch::channel(());
         let task = tokio::spawn(async move {
             let mut buffer = vec![0; 16 * 1024];
             let mut room = FILE_LIMIT;
+            let _ending = ending;
             while let Ok(count @ 1..) = stream.read(&mut buffer).await {
                 let bytes = &buffer[..count];
                 {
@@ -55,7 +61,15 @@ impl ConsoleLog {
         Ok(Self {
             tail,
             task: task.abort_handle(),
+            open,
         })
+    }
+
+    /// Waits until all of it was read, which is soon after QEMU's end, but no
+    /// longer than `limit`.
+    pub async fn ended(&self, limit: Duration) {
+        let mut open = self.open.clone();
+        let _ = tokio::time::timeout(limit, async { while open.changed().await.is_ok() {} }).await;
     }
 
     /// The last `count` lines, with control characters made visible.

@@ -28,6 +28,10 @@ use crate::spec::{Spec, VmId};
 const MAX_LINE: u64 = 1 << 20;
 /// How long a request may take to arrive and qemu-guest-agent to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the owner of a machine may take to answer.
+const ANSWER: Duration = Duration::from_secs(20);
+/// Pause after a connection that could not be accepted.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// What can be asked of a running machine.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
@@ -157,10 +161,15 @@ pub(super) async fn serve(
         qga: Mutex::new(machine.take_qga().map(Qga::Port)),
     });
     let task = tokio::spawn(async move {
-        while let Ok((connection, _)) = listener.accept().await {
-            if allowed(&connection) {
-                let serving = Arc::clone(&serving);
-                tokio::spawn(async move { serving.answer(connection).await });
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) if allowed(&connection) => {
+                    let serving = Arc::clone(&serving);
+                    tokio::spawn(async move { serving.answer(connection).await });
+                }
+                Ok(_) => {}
+                // No descriptor left, perhaps: others may be given back.
+                Err(_) => tokio::time::sleep(RETRY).await,
             }
         }
     });
@@ -266,6 +275,17 @@ async fn write_line(connection: &mut UnixStream, value: &impl Serialize) -> io::
     connection.write_all(&line).await
 }
 
+/// Bounds what the owner may take; it may be stopped.
+async fn in_time<T>(answer: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match tokio::time::timeout(ANSWER, answer).await {
+        Ok(answer) => answer,
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "its owner does not answer",
+        )),
+    }
+}
+
 /// Reaches a running machine through its owner.
 #[derive(Debug, Clone)]
 pub struct Controller {
@@ -311,10 +331,10 @@ impl Controller {
     /// No such machine, or the console is open elsewhere.
     pub async fn console(&self) -> Result<UnixStream, ControlError> {
         let mut connection = self.connect().await?;
-        let answer = async {
+        let answer = in_time(async {
             write_line(&mut connection, &Ask::Console).await?;
             read_line::<Answer>(&mut connection).await
-        };
+        });
         match answer.await.map_err(|source| self.unreachable(source))? {
             Answer::Console => Ok(connection),
             Answer::Refused(report) => Err(ControlError::Refused(report)),
@@ -324,7 +344,7 @@ impl Controller {
 
     async fn ask(&self, ask: Ask) -> Result<Answer, ControlError> {
         let mut connection = self.connect().await?;
-        let answer = async {
+        let answer = in_time(async {
             write_line(&mut connection, &ask).await?;
             let mut line = Vec::new();
             BufReader::new(connection)
@@ -332,7 +352,7 @@ impl Controller {
                 .read_until(b'\n', &mut line)
                 .await?;
             Ok(serde_json::from_slice::<Answer>(&line)?)
-        };
+        });
         match answer.await.map_err(|source| self.unreachable(source))? {
             Answer::Refused(report) => Err(ControlError::Refused(report)),
             answer => Ok(answer),

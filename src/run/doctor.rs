@@ -103,7 +103,7 @@ async fn accelerator(host: &Host) -> Check {
         let qemu = probe::find_qemu(host.qemu.as_deref())?;
         let images = host.images();
         let image = images.get("base").or_else(|_| images.get("default"))?;
-        prove::kvm(host, &qemu, &image).await
+        prove::kvm(host, &qemu, &image, prove::Earlier::Good).await
     };
     match proved.await {
         Ok(verdict) if verdict.usable => check(name, Status::Ok, verdict.reason, ""),

@@ -4,8 +4,9 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use bulkhead_agent::Request;
+use bulkhead_agent::{Failure, Request};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -14,7 +15,7 @@ use super::runner::ANSWER;
 use super::workspace;
 use crate::error::Explain;
 use crate::guest::archive::{self, Limits, PackLimits, Packed, Warnings};
-use crate::guest::{Channel, GuestError, Output};
+use crate::guest::{Channel, GuestError, Output, Stream};
 use crate::plan::SHARE_TAG;
 use crate::spec::{Script, Spec, Workspace, WorkspaceMode};
 
@@ -26,7 +27,9 @@ pub(super) const INPUT: &str = "/workspace/input";
 const OUTPUT: &str = "/workspace/output";
 
 /// How long the guest may take to take, or give, the next bytes.
-const STALLED: std::time::Duration = std::time::Duration::from_secs(60);
+const STALLED: Duration = Duration::from_secs(60);
+/// How long one exchange may take in all, however steadily it trickles.
+const TRANSFER: Duration = Duration::from_secs(60 * 60);
 
 /// The workspace could not be exchanged.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +114,10 @@ impl Exchange {
                 return Err(bad(io::ErrorKind::NotADirectory.into()));
             }
             fs::read_dir(&full).map_err(bad)?;
+            if full.to_str().is_none() {
+                let why = "its path is not UTF-8, which the record of a run must be";
+                return Err(bad(io::Error::new(io::ErrorKind::InvalidInput, why)));
+            }
             owner = Some(meta.uid());
             *dir = full;
         }
@@ -127,6 +134,12 @@ impl Exchange {
             owner,
             packed: Packed::default(),
         })
+    }
+
+    /// Whether anything is to come back.
+    pub(super) fn wants_something(&self) -> bool {
+        let workspace = &self.workspace;
+        workspace.artifacts.is_some() || workspace.apply || workspace.diff
     }
 
     /// The workspace, its directory resolved.
@@ -179,10 +192,10 @@ impl Exchange {
                     read_only: self.workspace.read_only,
                 };
                 channel.ask("mount the workspace", &mount, ANSWER).await?;
-                if !self.workspace.read_only && dir.join(".git").exists() {
+                if !self.workspace.read_only {
                     warnings.push(format!(
-                        "the guest can change hooks and configuration of the repository in {}: \
-                         look at them before you use git there, or use workspace mode `copy`",
+                        "the guest could change everything in {}, hooks and configuration of \
+                         repositories too: look at them before you use git there",
                         dir.display()
                     ));
                 }
@@ -218,7 +231,9 @@ impl Exchange {
                 },
                 staging.clone(),
             );
-            let applied = receive(channel, &get, "send its artifacts", move |archive, _| {
+            let applied = receive(channel, &get, "send its artifacts", move |archive, side| {
+                // Nothing belongs there: a guest that writes to it is cut off.
+                drop(side);
                 workspace::artifacts(archive, &staging, &dir, &Limits::default())
             })
             .await?;
@@ -337,6 +352,20 @@ pub(super) async fn in_time<T>(
     tokio::time::timeout(STALLED, work).await.map_err(silent)?
 }
 
+/// Bounds a whole exchange.
+async fn in_all<T>(
+    what: &str,
+    work: impl Future<Output = Result<T, super::RunError>>,
+) -> Result<T, super::RunError> {
+    let endless = |_| GuestError::Timeout {
+        what: what.to_owned(),
+        after: TRANSFER,
+    };
+    tokio::time::timeout(TRANSFER, work)
+        .await
+        .map_err(endless)?
+}
+
 /// Sends what `produce` writes, from a thread of its own, as the input of a request.
 async fn send<T: Send + 'static>(
     channel: &Channel,
@@ -344,36 +373,39 @@ async fn send<T: Send + 'static>(
     what: &str,
     produce: impl FnOnce(std::os::unix::net::UnixStream) -> Result<T, archive::Error> + Send + 'static,
 ) -> Result<T, super::RunError> {
-    let mut stream = channel.open(request).await?;
-    in_time(what, stream.started(what)).await?;
-    let (mut ours, theirs) = pipe()?;
-    let producer = tokio::task::spawn_blocking(move || produce(theirs));
-    let input = stream.input();
-    let mut buffer = vec![0; 64 * 1024];
-    // A broken pipe is the producer's failure, which it reports itself.
-    while let Ok(count @ 1..) = ours.read(&mut buffer).await {
-        if !in_time(what, input.send(&buffer[..count])).await? {
-            break;
+    in_all(what, async {
+        let mut stream = channel.open(request).await?;
+        in_time(what, stream.started(what)).await?;
+        let (mut ours, theirs) = pipe()?;
+        let producer = tokio::task::spawn_blocking(move || produce(theirs));
+        let input = stream.input();
+        let mut buffer = vec![0; 64 * 1024];
+        // A broken pipe is the producer's failure, which it reports itself.
+        while let Ok(count @ 1..) = ours.read(&mut buffer).await {
+            if !in_time(what, input.send(&buffer[..count])).await? {
+                break;
+            }
         }
-    }
-    drop(ours);
-    let produced = joined(producer.await);
-    match produced {
-        Ok(produced) => {
-            input.end().await?;
-            in_time(what, stream.finished(what)).await?;
-            Ok(produced)
+        drop(ours);
+        match joined(producer.await) {
+            Ok(produced) => {
+                in_time(what, input.end()).await?;
+                in_time(what, stream.finished(what)).await?;
+                Ok(produced)
+            }
+            // The guest stopped taking it, and says why.
+            Err(error @ archive::Error::Send { .. }) => {
+                in_time(what, stream.finished(what)).await?;
+                Err(ExchangeError::from(error).into())
+            }
+            Err(error) => Err(ExchangeError::from(error).into()),
         }
-        // The guest stopped taking it, and says why.
-        Err(error @ archive::Error::Send { .. }) => {
-            in_time(what, stream.finished(what)).await?;
-            Err(ExchangeError::from(error).into())
-        }
-        Err(error) => Err(ExchangeError::from(error).into()),
-    }
+    })
+    .await
 }
 
-/// Gives the output of a request to `consume`, which runs in a thread of its own.
+/// Gives the output of a request to `consume`, which runs in a thread of its
+/// own and only stages it: whether the guest meant it shows at the end.
 async fn receive<T: Send + 'static>(
     channel: &Channel,
     request: &Request,
@@ -385,31 +417,44 @@ async fn receive<T: Send + 'static>(
     + Send
     + 'static,
 ) -> Result<T, super::RunError> {
-    let mut stream = channel.open(request).await?;
-    in_time(what, stream.started(what)).await?;
-    let (mut out, out_reader) = pipe()?;
-    let (mut err, err_reader) = pipe()?;
-    let consumer = tokio::task::spawn_blocking(move || consume(out_reader, err_reader));
-    let failure = loop {
+    in_all(what, async {
+        let mut stream = channel.open(request).await?;
+        in_time(what, stream.started(what)).await?;
+        let (out, out_reader) = pipe()?;
+        let (err, err_reader) = pipe()?;
+        let consumer = tokio::task::spawn_blocking(move || consume(out_reader, err_reader));
+        let carried = carry(&mut stream, what, out, err).await;
+        // Its pipes are closed now, so it ends.
+        let consumed = joined(consumer.await);
+        match carried? {
+            Some(failure) => Err(GuestError::Refused {
+                what: what.to_owned(),
+                failure,
+            }
+            .into()),
+            None => Ok(consumed.map_err(ExchangeError::from)?),
+        }
+    })
+    .await
+}
+
+/// Carries output to two pipes until the end, or until nobody takes it.
+async fn carry(
+    stream: &mut Stream,
+    what: &str,
+    mut out: UnixStream,
+    mut err: UnixStream,
+) -> Result<Option<Failure>, GuestError> {
+    loop {
         let written = match in_time(what, stream.next()).await? {
             Output::Out(bytes) => out.write_all(&bytes).await,
             Output::Err(bytes) => err.write_all(&bytes).await,
-            Output::Exit(exit) => break exit.failure,
+            Output::Exit(exit) => return Ok(exit.failure),
         };
         if written.is_err() {
             // The consumer has seen enough, and says why.
-            break None;
+            return Ok(None);
         }
-    };
-    drop((out, err));
-    let consumed = joined(consumer.await);
-    match failure {
-        Some(failure) => Err(GuestError::Refused {
-            what: what.to_owned(),
-            failure,
-        }
-        .into()),
-        None => Ok(consumed.map_err(ExchangeError::from)?),
     }
 }
 

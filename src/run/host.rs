@@ -85,7 +85,7 @@ impl Host {
     pub async fn start(&self, spec: &Spec) -> Result<(Image, Machine), RunError> {
         let (image, plan) = self.plan(spec)?;
         if spec.accel == Accel::Kvm {
-            let verdict = prove::kvm(self, &plan.qemu, &image).await?;
+            let verdict = prove::kvm(self, &plan.qemu, &image, prove::Earlier::Any).await?;
             if !verdict.usable {
                 return Err(RunError::NoKvm {
                     reason: verdict.reason,

@@ -10,7 +10,7 @@ use bulkhead_agent::{Hello, Request, VSOCK_PORT};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use super::console::{ConsoleLog, printable};
+use super::console::ConsoleLog;
 use super::error::MachineError;
 use super::record::{Record, RecordError};
 use crate::guest::{Channel, GuestError, connect_vsock};
@@ -55,6 +55,8 @@ pub struct Machine {
     channel: Channel,
     hello: Hello,
     console: ConsoleLog,
+    /// What QEMU says.
+    words: ConsoleLog,
     emergency: Option<UnixStream>,
     qga: Option<UnixStream>,
     phases: Phases,
@@ -93,6 +95,7 @@ impl Machine {
                     channel,
                     hello,
                     console,
+                    words,
                     ends,
                     phases,
                 } = parts;
@@ -105,6 +108,7 @@ impl Machine {
                     channel,
                     hello,
                     console,
+                    words,
                     emergency,
                     qga,
                     phases,
@@ -130,22 +134,24 @@ impl Machine {
         let descriptors = descriptors(&plan, record.dir(), options, &mut ends)?;
         if let Some(cid) = ends.cid {
             for word in &mut plan.args {
-                *word = word.replace(plan::CID, &cid.to_string());
+                if word.starts_with("vhost-vsock") {
+                    *word = word.replace(plan::CID, &cid.to_string());
+                }
             }
             record.update_plan(&plan)?;
         }
+        // Through us, because a guest can make QEMU complain without end.
         let log_path = record.dir().join("qemu.log");
-        let log = File::options()
-            .read(true)
-            .append(true)
-            .create_new(true)
-            .open(&log_path)
-            .map_err(io_error("make QEMU's log", &log_path))?;
+        let mut words = None;
+        let log = socket(&mut words, &plan.qemu)?;
+        let words = words.ok_or(MachineError::Missing { what: "QEMU's log" })?;
+        let words =
+            ConsoleLog::start(words, &log_path).map_err(io_error("make QEMU's log", &log_path))?;
         let spawn = Spawn {
             program: plan.qemu.clone(),
             args: plan.args.clone(),
             descriptors,
-            log: log.into(),
+            log,
             die_with_thread: options.die_with_thread,
         };
         let process = spawn.run(|process| record.lease(process.lease()))?;
@@ -191,9 +197,7 @@ impl Machine {
         let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
             Ok(ready) => ready,
             Err(ended) => {
-                return Err(
-                    explain_end(ended, &plan, &process, &console, &log_path, options).await,
-                );
+                return Err(explain_end(ended, &plan, &process, &console, &words, options).await);
             }
         };
         phases.qmp_us = qmp_us;
@@ -206,6 +210,7 @@ impl Machine {
             channel,
             hello,
             console,
+            words,
             ends,
             phases,
         })
@@ -269,8 +274,7 @@ impl Machine {
     /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.
     pub async fn end_reason(&self) -> Option<MachineError> {
         let status = self.process.try_wait().ok().flatten()?;
-        let log = self.record.dir().join("qemu.log");
-        Some(explain_status(status, &self.plan, &self.console, &log).await)
+        Some(explain_status(status, &self.plan, &self.console, &self.words).await)
     }
 
     /// Writes a lease of this machine down.
@@ -321,6 +325,7 @@ struct Parts {
     channel: Channel,
     hello: Hello,
     console: ConsoleLog,
+    words: ConsoleLog,
     ends: Ends,
     phases: Phases,
 }
@@ -352,15 +357,7 @@ fn descriptors(
     options: &StartOptions,
     ends: &mut Ends,
 ) -> Result<Vec<OwnedFd>, MachineError> {
-    let socket = |end: &mut Option<UnixStream>| {
-        let mut pair = || {
-            let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-            ours.set_nonblocking(true)?;
-            *end = Some(UnixStream::from_std(ours)?);
-            Ok(OwnedFd::from(theirs))
-        };
-        pair().map_err(io_error("make a socket for", &plan.qemu))
-    };
+    let socket = |end: &mut Option<UnixStream>| socket(end, &plan.qemu);
     plan.descriptors
         .iter()
         .map(|descriptor| match descriptor {
@@ -380,6 +377,17 @@ fn descriptors(
             }
         })
         .collect()
+}
+
+/// A pair of sockets: one end for us, the other for QEMU.
+fn socket(end: &mut Option<UnixStream>, qemu: &Path) -> Result<OwnedFd, MachineError> {
+    let mut pair = || {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        *end = Some(UnixStream::from_std(ours)?);
+        Ok(OwnedFd::from(theirs))
+    };
+    pair().map_err(io_error("make a socket for", qemu))
 }
 
 /// A fresh disk that exists only for as long as QEMU holds it.
@@ -421,11 +429,11 @@ async fn explain_end(
     plan: &Plan,
     process: &VmmProcess,
     console: &ConsoleLog,
-    log: &Path,
+    words: &ConsoleLog,
     options: &StartOptions,
 ) -> MachineError {
     match ended {
-        Ended::Process(Ok(status)) => explain_status(status, plan, console, log).await,
+        Ended::Process(Ok(status)) => explain_status(status, plan, console, words).await,
         Ended::Process(Err(source)) => io_error("wait for", &plan.qemu)(source),
         Ended::Silent => MachineError::AgentSilent {
             after: options.boot_timeout,
@@ -434,7 +442,7 @@ async fn explain_end(
         // The monitor or the channel broke: mostly QEMU is about to be gone.
         Ended::Setup(error) => {
             match tokio::time::timeout(Duration::from_millis(500), process.wait()).await {
-                Ok(Ok(status)) => explain_status(status, plan, console, log).await,
+                Ok(Ok(status)) => explain_status(status, plan, console, words).await,
                 _ => error,
             }
         }
@@ -445,11 +453,12 @@ async fn explain_status(
     status: ExitStatus,
     plan: &Plan,
     console: &ConsoleLog,
-    log: &Path,
+    words: &ConsoleLog,
 ) -> MachineError {
-    // The console's last bytes may still be on their way to us.
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    let words = printable(&fs::read(log).unwrap_or_default(), 20);
+    // The last bytes may still be on their way to us.
+    console.ended(Duration::from_millis(500)).await;
+    words.ended(Duration::from_millis(500)).await;
+    let words = words.last_lines(20);
     if let Some(console) = console.panic_lines(20) {
         MachineError::GuestPanic { console }
     } else if status.code == Some(0) {

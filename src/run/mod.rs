@@ -97,7 +97,7 @@ pub enum RunError {
         timed_out: bool,
     },
     /// The user ended it before the command ran.
-    #[error("interrupted by signal {signal} before the command ran")]
+    #[error("interrupted by signal {signal}")]
     Interrupted {
         /// The signal.
         signal: i32,
@@ -130,6 +130,9 @@ impl Explain for RunError {
             Self::Machine(error) => error.code(),
             Self::Workspace(error) => error.code(),
             Self::Output { source, .. } if crate::host::is_full(source) => "no-space",
+            Self::Output { source, .. } if source.kind() == std::io::ErrorKind::FileTooLarge => {
+                "output-too-long"
+            }
             Self::Output { .. } => "output-unwritable",
             Self::Script { .. } => "script-failed",
             Self::Interrupted { .. } => "interrupted",
@@ -146,12 +149,14 @@ impl Explain for RunError {
             Self::Probe(error) => error.remedy(),
             Self::Plan(error) => error.remedy(),
             Self::NoKvm { .. } => {
-                "Use a host with KVM, or accept software emulation, slow and no isolation by hardware, with --accel tcg.".into()
+                "Use a host with KVM, or accept software emulation, slow and no isolation by hardware, with --accel tcg. `bulkhead doctor` proves it again.".into()
             }
             Self::Record(error) => error.remedy(),
             Self::Machine(error) => error.remedy(),
             Self::Workspace(error) => error.remedy(),
-            Self::Output { .. } => "Make room, or redirect the output elsewhere.".into(),
+            Self::Output { .. } => {
+                "Make room, write to /workspace/output, or redirect the output elsewhere.".into()
+            }
             Self::Script {
                 timed_out: true, ..
             } => "Give it more time with --timeout.".into(),

@@ -27,6 +27,9 @@ use crate::spec::{Accel, Bytes, Request, Spec, VmId};
 /// two seconds with the slowest kernel here.
 const DEADLINE: Duration = Duration::from_secs(10);
 
+/// QEMU's words for what passes.
+const BUSY: [&str; 2] = ["Device or resource busy", "Cannot allocate memory"];
+
 /// Whether KVM works, and why not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
@@ -39,11 +42,25 @@ pub struct Verdict {
     pub cached: bool,
 }
 
+/// Whether an earlier verdict will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Earlier {
+    /// Any of this boot of the host.
+    Any,
+    /// Only a good one: what did not work may work by now.
+    Good,
+}
+
 /// Proves KVM with `image`, or finds the earlier verdict.
 ///
 /// # Errors
 /// The proof itself could not be attempted (no space, no image ...).
-pub async fn kvm(host: &Host, qemu: &Path, image: &Image) -> Result<Verdict, RunError> {
+pub async fn kvm(
+    host: &Host,
+    qemu: &Path,
+    image: &Image,
+    earlier: Earlier,
+) -> Result<Verdict, RunError> {
     let refused = |reason: String| Verdict {
         usable: false,
         reason,
@@ -60,7 +77,8 @@ pub async fn kvm(host: &Host, qemu: &Path, image: &Image) -> Result<Verdict, Run
     let path = verdict_file(host, qemu);
     if let Some(verdict) = fs::read(&path)
         .ok()
-        .and_then(|text| serde_json::from_slice(&text).ok())
+        .and_then(|text| serde_json::from_slice::<Verdict>(&text).ok())
+        .filter(|verdict| verdict.usable || earlier == Earlier::Any)
     {
         return Ok(Verdict {
             cached: true,
@@ -79,7 +97,10 @@ pub async fn kvm(host: &Host, qemu: &Path, image: &Image) -> Result<Verdict, Run
         }
         Err(RunError::Machine(error)) => {
             let report = Report::of(&error);
+            let busy = BUSY.iter().any(|words| report.what.contains(words));
             match report.code.as_str() {
+                // It says nothing of the next attempt.
+                _ if busy => return Ok(refused(report.what)),
                 // These say something about KVM; others about the attempt.
                 "agent-silent" | "qemu-died" | "guest-panic" | "guest-ended" => refused(format!(
                     "/dev/kvm opens, but no Linux guest boots on it: {}",

@@ -10,7 +10,7 @@ use tokio::io::AsyncWriteExt;
 use super::exchange::{Exchange, in_time, joined, pipe};
 use super::host::Host;
 use super::machine::Machine;
-use super::runner::{Io, Session};
+use super::runner::{Io, Session, unless_interrupted};
 use super::{MachineError, RunError};
 use crate::guest::{GuestError, Output};
 use crate::image::{Builder, Image};
@@ -61,21 +61,21 @@ pub async fn provision(
     let exchange = Exchange::prepare(&spec.workspace)?;
     let (from, mut machine) = super::runner::start(host, spec, &mut io).await?;
     let work = async {
-        let done = Session {
+        let session = Session {
             host,
             spec,
             machine: &mut machine,
             exchange,
-        }
-        .run(io)
-        .await?;
+        };
+        let done = session.run(&mut io).await?;
         if done.exit_code != 0 {
             return Err(RunError::Script {
                 code: done.exit_code,
                 timed_out: done.timed_out,
             });
         }
-        export(host, &machine, &from, name).await
+        let export = export(host, &machine, &from, name);
+        unless_interrupted(&mut io.signals, export).await
     };
     let result = work.await;
     if let Err(errors) = machine.kill().await {

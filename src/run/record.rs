@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::dirs::{Dirs, make_private};
-use super::recovery;
+use super::recovery::{self, Found};
 use crate::error::Explain;
 use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
 use crate::plan::Plan;
@@ -21,6 +21,20 @@ pub enum RecordError {
     InUse {
         /// The name.
         id: VmId,
+    },
+    /// A dead machine of that name holds something that cannot be released.
+    #[error("a dead machine named {id} cannot be cleared away: {why}")]
+    Stale {
+        /// The name.
+        id: VmId,
+        /// What stays, and why.
+        why: String,
+    },
+    /// The path of the control socket is longer than a socket's may be.
+    #[error("{path} is too long for a socket: {} bytes, 107 are possible", path.as_os_str().len())]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
     },
     /// The file system refused.
     #[error("cannot {action} {path}")]
@@ -42,6 +56,8 @@ impl Explain for RecordError {
     fn code(&self) -> &'static str {
         match self {
             Self::InUse { .. } => "name-in-use",
+            Self::Stale { .. } => "lease-not-released",
+            Self::SocketPath { .. } => "runtime-dir-unusable",
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "state-dir-unusable",
             Self::Lease(error) => error.code(),
@@ -51,6 +67,10 @@ impl Explain for RecordError {
     fn remedy(&self) -> String {
         match self {
             Self::InUse { .. } => "Choose another --name, or leave it out.".into(),
+            Self::Stale { .. } => {
+                "See `bulkhead gc`; until then choose another --name, or leave it out.".into()
+            }
+            Self::SocketPath { .. } => "Name a shorter --runtime-dir or --name.".into(),
             Self::Io { source, path, .. } if crate::host::is_full(source) => {
                 format!(
                     "Free space on the file system of {}, or name another with --state-dir.",
@@ -90,13 +110,31 @@ impl Record {
     /// # Errors
     /// The name is taken by a live machine, or the disk refuses.
     pub fn create(dirs: &Dirs, spec: &Spec, plan: &Plan) -> Result<Self, RecordError> {
+        let socket = dirs.control_socket(&spec.id);
+        // sun_path of sockaddr_un (unix(7)), with its zero byte.
+        if socket.as_os_str().len() > 107 {
+            return Err(RecordError::SocketPath { path: socket });
+        }
         let runs = dirs.runs();
         make_private(&runs).map_err(io_error("make", &runs))?;
         make_private(&dirs.runtime).map_err(io_error("make", &dirs.runtime))?;
         // Nobody recovers while a directory has no lock yet.
         let _runs_lock = lock_runs(&runs)?;
         let dir = runs.join(spec.id.as_str());
-        if dir.exists() && !recovery::recover_one(&dir).is_recovered() {
+        if dir.exists() {
+            let id = spec.id.clone();
+            match recovery::recover_one(&dir) {
+                Found::Alive { .. } => return Err(RecordError::InUse { id }),
+                Found::Dead { errors, .. } => {
+                    if let Some(error) = errors.first() {
+                        let why = format!("{}: {}", error.what, error.cause);
+                        return Err(RecordError::Stale { id, why });
+                    }
+                }
+            }
+        }
+        // Two state directories may share one runtime directory.
+        if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
             return Err(RecordError::InUse {
                 id: spec.id.clone(),
             });
@@ -164,11 +202,33 @@ impl Record {
             .map(Into::into)
             .collect();
         if errors.is_empty()
-            && let Err(source) = fs::remove_dir_all(&self.dir)
+            && let Err(error) = self.remove()
         {
-            errors.push(io_error("remove", &self.dir)(source));
+            errors.push(error);
         }
         errors
+    }
+}
+
+/// How often a directory is tried that a thread of ours may still write to.
+const TRIES: u32 = 25;
+
+impl Record {
+    fn remove(&self) -> Result<(), RecordError> {
+        // Without it somebody else would see a directory whose lock is gone
+        // already, and take it for a dead run's.
+        let _runs = self.dir.parent().map(lock_runs).transpose()?;
+        let mut tries = 0;
+        loop {
+            match fs::remove_dir_all(&self.dir) {
+                Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty && tries < TRIES => {
+                    tries += 1;
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                done => return done.map_err(io_error("remove", &self.dir)),
+            }
+        }
     }
 }
 

@@ -32,13 +32,6 @@ pub enum Found {
     },
 }
 
-impl Found {
-    /// Whether the directory is gone.
-    pub(super) fn is_recovered(&self) -> bool {
-        matches!(self, Self::Dead { errors, .. } if errors.is_empty())
-    }
-}
-
 /// Looks through all runs and releases those whose owner is dead; with
 /// `dry_run` it only says what it would do.
 ///

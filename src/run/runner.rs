@@ -1,6 +1,8 @@
 //! One run, from spec to outcome.
 
+use std::convert::Infallible;
 use std::io;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Configure, Control, Exec, Exit, FailureKind, Request, Size};
@@ -102,8 +104,10 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         machine: &mut machine,
         exchange,
     }
-    .run(io)
+    .run(&mut io)
     .await;
+    // The terminal is the user's again.
+    drop(io);
     let usage = machine.process().usage();
     let channel = match machine.plan().channel {
         Channel::Serial => ChannelKind::Serial,
@@ -177,17 +181,22 @@ pub(super) async fn start(
     io: &mut Io,
 ) -> Result<(Image, Machine), RunError> {
     (io.progress)(Progress::Starting);
-    tokio::select! {
-        started = host.start(spec) => started,
-        signal = interruption(&mut io.signals) => Err(RunError::Interrupted { signal }),
+    let started = unless_interrupted(&mut io.signals, host.start(spec)).await;
+    if matches!(started, Err(RunError::Interrupted { .. })) {
+        // The start was dropped halfway, and with it the machine; what it had
+        // written down is cleared away like that of any dead run.
+        if let Err(error) = super::recover(&host.dirs, false) {
+            tracing::warn!("{error}");
+        }
     }
+    started
 }
 
 fn micros(begin: Instant) -> u64 {
     u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Waits for a signal that means "stop" while nothing runs yet.
+/// Waits for a signal that means "stop" while no command runs.
 async fn interruption(signals: &mut mpsc::Receiver<Signal>) -> i32 {
     use nix::libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
     loop {
@@ -199,12 +208,25 @@ async fn interruption(signals: &mut mpsc::Receiver<Signal>) -> i32 {
     }
 }
 
+/// Does `work` unless the user ends it.
+pub(super) async fn unless_interrupted<T>(
+    signals: &mut mpsc::Receiver<Signal>,
+    work: impl Future<Output = Result<T, RunError>>,
+) -> Result<T, RunError> {
+    tokio::select! {
+        done = work => done,
+        signal = interruption(signals) => Err(RunError::Interrupted { signal }),
+    }
+}
+
 /// What a session gives.
 #[derive(Default)]
 pub(super) struct Done {
     exit: Exit,
     pub(super) exit_code: i32,
     pub(super) timed_out: bool,
+    /// It did not end when it was killed: nothing more is to be had of the guest.
+    stuck: bool,
     refused: Option<Report>,
     stdout: Option<super::outcome::Captured>,
     stderr: Option<super::outcome::Captured>,
@@ -223,9 +245,9 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
-    pub(super) async fn run(mut self, mut io: Io) -> Result<Done, RunError> {
+    pub(super) async fn run(mut self, io: &mut Io) -> Result<Done, RunError> {
         let _control = control::serve(&self.host.dirs, self.spec, self.machine).await?;
-        match self.steps(&mut io).await {
+        match self.steps(io).await {
             // The channel breaks when the machine ends; the machine knows why.
             Err(RunError::Machine(MachineError::Guest(error))) if is_loss(&error) => {
                 let wait =
@@ -247,19 +269,38 @@ impl Session<'_> {
         let identity = Request::Configure(identity(self.spec));
         channel.ask("take its identity", &identity, ANSWER).await?;
         (io.progress)(Progress::Sending);
-        let mut warnings = self.exchange.send(&channel, self.spec).await?;
+        let send = self.exchange.send(&channel, self.spec);
+        let mut warnings = unless_interrupted(&mut io.signals, send).await?;
         (io.progress)(Progress::Running);
         let begin = Instant::now();
         let mut done = self.command(io).await?;
         done.command_us = micros(begin);
         (io.progress)(Progress::Fetching);
-        self.exchange
-            .fetch(&channel, self.machine.dir(), &mut warnings)
-            .await
-            .map(|fetched| {
+        let fetch = async {
+            if done.stuck {
+                let what = "send anything after the time limit".into();
+                return Err(GuestError::Timeout {
+                    what,
+                    after: KILL_GRACE,
+                }
+                .into());
+            }
+            let dir = self.machine.dir();
+            self.exchange.fetch(&channel, dir, &mut warnings).await
+        };
+        match unless_interrupted(&mut io.signals, fetch).await {
+            Ok(fetched) => {
                 done.changes = fetched.changes;
                 done.artifacts = fetched.artifacts;
-            })?;
+            }
+            // That it ran out of time is what the user has to know.
+            Err(RunError::Machine(MachineError::Guest(error))) if done.timed_out => {
+                if self.exchange.wants_something() {
+                    warnings.push(format!("nothing was brought back: {error}"));
+                }
+            }
+            Err(error) => return Err(error),
+        }
         warnings.append(&mut done.warnings);
         done.warnings = warnings;
         Ok(done)
@@ -294,15 +335,24 @@ impl Session<'_> {
         if let Some(pump) = pump {
             pump.abort();
         }
-        let (exit, timed_out) = result?;
-        done.exit_code = match (timed_out, exit.code, exit.signal) {
-            (true, ..) => TIMED_OUT,
-            (_, Some(code), _) => code & 0xff,
-            (.., Some(signal)) => 128 + (signal & 0x7f),
-            _ => super::outcome::FAILED,
+        let ending = result?;
+        done.timed_out = !matches!(ending, Ending::Exit(_));
+        done.stuck = matches!(ending, Ending::Stuck);
+        done.exit = match ending {
+            Ending::Exit(exit) | Ending::TimedOut(exit) => exit,
+            Ending::Stuck => Exit::default(),
         };
-        done.exit = exit;
-        done.timed_out = timed_out;
+        done.exit_code = match &done.exit {
+            _ if done.timed_out => TIMED_OUT,
+            Exit {
+                code: Some(code), ..
+            } => code & 0xff,
+            Exit {
+                signal: Some(signal),
+                ..
+            } => 128 + (signal & 0x7f),
+            exit => return Err(no_status(what, exit)),
+        };
         let [stdout, stderr] = sinks;
         done.stdout = stdout.finish().await?;
         done.stderr = stderr.finish().await?;
@@ -358,6 +408,14 @@ fn is_loss(error: &GuestError) -> bool {
     matches!(error, GuestError::Closed | GuestError::Io { .. })
 }
 
+/// The guest says that the command is over, but not how.
+fn no_status(what: String, exit: &Exit) -> RunError {
+    match exit.failure.clone() {
+        Some(failure) => GuestError::Refused { what, failure }.into(),
+        None => GuestError::Protocol("an Exit without code or signal".into()).into(),
+    }
+}
+
 /// A command that could not be run is an outcome, as in a shell; all else is an error.
 fn refusal(error: GuestError, mut done: Done) -> Result<Done, RunError> {
     let GuestError::Refused { failure, .. } = &error else {
@@ -383,41 +441,64 @@ async fn pump(mut stdin: Box<dyn AsyncRead + Send + Unpin>, input: Input) {
     let _ = input.end().await;
 }
 
-/// Follows a command to its end: `true` when the time limit ended it.
+/// How a command ended.
+enum Ending {
+    /// By itself, or by a signal.
+    Exit(Exit),
+    /// The time limit ended it.
+    TimedOut(Exit),
+    /// The time limit was over, and it did not even end when killed.
+    Stuck,
+}
+
+/// Follows a command to its end.
 async fn drive(
     stream: &mut Stream,
     sinks: &mut [Sink; 2],
     signals: &mut mpsc::Receiver<Signal>,
     limit: Duration,
-) -> Result<(Exit, bool), RunError> {
-    let deadline = tokio::time::sleep(limit);
-    tokio::pin!(deadline);
-    let mut timed_out = false;
+) -> Result<Ending, RunError> {
+    let control = stream.input();
+    // Apart from each other: a reader of the output that is slow, or a guest
+    // that does not read, stops neither the clock nor the signals.
+    let mut follow = pin!(follow(stream, sinks));
+    tokio::select! {
+        exit = &mut follow => return Ok(Ending::Exit(exit?)),
+        never = forward(signals, &control) => match never {},
+        () = tokio::time::sleep(limit) => {}
+    }
+    let end = async {
+        let _ = control.control(&Control::Kill).await;
+        follow.await
+    };
+    match tokio::time::timeout(KILL_GRACE, end).await {
+        Ok(exit) => Ok(Ending::TimedOut(exit?)),
+        Err(_) => Ok(Ending::Stuck),
+    }
+}
+
+/// Passes output on until the command's end.
+async fn follow(stream: &mut Stream, sinks: &mut [Sink; 2]) -> Result<Exit, RunError> {
+    let control = stream.input();
     loop {
-        tokio::select! {
-            output = stream.next() => match output? {
-                Output::Exit(exit) => return Ok((exit, timed_out)),
-                Output::Out(bytes) => sinks[0].write(&bytes, stream).await?,
-                Output::Err(bytes) => sinks[1].write(&bytes, stream).await?,
-            },
-            Some(signal) = signals.recv() => {
-                let control = match signal {
-                    Signal::Send(signal) => Control::Signal { signal },
-                    Signal::Resize(size) => Control::Resize(size),
-                };
-                stream.control(&control).await?;
-            }
-            () = &mut deadline => {
-                if timed_out {
-                    // It does not even end when killed: the machine goes with it.
-                    return Ok((Exit::default(), true));
-                }
-                timed_out = true;
-                stream.control(&Control::Kill).await?;
-                deadline.as_mut().reset(tokio::time::Instant::now() + KILL_GRACE);
-            }
+        match stream.next().await? {
+            Output::Exit(exit) => return Ok(exit),
+            Output::Out(bytes) => sinks[0].write(&bytes, &control).await?,
+            Output::Err(bytes) => sinks[1].write(&bytes, &control).await?,
         }
     }
+}
+
+/// Passes signals on. What goes wrong shows where output is read.
+async fn forward(signals: &mut mpsc::Receiver<Signal>, control: &Input) -> Infallible {
+    while let Some(signal) = signals.recv().await {
+        let message = match signal {
+            Signal::Send(signal) => Control::Signal { signal },
+            Signal::Resize(size) => Control::Resize(size),
+        };
+        let _ = control.control(&message).await;
+    }
+    std::future::pending().await
 }
 
 /// Where one kind of output goes.
@@ -444,7 +525,7 @@ impl Sink {
         }
     }
 
-    async fn write(&mut self, bytes: &[u8], stream: &Stream) -> Result<(), RunError> {
+    async fn write(&mut self, bytes: &[u8], control: &Input) -> Result<(), RunError> {
         match self {
             Self::Pass { to, name } => {
                 let written = async {
@@ -456,7 +537,7 @@ impl Sink {
                     Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                         *self = Self::Closed;
                         let signal = nix::libc::SIGPIPE;
-                        Ok(stream.control(&Control::Signal { signal }).await?)
+                        Ok(control.control(&Control::Signal { signal }).await?)
                     }
                     other => {
                         let place = (*name).to_owned();

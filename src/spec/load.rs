@@ -238,6 +238,30 @@ impl Request {
                 "a name has no `=` and is not empty",
             );
         }
+        for (what, text) in [("--user", &self.user), ("--workdir", &self.workdir)] {
+            if text
+                .as_ref()
+                .is_some_and(|text| text.is_empty() || text.contains('\0'))
+            {
+                return value(what, "empty".into(), "leave it out for the default");
+            }
+        }
+        if self
+            .workdir
+            .as_ref()
+            .is_some_and(|dir| !dir.starts_with('/'))
+        {
+            let dir = self.workdir.unwrap_or_default();
+            return value("--workdir", dir, "it must begin with `/`");
+        }
+        if let Some(name) = self
+            .env
+            .iter()
+            .find_map(|(name, text)| text.contains('\0').then_some(name))
+        {
+            let why = "no system takes a zero byte";
+            return value("--env", format!("the value of {name}"), why);
+        }
         if self.command.iter().any(|word| word.contains('\0')) {
             return value(
                 "the command",
@@ -274,6 +298,12 @@ impl Request {
 
 fn workspace(request: &Request) -> Result<Workspace, SpecError> {
     let mode = match (&request.workspace, request.workspace_mode) {
+        (None, Some(WorkspaceMode::Copy | WorkspaceMode::Share)) => {
+            return Err(SpecError::Clash {
+                first: "--workspace-mode",
+                second: "a run without --workspace",
+            });
+        }
         (None, _) => WorkspaceMode::None,
         (Some(_), mode) => mode.unwrap_or_default(),
     };
@@ -345,6 +375,10 @@ mod tests {
         assert!(ask("").is_ok());
         for bad in [
             "cpus = 0",
+            "workdir = \"src\"",
+            "user = \"\"",
+            "workspace_mode = \"share\"",
+            "[env]\nA = \"\\u0000\"",
             "memory = \"1M\"",
             "apply = true",
             "workspace = \"/x\"\nworkspace_mode = \"share\"\napply = true",

@@ -38,6 +38,10 @@ pub const WINDOW: u32 = 512 * 1024;
 pub const MAX_STREAMS: usize = 1024;
 /// The vsock port the agent listens on. Only CID 2 (the host) is served.
 pub const VSOCK_PORT: u32 = 1024;
+
+/// Ports of the host the agent takes vsock connections from: those that an
+/// ordinary user cannot bind.
+pub const VSOCK_HOST_PORTS: std::ops::RangeInclusive<u32> = 512..=1023;
 /// Name of the virtio-serial port the agent speaks on.
 pub const AGENT_PORT: &str = "bulkhead.agent";
 /// Name of the virtio-serial port of qemu-guest-agent, where an image carries it.

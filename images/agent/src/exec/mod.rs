@@ -273,11 +273,13 @@ fn explain(stumble: Stumble, request: &Exec) -> Failure {
             FailureKind::NotFound,
             format!("cannot find {program} in PATH"),
         ),
-        (Step::Program, Errno::EACCES | Errno::ENOEXEC | Errno::EISDIR) => (
+        (Step::Program, Errno::ENOMEM | Errno::EAGAIN | Errno::EIO | Errno::ENFILE) => {
+            (FailureKind::System, format!("cannot run {program}"))
+        }
+        (Step::Program, _) => (
             FailureKind::NotExecutable,
             format!("cannot execute {program}"),
         ),
-        (Step::Program, _) => (FailureKind::System, format!("cannot run {program}")),
         (Step::Cwd, _) => {
             let cwd = request.cwd.as_deref().unwrap_or("the user's home");
             (

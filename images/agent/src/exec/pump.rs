@@ -78,7 +78,11 @@ pub(super) async fn output(
 /// Writes the stream's input to `target` (or nowhere) until its end.
 /// `end_of_file` is what to write then, for a target that is not closed.
 pub(super) async fn input(stream: Arc<Stream>, mut target: Option<End>, end_of_file: &[u8]) {
+    let mut in_line = false;
     while let Ok(Some(chunk)) = stream.next_input().await {
+        in_line = chunk
+            .last()
+            .is_some_and(|byte| !matches!(byte, b'\n' | b'\r'));
         if let Some(open) = &target
             && write_all(open, &chunk).await.is_err()
         {
@@ -87,7 +91,10 @@ pub(super) async fn input(stream: Arc<Stream>, mut target: Option<End>, end_of_f
         }
     }
     if let Some(open) = &target {
-        let _ = write_all(open, end_of_file).await;
+        // Within a line the first ^D only hands the line over.
+        for _ in 0..=usize::from(in_line) {
+            let _ = write_all(open, end_of_file).await;
+        }
     }
 }
 
