@@ -159,7 +159,7 @@ fn control_c_and_end_of_input_work_on_a_terminal() {
     let exec = Exec {
         terminal,
         stdin: true,
-        ..sh("echo ready; sleep 60")
+        ..sh("echo ready; exec sleep 60")
     };
     let stream = agent.open(&Request::Exec(exec));
     agent.until(stream, |seen| text(&seen.out).contains("ready"));
