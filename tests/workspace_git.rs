@@ -4,6 +4,9 @@
 use std::fs;
 use std::path::Path;
 
+use bulkhead::error::Explain;
+use bulkhead::guest::archive::Limits;
+use bulkhead::run::workspace::Changes;
 use exchange::{Exchange, sh, try_sh};
 
 #[path = "support/exchange.rs"]
@@ -351,6 +354,28 @@ fn a_bare_repository_anywhere_is_held_to_the_same_rules() {
         "git update-ref refs/heads/x $(echo x | git hash-object -w --stdin) || true",
     );
     assert_eq!(canaries(&exchange), Vec::<String>::new());
+}
+
+#[test]
+fn a_name_cannot_be_hidden_from_the_judge_by_removing_it_too() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "mkdir -p r/objects r/refs r/hooks; echo 'ref: refs/heads/main' > r/HEAD; echo evil > r/hooks/pre-commit",
+    );
+    let (archive, _) = exchange.answer();
+    let staging = exchange.top.path().join("staging");
+    let limits = Limits::default();
+    let error = Changes::stage(
+        &archive[..],
+        &b"r/HEAD\0"[..],
+        &staging,
+        &exchange.host,
+        &limits,
+    )
+    .unwrap_err();
+    assert_eq!(error.code(), "archive-hostile");
+    assert!(error.to_string().contains("`r/HEAD`"), "{error}");
 }
 
 #[test]

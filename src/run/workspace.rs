@@ -82,6 +82,13 @@ impl Changes {
             let removed = removed.join().unwrap_or(Err(archive::Error::Truncated));
             Ok::<_, Error>((staged?, removed?))
         })?;
+        // No honest agent says so; what judges names sees each of them once.
+        if let Some(both) = removed
+            .iter()
+            .find(|name| staged.entries.contains_key(*name))
+        {
+            return Err(archive::Error::hostile(both, "is sent and removed at once").into());
+        }
         let warnings = staged.warnings.clone();
         let mut changes = Self {
             staged,

@@ -85,13 +85,15 @@ impl<'a> Judge<'a> {
         // Which signs each directory gets from the guest. Case is ignored: the
         // host's file system may do so, too.
         let mut signs: BTreeMap<Name, [bool; 4]> = BTreeMap::new();
-        for name in changes.changed().chain(changes.removed()) {
+        for (name, staged) in (changes.changed().map(|name| (name, true)))
+            .chain(changes.removed().map(|name| (name, false)))
+        {
             for below in name.ancestors() {
                 let Some((dir, last)) = below.split() else {
                     continue;
                 };
                 let found = signs.entry(dir).or_default();
-                if changes.removed.contains(name) {
+                if !staged {
                     continue;
                 }
                 for (sign, found) in SIGNS.iter().zip(found) {
