@@ -7,9 +7,9 @@ use std::process::Command;
 
 use bulkhead::error::Explain;
 use bulkhead::guest::archive::{Limits, PackLimits, pack};
-use bulkhead::run::workspace::{Changes, DiffOptions, Error, artifacts, diff};
+use bulkhead::run::workspace::{ApplyOptions, Changes, DiffOptions, Error, apply, artifacts, diff};
 use exchange::{Exchange, content, sh};
-use tree::{sample, snapshot, temp};
+use tree::{open, sample, snapshot, temp};
 
 #[path = "support/exchange.rs"]
 #[allow(dead_code)]
@@ -100,7 +100,7 @@ fn a_terminal_is_not_driven_by_the_diff() {
     .unwrap();
     let mut shown = Vec::new();
     diff(
-        &exchange.host,
+        &open(&exchange.host),
         &exchange.stage(),
         &mut shown,
         &DiffOptions { escape: true },
@@ -248,6 +248,35 @@ fn host_symlinks_are_never_written_through() {
     );
 }
 
+/// The workspace may belong to a user who is not the one who applies.
+#[test]
+fn a_workspace_replaced_by_a_symlink_is_not_followed() {
+    let exchange = Exchange::new(|dir| sh(dir, "mkdir ../outside; echo 1 > a; echo 1 > b").clear());
+    sh(&exchange.guest, "echo guest > a; echo guest > new; rm b");
+    let (archive, removed) = exchange.answer();
+    let dir = open(&exchange.host);
+    sh(
+        exchange.top.path(),
+        "echo secret > outside/a; echo safe > outside/b; mv host moved; ln -s outside host",
+    );
+    let packed = pack(&dir, std::io::sink(), &PackLimits::default()).unwrap();
+    let staging = exchange.top.path().join("staging");
+    let limits = Limits::default();
+    let changes = Changes::stage(&archive[..], &removed[..], &staging, &dir, &limits).unwrap();
+    let mut shown = Vec::new();
+    diff(&dir, &changes, &mut shown, &DiffOptions::default()).unwrap();
+    assert!(!String::from_utf8(shown).unwrap().contains("secret"));
+    apply(&dir, &changes, &packed.manifest, &ApplyOptions::default()).unwrap();
+    artifacts(&archive[..], &staging, &dir, &limits).unwrap();
+    assert_eq!(
+        sh(
+            exchange.top.path(),
+            "cat outside/*; ls -A outside; cat moved/*; ls -A moved"
+        ),
+        "secret\nsafe\na\nb\nguest\nguest\na\nnew\n"
+    );
+}
+
 #[test]
 fn a_partial_apply_lists_both_sides() {
     let exchange = Exchange::new(|dir| sh(dir, "mkdir d; echo 1 > d/f; echo 1 > z").clear());
@@ -297,7 +326,7 @@ fn removed_names_that_escape_are_refused() {
             &[0; 1024][..],
             removed,
             &staging,
-            &exchange.host,
+            &open(&exchange.host),
             &Limits::default(),
         );
         assert!(matches!(
@@ -320,8 +349,14 @@ fn artifacts_replace_files_of_the_same_name() {
     fs::create_dir_all(&dir).unwrap();
     sh(&dir, "echo old > report; echo keep > other");
     let mut archive = Vec::new();
-    pack(from.path(), &mut archive, &PackLimits::default()).unwrap();
-    let applied = artifacts(&archive[..], staging.path(), &dir, &Limits::default()).unwrap();
+    pack(&open(from.path()), &mut archive, &PackLimits::default()).unwrap();
+    let applied = artifacts(
+        &archive[..],
+        staging.path(),
+        &open(&dir),
+        &Limits::default(),
+    )
+    .unwrap();
     assert_eq!(applied.written.len(), 3);
     assert_eq!(sh(&dir, "cat report sub/y other"), "new\nx\nkeep\n");
 }
@@ -372,12 +407,12 @@ fn a_full_disk_is_named_and_leaves_the_workspace_alone() {
     assert_eq!(before, snapshot(&exchange.host));
     // The same while unpacking.
     let mut archive = Vec::new();
-    pack(&exchange.guest, &mut archive, &PackLimits::default()).unwrap();
+    pack(&open(&exchange.guest), &mut archive, &PackLimits::default()).unwrap();
     let staged = Changes::stage(
         &archive[..],
         &b""[..],
         &exchange.host,
-        &exchange.host,
+        &open(&exchange.host),
         &Limits::default(),
     );
     assert_eq!(staged.unwrap_err().code(), "no-space");

@@ -8,6 +8,7 @@ use bulkhead::error::Explain;
 use bulkhead::guest::archive::Limits;
 use bulkhead::run::workspace::Changes;
 use exchange::{Exchange, sh, try_sh};
+use tree::open;
 
 #[path = "support/exchange.rs"]
 #[allow(dead_code)]
@@ -370,7 +371,7 @@ fn a_name_cannot_be_hidden_from_the_judge_by_removing_it_too() {
         &archive[..],
         &b"r/HEAD\0"[..],
         &staging,
-        &exchange.host,
+        &open(&exchange.host),
         &limits,
     )
     .unwrap_err();

@@ -23,6 +23,7 @@
 mod beneath;
 mod error;
 mod header;
+mod host_dir;
 mod name;
 mod pack;
 mod read;
@@ -31,6 +32,7 @@ mod warning;
 
 pub(crate) use beneath::{Beneath, copy_data, create_in, stat_in, umask};
 pub use error::Error;
+pub use host_dir::HostDir;
 pub use name::{Name, printable};
 pub(crate) use name::{is_bidi_or_invisible, link_stays_inside};
 pub use pack::{Kind, Manifest, PackLimits, Packed, Stamp, pack, pack_file};
@@ -64,6 +66,10 @@ impl Default for Limits {
         }
     }
 }
+
+/// How the names of directories start in which changes are prepared, at the top
+/// of a workspace. They are never packed.
+pub(crate) const HIDDEN_PREFIX: &str = ".bulkhead-apply-";
 
 /// Deepest tree that is packed, and by default unpacked, in components.
 pub const MAX_DEPTH: usize = 256;

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent::Request;
@@ -13,7 +12,7 @@ use super::outcome::Changes;
 use super::runner::ANSWER;
 use super::workspace;
 use crate::error::Explain;
-use crate::guest::archive::{self, Limits, PackLimits, Packed, Warnings};
+use crate::guest::archive::{self, HostDir, Limits, PackLimits, Packed, Warnings};
 use crate::guest::{Channel, GuestError, Output};
 use crate::plan::SHARE_TAG;
 use crate::spec::{Script, Spec, Workspace, WorkspaceMode};
@@ -86,8 +85,9 @@ pub(super) struct Fetched {
 #[derive(Debug)]
 pub(super) struct Exchange {
     workspace: Workspace,
-    /// Owner of the shared directory.
-    owner: Option<u32>,
+    /// The workspace and the artifacts directory, opened before anything runs.
+    dir: Option<HostDir>,
+    artifacts: Option<HostDir>,
     packed: Packed,
 }
 
@@ -98,7 +98,7 @@ impl Exchange {
     /// One of them cannot be used.
     pub(super) fn prepare(workspace: &Workspace) -> Result<Self, ExchangeError> {
         let mut workspace = workspace.clone();
-        let mut owner = None;
+        let (mut opened, mut artifacts) = (None, None);
         if let Some(dir) = &mut workspace.dir {
             let bad = |source| ExchangeError::Dir {
                 path: dir.clone(),
@@ -106,12 +106,7 @@ impl Exchange {
                 source,
             };
             let full = dir.canonicalize().map_err(bad)?;
-            let meta = fs::metadata(&full).map_err(bad)?;
-            if !meta.is_dir() {
-                return Err(bad(io::ErrorKind::NotADirectory.into()));
-            }
-            fs::read_dir(&full).map_err(bad)?;
-            owner = Some(meta.uid());
+            opened = Some(HostDir::open(&full).map_err(bad)?);
             *dir = full;
         }
         if let Some(dir) = &workspace.artifacts {
@@ -121,10 +116,12 @@ impl Exchange {
                 source,
             };
             fs::create_dir_all(dir).map_err(bad)?;
+            artifacts = Some(HostDir::open(dir).map_err(bad)?);
         }
         Ok(Self {
             workspace,
-            owner,
+            dir: opened,
+            artifacts,
             packed: Packed::default(),
         })
     }
@@ -134,11 +131,21 @@ impl Exchange {
         &self.workspace
     }
 
+    /// The workspace on the host, held open.
+    pub(super) fn dir(&self) -> Option<&HostDir> {
+        self.dir.as_ref()
+    }
+
+    /// Owner of the workspace on the host.
+    fn owner(&self) -> Option<u32> {
+        self.dir.as_ref().map(|dir| dir.owner().0)
+    }
+
     /// The user a command runs as: in a share the owner of the files, because
     /// nobody else could write them.
     pub(super) fn user(&self, spec: &Spec) -> Option<String> {
         let asked = spec.command.user.clone();
-        match (self.workspace.mode, self.owner) {
+        match (self.workspace.mode, self.owner()) {
             (WorkspaceMode::Share, Some(uid @ 1..)) => asked.or(Some(uid.to_string())),
             _ => asked,
         }
@@ -161,7 +168,7 @@ impl Exchange {
             })
             .await?;
         }
-        let Some(dir) = self.workspace.dir.clone() else {
+        let Some(dir) = self.dir.clone() else {
             return Ok(warnings);
         };
         match self.workspace.mode {
@@ -179,18 +186,20 @@ impl Exchange {
                     read_only: self.workspace.read_only,
                 };
                 channel.ask("mount the workspace", &mount, ANSWER).await?;
-                if !self.workspace.read_only && dir.join(".git").exists() {
+                if !self.workspace.read_only && dir.beneath().has(".git") {
                     warnings.push(format!(
                         "the guest can change hooks and configuration of the repository in {}: \
                          look at them before you use git there, or use workspace mode `copy`",
-                        dir.display()
+                        dir.path().display()
                     ));
                 }
-                if self.owner == Some(0) && spec.command.user.is_none() && !self.workspace.read_only
+                if self.owner() == Some(0)
+                    && spec.command.user.is_none()
+                    && !self.workspace.read_only
                 {
                     warnings.push(format!(
                         "{} belongs to root: the command can write there only with --user root",
-                        dir.display()
+                        dir.path().display()
                     ));
                 }
             }
@@ -211,7 +220,7 @@ impl Exchange {
     ) -> Result<Fetched, super::RunError> {
         let mut fetched = Fetched::default();
         let staging = staging.to_owned();
-        if let Some(dir) = self.workspace.artifacts.clone() {
+        if let Some(dir) = self.artifacts.clone() {
             let (get, staging) = (
                 Request::Get {
                     path: OUTPUT.into(),
@@ -226,7 +235,7 @@ impl Exchange {
             fetched.artifacts = Some(applied.written.iter().map(ToString::to_string).collect());
         }
         let wanted = self.workspace.apply || self.workspace.diff;
-        if let (true, Some(dir)) = (wanted, self.workspace.dir.clone()) {
+        if let (true, Some(dir)) = (wanted, self.dir.clone()) {
             let ask = Request::Changes { path: WORK.into() };
             let into = dir.clone();
             let changes = receive(
@@ -247,7 +256,7 @@ impl Exchange {
 
     fn bring_back(
         &self,
-        dir: &Path,
+        dir: &HostDir,
         changes: &workspace::Changes,
         warnings: &mut Vec<String>,
     ) -> Result<Changes, ExchangeError> {

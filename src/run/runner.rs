@@ -95,6 +95,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         workspace: exchange.workspace().clone(),
         ..spec.clone()
     };
+    let shared = exchange.dir().cloned();
     let (image, mut machine) = start(host, spec, &mut io).await?;
     let done = Session {
         host,
@@ -117,9 +118,9 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     } else {
         machine.kill().await
     };
-    let settled = match share.filter(|share| !share.read_only) {
-        Some(share) => {
-            let settle = tokio::task::spawn_blocking(move || share::settle(&share.dir));
+    let settled = match share.filter(|share| !share.read_only).and(shared) {
+        Some(dir) => {
+            let settle = tokio::task::spawn_blocking(move || share::settle(&dir));
             joined(settle.await)
         }
         None => Ok(share::Settled::default()),

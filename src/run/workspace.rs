@@ -32,7 +32,7 @@ pub use diff::{DiffOptions, diff};
 pub use error::Error;
 
 use crate::guest::archive::{
-    self, Beneath, Limits, Manifest, Modes, Name, Options, Unpacked, Warnings,
+    self, Beneath, HostDir, Limits, Manifest, Modes, Name, Options, Unpacked, Warnings,
 };
 
 /// Changes of a guest, staged on the host and cleaned of what may not come back.
@@ -64,7 +64,7 @@ impl Changes {
         archive: impl Read,
         removed: impl Read + Send,
         staging: &Path,
-        dir: &Path,
+        dir: &HostDir,
         limits: &Limits,
     ) -> Result<Self, Error> {
         let staging = tempfile::Builder::new()
@@ -97,9 +97,7 @@ impl Changes {
             warnings,
             staging,
         };
-        let host =
-            Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
-        git::sanitise(&mut changes, &host)?;
+        git::sanitise(&mut changes, dir.beneath())?;
         Ok(changes)
     }
 
@@ -125,19 +123,16 @@ impl Changes {
     }
 }
 
-/// Brings the archive of the guest's output directory into `dir`, which is made
-/// if missing. Files of the same name are replaced; others stay.
+/// Brings the archive of the guest's output directory into `dir`. Files of the same name are replaced; others stay.
 ///
 /// # Errors
 /// As [`Changes::stage`] and [`apply`].
 pub fn artifacts(
     archive: impl Read,
     staging: &Path,
-    dir: &Path,
+    dir: &HostDir,
     limits: &Limits,
 ) -> Result<Applied, Error> {
-    std::fs::create_dir_all(dir)
-        .map_err(|source| Error::host("make the artifacts directory", dir, source))?;
     let changes = Changes::stage(archive, std::io::empty(), staging, dir, limits)?;
     let mut applied = apply(
         dir,

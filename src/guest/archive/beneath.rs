@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -80,6 +80,11 @@ impl Beneath {
         .map(File::from)
     }
 
+    /// Whether there is anything under `name`, a single plain component.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        matches!(stat_in(&self.root, OsStr::new(name)), Ok(Some(_)))
+    }
+
     /// What is at `name`; `None` when there is nothing.
     pub(crate) fn stat(&self, name: &Name) -> Result<Option<FileStat>, Errno> {
         let Some((parent, last)) = name.split() else {
@@ -91,6 +96,12 @@ impl Beneath {
             Err(errno) => return Err(errno),
         };
         stat_in(&parent, last)
+    }
+}
+
+impl AsFd for Beneath {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
     }
 }
 

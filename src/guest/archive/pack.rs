@@ -17,7 +17,7 @@ use tar::EntryType;
 
 use super::beneath::{data_extents, stat_in};
 use super::header::{self, Entry};
-use super::{Error, Limits, MAX_DEPTH, Name, Warnings};
+use super::{Error, HostDir, Limits, MAX_DEPTH, Name, Warnings};
 
 /// Bounds on what is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,11 +123,10 @@ pub struct Packed {
 /// [`Error::Unreadable`] names the first thing that cannot be read or named
 /// (deeper than [`MAX_DEPTH`], or longer than the default [`Limits`]),
 /// [`Error::TooLarge`] what is over `limits`, [`Error::Send`] a closed `out`.
-pub fn pack(dir: &Path, out: impl Write, limits: &PackLimits) -> Result<Packed, Error> {
-    let unreadable = |errno: Errno| Error::unreadable(dir.as_os_str().as_bytes(), errno);
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let fd = nix::fcntl::open(dir, flags, Mode::empty()).map_err(unreadable)?;
-    let mut packer = Packer::new(dir, out, limits);
+pub fn pack(dir: &HostDir, out: impl Write, limits: &PackLimits) -> Result<Packed, Error> {
+    let unreadable = |errno: Errno| Error::unreadable(dir.path().as_os_str().as_bytes(), errno);
+    let fd = dir.beneath().dir(&Name::default()).map_err(unreadable)?;
+    let mut packer = Packer::new(dir.path(), out, limits);
     packer.tree(fd)?;
     packer.finish()
 }

@@ -3,7 +3,6 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, renameat};
@@ -14,8 +13,8 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat
 use super::conflict::{Now, conflicts, look};
 use super::{Changes, Error};
 use crate::guest::archive::{
-    Beneath, Kind, Manifest, Name, Stamp, UnpackedEntry, Warnings, copy_data, create_in, printable,
-    stat_in, umask,
+    Beneath, HIDDEN_PREFIX, HostDir, Kind, Manifest, Name, Stamp, UnpackedEntry, Warnings,
+    copy_data, create_in, printable, stat_in, umask,
 };
 
 /// How to bring changes back.
@@ -53,17 +52,16 @@ pub struct Applied {
 /// prepared. In all three cases nothing was applied. [`Error::Partial`] lists
 /// what was and what was not, when a rename or removal failed.
 pub fn apply(
-    dir: &Path,
+    dir: &HostDir,
     changes: &Changes,
     manifest: &Manifest,
     options: &ApplyOptions,
 ) -> Result<Applied, Error> {
-    let host = Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
-    let conflicts = conflicts(&host, changes, manifest)?;
+    let conflicts = conflicts(dir.beneath(), changes, manifest)?;
     if !conflicts.is_empty() && !options.force {
         return Err(Error::Conflict { paths: conflicts });
     }
-    let mut work = Work::new(dir, &host, changes, manifest, options)?;
+    let mut work = Work::new(dir, changes, manifest, options)?;
     let result = work.prepare().map(|prepared| work.commit(&prepared));
     work.clean();
     result?;
@@ -93,28 +91,26 @@ struct Work<'a> {
 
 impl<'a> Work<'a> {
     fn new(
-        dir: &Path,
-        host: &'a Beneath,
+        dir: &'a HostDir,
         changes: &'a Changes,
         manifest: &'a Manifest,
         options: &ApplyOptions,
     ) -> Result<Self, Error> {
-        let failed = |errno: Errno| Error::host("prepare changes in", dir, errno);
+        let host = dir.beneath();
+        let failed = |errno: Errno| Error::host("prepare changes in", dir.path(), errno);
         let top = host.dir(&Name::default()).map_err(failed)?;
         let stat = nix::sys::stat::fstat(&top).map_err(failed)?;
         let owner = Uid::effective()
             .is_root()
             .then(|| (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid)));
-        let temp = tempfile::Builder::new()
-            .prefix(".bulkhead-apply-")
-            .tempdir_in(dir)
-            .map_err(|source| Error::host("prepare changes in", dir, source))?;
-        let temp_name = temp.path().file_name().unwrap_or_default().to_owned();
+        let mut random = [0; 8];
+        crate::spec::fill_random(&mut random);
+        let random = u64::from_le_bytes(random);
+        let temp_name = OsString::from(format!("{HIDDEN_PREFIX}{random:016x}"));
+        mkdirat(&top, temp_name.as_os_str(), Mode::S_IRWXU).map_err(failed)?;
         let fd = host
             .dir(&Name::default().join(&temp_name))
             .map_err(failed)?;
-        // From here on it is found by its descriptor, and removed in `clean`.
-        let _ = temp.keep();
         Ok(Self {
             host,
             changes,

@@ -4,11 +4,10 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 
 use super::unified::hunks;
 use super::{Changes, Error};
-use crate::guest::archive::{Beneath, Kind, Name, Stamp, printable};
+use crate::guest::archive::{Beneath, HostDir, Kind, Name, Stamp, printable};
 
 /// Largest file that is shown line by line, in bytes.
 const TEXT_MAX: u64 = 4 << 20;
@@ -45,12 +44,12 @@ enum Side {
 /// [`Error::Host`] when the workspace cannot be read, [`Error::Show`] when
 /// `out` cannot be written.
 pub fn diff(
-    dir: &Path,
+    dir: &HostDir,
     changes: &Changes,
     out: impl Write,
     options: &DiffOptions,
 ) -> Result<(), Error> {
-    let host = Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
+    let host = dir.beneath();
     let staged = changes.files()?;
     let mut printer = Printer { out, options };
     let mut names: Vec<&Name> = changes.changed().chain(changes.removed()).collect();
@@ -71,7 +70,7 @@ pub fn diff(
             inside = Some((root, inside.map_or(1, |(_, count)| count + 1)));
             continue;
         }
-        let old = host_side(&host, name)?;
+        let old = host_side(host, name)?;
         let new = match changes.staged.entries.get(name) {
             None => Side::Absent,
             Some(entry) => match entry.kind {
