@@ -284,9 +284,16 @@ fn a_partial_apply_lists_both_sides() {
     // Never packed, so the guest cannot have removed it.
     sh(&exchange.host, "mkfifo d/pipe");
     let error = exchange.try_apply(false).unwrap_err();
-    let Error::Partial { applied, failed } = &error else {
+    let Error::Partial {
+        applied,
+        failed,
+        kept,
+    } = &error
+    else {
         panic!("{error}")
     };
+    let hidden = kept.as_deref().unwrap();
+    assert!(hidden.starts_with(".bulkhead-apply-"), "{error}");
     assert_eq!(applied, &["z", "d/f"]);
     assert!(
         failed.len() == 1 && failed[0].starts_with("d ("),
@@ -294,8 +301,85 @@ fn a_partial_apply_lists_both_sides() {
     );
     assert_eq!(
         sh(&exchange.host, "cat z; ls -A d; ls -A"),
-        "2\npipe\nd\nz\n"
+        format!("2\npipe\n{hidden}\nd\nz\n")
     );
+    // What had no place is not lost, and stays out of the next guest.
+    assert_eq!(
+        sh(&exchange.host, "cat .bulkhead-apply-*/*"),
+        "now a file\n"
+    );
+    let packed = pack(
+        &open(&exchange.host),
+        std::io::sink(),
+        &PackLimits::default(),
+    )
+    .unwrap();
+    assert!(
+        packed
+            .manifest
+            .entries
+            .keys()
+            .all(|name| !name.as_bytes().starts_with(b".bulk"))
+    );
+}
+
+#[test]
+fn nothing_is_removed_when_something_cannot_be_placed() {
+    let exchange =
+        Exchange::new(|dir| sh(dir, "mkdir d; echo precious > d/old; echo 1 > d/f").clear());
+    // The guest renames a file, and replaces a file by a directory ...
+    sh(
+        &exchange.guest,
+        "mv d/old d/new; mkdir e; rm d/f; mkdir d/f; echo 2 > d/f/g",
+    );
+    // ... and the new name cannot be written: the host has a directory there.
+    sh(&exchange.host, "mkdir -p d/new/in");
+    let error = exchange.try_apply(true).unwrap_err();
+    let Error::Partial { failed, kept, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(failed.len(), 2, "{error}");
+    assert!(failed[1].starts_with("d/old (not removed"), "{error}");
+    let hidden = exchange.host.join(kept.as_deref().unwrap());
+    assert_eq!(
+        sh(&exchange.host, "cat d/old d/f/g; ls d"),
+        "precious\n2\nf\nnew\nold\n"
+    );
+    assert_eq!(sh(&hidden, "cat *"), "precious\n");
+}
+
+#[test]
+fn a_guest_cannot_remove_what_it_never_had() {
+    let exchange = Exchange::new(|dir| sh(dir, "echo 1 > a; echo 1 > b").clear());
+    sh(&exchange.host, "echo mine > later; mkdir empty");
+    let (staging, dir) = (exchange.top.path().join("staging"), open(&exchange.host));
+    let manifest = pack(
+        &open(&exchange.guest),
+        std::io::sink(),
+        &PackLimits::default(),
+    )
+    .unwrap()
+    .manifest;
+    let removed = &b"a\0later\0empty\0"[..];
+    let limits = Limits::default();
+    let changes = Changes::stage(&[0; 1024][..], removed, &staging, &dir, &limits).unwrap();
+    let applied = apply(&dir, &changes, &manifest, &ApplyOptions { force: true }).unwrap();
+    assert_eq!(sh(&exchange.host, "ls"), "b\nempty\nlater\n");
+    assert_eq!(applied.removed.len(), 1);
+    assert_eq!(applied.warnings.list.len(), 2);
+}
+
+#[test]
+fn directories_of_others_keep_their_owner() {
+    if !nix::unistd::Uid::effective().is_root() {
+        println!("SKIPPED: only root can give files to another user");
+        return;
+    }
+    let exchange = Exchange::new(|dir| sh(dir, "mkdir d; chown 1234:2345 .; chown 77 d").clear());
+    sh(&exchange.guest, "chmod 700 d; mkdir d/new");
+    exchange.apply();
+    let owner = |name| fs::metadata(exchange.host.join(name)).unwrap().uid();
+    assert_eq!((owner("d"), owner("d/new")), (77, 1234));
 }
 
 #[test]

@@ -14,13 +14,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, renameat};
+use nix::fcntl::renameat;
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, fchmod, fstat};
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, symlinkat, unlinkat};
 use rustix::fs::{fgetxattr, fremovexattr};
 
-use crate::guest::archive::{Beneath, HostDir, Name, link_stays_inside, stat_in};
+use crate::guest::archive::{Beneath, HostDir, Name, chown_link, link_stays_inside, stat_in};
 
 /// hw/9pfs/9p-local.c of QEMU.
 const ATTRIBUTES: [&str; 4] = [
@@ -191,8 +191,7 @@ impl Work<'_> {
         let (temporary, target) = (unused(last), OsString::from_vec(target));
         symlinkat(target.as_os_str(), dir, temporary.as_os_str()).map_err(desc)?;
         let (uid, gid) = self.owner;
-        let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
-        let placed = fchownat(dir, temporary.as_os_str(), Some(uid), Some(gid), flags)
+        let placed = chown_link(dir, &temporary, uid, gid)
             .and_then(|()| renameat(dir, temporary.as_os_str(), dir, last));
         if placed.is_err() {
             let _ = unlinkat(dir, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir);

@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::{FileStat, Mode, fstatat, mkdirat};
-use nix::unistd::Whence;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::libc;
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat, mkdirat};
+use nix::unistd::{Gid, Uid, Whence, fchownat};
 
 use super::Name;
 
@@ -88,7 +89,7 @@ impl Beneath {
     /// What is at `name`; `None` when there is nothing.
     pub(crate) fn stat(&self, name: &Name) -> Result<Option<FileStat>, Errno> {
         let Some((parent, last)) = name.split() else {
-            return nix::sys::stat::fstat(&self.root).map(Some);
+            return fstat(&self.root).map(Some);
         };
         let parent = match self.dir(&parent) {
             Ok(parent) => parent,
@@ -112,6 +113,18 @@ pub(crate) fn stat_in(dir: impl AsFd, name: &OsStr) -> Result<Option<FileStat>, 
         Err(Errno::ENOENT) => Ok(None),
         Err(errno) => Err(errno),
     }
+}
+
+/// Gives away a symlink that was just made. Its directory may be somebody
+/// else's, who may have put another file under its name: that one stays.
+pub(crate) fn chown_link(dir: impl AsFd, name: &OsStr, uid: Uid, gid: Gid) -> Result<(), Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let link = openat(dir, name, flags, Mode::empty())?;
+    let stat = fstat(&link)?;
+    if stat.st_mode & libc::S_IFMT != libc::S_IFLNK || stat.st_uid != Uid::effective().as_raw() {
+        return Err(Errno::ESTALE);
+    }
+    fchownat(&link, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
 }
 
 /// Makes a file that did not exist, mode 0600.

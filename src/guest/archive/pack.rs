@@ -17,7 +17,7 @@ use tar::EntryType;
 
 use super::beneath::{data_extents, stat_in};
 use super::header::{self, Entry};
-use super::{Error, HostDir, Limits, MAX_DEPTH, Name, Warnings};
+use super::{Error, HIDDEN_PREFIX, HostDir, Limits, MAX_DEPTH, Name, Warnings};
 
 /// Bounds on what is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,6 +197,12 @@ impl<'a, W: Write> Packer<'a, W> {
                 continue;
             };
             let name = frame.name.join(&last);
+            let hidden = last.as_bytes().starts_with(HIDDEN_PREFIX.as_bytes());
+            if hidden && frame.name.is_top() {
+                let what = "left out: what an earlier run could not put into place";
+                self.packed.warnings.add(&name, what);
+                continue;
+            }
             if let Some(dir) = self.entry(&frame.dir, &last, &name)? {
                 if stack.len() == MAX_DEPTH {
                     let deep = io::Error::other(format!("more than {MAX_DEPTH} directories deep"));
