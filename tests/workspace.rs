@@ -426,6 +426,30 @@ fn removed_names_that_escape_are_refused() {
 }
 
 #[test]
+fn removed_names_are_counted_as_they_are_read() {
+    let exchange = Exchange::new(|_| {});
+    let staging = exchange.top.path().join("staging");
+    let refused = |removed: &[u8], limits: &Limits| {
+        let dir = open(&exchange.host);
+        let staged = Changes::stage(&[0; 1024][..], removed, &staging, &dir, limits);
+        staged.unwrap_err().code()
+    };
+    let few = Limits {
+        entries: 10,
+        ..Limits::default()
+    };
+    assert_eq!(refused(&b"a\0".repeat(11), &few), "archive-too-large");
+    let short = Limits {
+        name_bytes: 100,
+        ..Limits::default()
+    };
+    let again = b"a name of some length\0".repeat(5);
+    assert_eq!(refused(&again, &short), "archive-too-large");
+    let deep = [&b"d/".repeat(20)[..], b"x\0"].concat();
+    assert_eq!(refused(&deep, &short), "archive-too-large");
+}
+
+#[test]
 fn artifacts_replace_files_of_the_same_name() {
     let (from, staging, to) = (temp(), temp(), temp());
     sh(from.path(), "echo new > report; mkdir sub; echo x > sub/y");

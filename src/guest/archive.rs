@@ -46,8 +46,10 @@ pub struct Limits {
     pub bytes: u64,
     /// Apparent size of one file in bytes; a sparse file may exceed `bytes`.
     pub file_size: u64,
-    /// Entries of any type.
+    /// Entries of any type, and directories made on the way to them.
     pub entries: u64,
+    /// Bytes of all names and link targets together.
+    pub name_bytes: u64,
     /// Bytes of one name.
     pub path_len: usize,
     /// Components of one name.
@@ -61,6 +63,7 @@ impl Default for Limits {
             bytes: 16 << 30,
             file_size: 1 << 40,
             entries: 1_000_000,
+            name_bytes: 256 << 20,
             path_len: 4000,
             depth: MAX_DEPTH,
         }

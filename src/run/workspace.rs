@@ -146,14 +146,25 @@ pub fn artifacts(
     Ok(applied)
 }
 
-/// Reads NUL-terminated names.
+/// Reads NUL-terminated names. The limits are on what is read, repeated or not,
+/// and on the directories above it, which are looked at later.
 fn read_removed(reader: impl Read, limits: &Limits) -> Result<BTreeSet<Name>, archive::Error> {
-    let mut names = BTreeSet::new();
+    let (mut names, mut above) = (BTreeSet::new(), BTreeSet::new());
+    let (mut count, mut bytes) = (0, 0);
     let mut name = Vec::new();
     for byte in BufReader::new(reader).bytes() {
         match byte.map_err(archive::Error::Receive)? {
             0 => {
+                count += 1;
+                bytes += name.len() as u64;
                 let parsed = Name::parse(&name, limits)?;
+                for dir in parsed.ancestors().skip(1) {
+                    let len = dir.as_bytes().len() as u64;
+                    if !above.insert(dir) {
+                        break;
+                    }
+                    bytes += len;
+                }
                 if !parsed.is_top() {
                     names.insert(parsed);
                 }
@@ -168,11 +179,18 @@ fn read_removed(reader: impl Read, limits: &Limits) -> Result<BTreeSet<Name>, ar
                 "bytes in a name",
             ));
         }
-        if names.len() as u64 > limits.entries {
+        if count > limits.entries {
             return Err(archive::Error::too_large(
                 b"(removed)",
                 limits.entries,
                 "entries",
+            ));
+        }
+        if bytes > limits.name_bytes {
+            return Err(archive::Error::too_large(
+                b"(removed)",
+                limits.name_bytes,
+                "bytes of names",
             ));
         }
     }

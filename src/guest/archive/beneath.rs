@@ -47,11 +47,11 @@ impl Beneath {
     }
 
     /// Opens a directory below the root, making what is missing with mode 0700
-    /// (less the umask); `made` is told each name that was made.
+    /// (less the umask); `made` is told each name that was made, and may end it.
     pub(crate) fn make_dirs(
         &self,
         name: &Name,
-        made: &mut dyn FnMut(&Name),
+        made: &mut dyn FnMut(&Name) -> Result<(), Errno>,
     ) -> Result<OwnedFd, Errno> {
         match self.dir(name) {
             Err(Errno::ENOENT) => {}
@@ -62,7 +62,7 @@ impl Beneath {
         };
         let parent = self.make_dirs(&parent, made)?;
         match mkdirat(&parent, last, Mode::S_IRWXU) {
-            Ok(()) => made(name),
+            Ok(()) => made(name)?,
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }

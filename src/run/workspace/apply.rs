@@ -397,9 +397,10 @@ impl<'a> Work<'a> {
     fn parent(&self, name: &Name) -> io::Result<(OwnedFd, OsString)> {
         let (parent, last) = name.split().ok_or(Errno::EINVAL)?;
         let mut made = Vec::new();
-        let fd = self
-            .host
-            .make_dirs(&parent, &mut |dir| made.push(dir.clone()))?;
+        let fd = self.host.make_dirs(&parent, &mut |dir| {
+            made.push(dir.clone());
+            Ok(())
+        })?;
         for dir in made {
             let fd = self.host.dir(&dir)?;
             self.own(&fd)?;
