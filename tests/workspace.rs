@@ -91,6 +91,50 @@ fn binary_files_and_directories_are_summed_up() {
 }
 
 #[test]
+fn a_nul_anywhere_makes_a_file_binary() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "(yes | head -c 20000; printf '\\0'; yes | head -c 20000) > late; (yes | head -c 9000) > holes; truncate -s 4M holes",
+    );
+    assert_eq!(
+        String::from_utf8(exchange.diff()).unwrap(),
+        "# holes: binary or large file, none -> 4194304 bytes\n# late: binary or large file, none -> 40001 bytes\n"
+    );
+}
+
+#[test]
+fn the_diff_has_an_end() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "yes line | head -c 700000 > a; cp a b; cp a c; echo small > d",
+    );
+    let options = DiffOptions {
+        total: 1 << 20,
+        ..DiffOptions::default()
+    };
+    let mut shown = Vec::new();
+    diff(
+        &open(&exchange.host),
+        &exchange.stage(),
+        &mut shown,
+        &options,
+    )
+    .unwrap();
+    assert!(shown.len() < (1 << 20) + 100);
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.ends_with("# diff cut after 1 MiB\n"));
+    // Whole files only, which can be applied.
+    fs::write(exchange.top.path().join("changes.diff"), shown).unwrap();
+    sh(
+        &exchange.host,
+        "git apply --whitespace=nowarn ../changes.diff",
+    );
+    assert_eq!(sh(&exchange.host, "ls"), "a\n");
+}
+
+#[test]
 fn a_terminal_is_not_driven_by_the_diff() {
     let exchange = Exchange::new(|_| {});
     fs::write(
@@ -103,7 +147,10 @@ fn a_terminal_is_not_driven_by_the_diff() {
         &open(&exchange.host),
         &exchange.stage(),
         &mut shown,
-        &DiffOptions { escape: true },
+        &DiffOptions {
+            escape: true,
+            ..DiffOptions::default()
+        },
     )
     .unwrap();
     let shown = String::from_utf8(shown).unwrap();

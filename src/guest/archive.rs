@@ -30,7 +30,7 @@ mod read;
 mod unpack;
 mod warning;
 
-pub(crate) use beneath::{Beneath, chown_link, copy_data, create_in, stat_in, umask};
+pub(crate) use beneath::{Beneath, chown_link, copy_data, create_in, data_extents, stat_in, umask};
 pub use error::Error;
 pub use host_dir::HostDir;
 pub use name::{Name, printable};
