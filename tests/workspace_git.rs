@@ -404,6 +404,33 @@ fn a_bare_repository_cannot_be_put_together_in_two_runs() {
 }
 
 #[test]
+fn what_lurks_keeps_a_directory_from_becoming_a_repository() {
+    for lurks in [
+        "echo ../evil > trap/commondir",
+        "echo ../evil > trap/gitdir",
+        "mkdir trap/rebase-merge",
+        "mkdir trap/rebase-apply",
+        "mkdir trap/sequencer",
+        "mkdir trap/worktrees",
+        "mkdir trap/modules",
+        "mkdir trap/remotes",
+        "mkdir trap/branches",
+    ] {
+        let mut exchange = Exchange::new(|_| {});
+        sh(&exchange.guest, &format!("mkdir trap; {lurks}"));
+        exchange.apply();
+        exchange.send();
+        sh(
+            &exchange.guest,
+            "mkdir -p trap/objects trap/refs; echo 'ref: refs/heads/main' > trap/HEAD",
+        );
+        let warnings = exchange.apply();
+        assert!(warnings.contains("trap/HEAD"), "{lurks}: {warnings}");
+        assert!(!exchange.host.join("trap/HEAD").exists(), "{lurks}");
+    }
+}
+
+#[test]
 fn submodules_come_back_and_run_nothing() {
     let exchange = Exchange::new(repository);
     let other = exchange.top.path().join("other");

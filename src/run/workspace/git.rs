@@ -19,12 +19,21 @@ const SMALL: u64 = 1 << 20;
 const SIGNS: [&str; 4] = ["HEAD", "objects", "refs", "commondir"];
 
 /// Names that would take effect in a directory which becomes a repository.
-const LURKING: [&str; 5] = [
+const LURKING: [&str; 14] = [
     "config",
     "config.worktree",
     "hooks",
     "info/attributes",
     "objects/info/alternates",
+    "commondir",
+    "gitdir",
+    "rebase-merge",
+    "rebase-apply",
+    "sequencer",
+    "worktrees",
+    "modules",
+    "remotes",
+    "branches",
 ];
 
 /// Takes out of `changes` what must not reach a repository, with warnings.
