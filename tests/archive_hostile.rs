@@ -159,6 +159,7 @@ fn limits_hold() {
     let small = Limits {
         bytes: 5000,
         entries: 3,
+        name_bytes: 100,
         path_len: 50,
         depth: 4,
         file_size: 3000,
@@ -182,6 +183,46 @@ fn limits_hold() {
         .map(|_| entry(EntryType::GNULongName, b"L", b"", 0, b"x"))
         .collect();
     assert_eq!(refused(&endless), too_large);
+}
+
+#[test]
+fn directories_nobody_sent_count() {
+    let limits = Limits {
+        entries: 10,
+        ..Limits::default()
+    };
+    let (dir, result) = attack(
+        &archive(&[file(&"d/".repeat(40), b""), file("x/y", b"")]),
+        limits,
+    );
+    assert_eq!(result.unwrap_err().code(), "archive-too-large");
+    let made = tree::snapshot(&dir.path().join("target")).len();
+    assert!(made <= 10, "{made} directories made");
+    let names = ["a/b/c/1", "a/b/c/2", "a/b/c/3"].map(|name| file(name, b""));
+    let limits = Limits {
+        entries: 6,
+        ..Limits::default()
+    };
+    attack(&archive(&names), limits).1.unwrap();
+}
+
+#[test]
+fn names_and_targets_have_a_budget() {
+    let limits = Limits {
+        name_bytes: 60,
+        ..Limits::default()
+    };
+    let refused =
+        |entries: &[Vec<u8>]| attack(&archive(entries), limits).1.unwrap_err().to_string();
+    let name = "n".repeat(31);
+    assert!(
+        refused(&[file(&name, b""), file(&name.to_uppercase(), b"")]).contains("bytes of names")
+    );
+    let links = ["a", "b"].map(|link_name| link(EntryType::Symlink, link_name, &name));
+    assert!(refused(&links).contains("bytes of names"));
+    assert!(
+        refused(&[file("aaaaaa/bbbbbb/cccccc/dddddd/eeeeee/f", b"")]).contains("bytes of names")
+    );
 }
 
 #[test]

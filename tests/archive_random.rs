@@ -5,11 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use bulkhead::guest::archive::{Limits, Manifest};
-use bulkhead::run::workspace::{ApplyOptions, Changes, DiffOptions, apply, diff};
+use bulkhead::run::workspace::{ApplyOptions, Changes, DiffOptions, Error, apply, diff};
 use proptest::prelude::*;
 use raw::{archive, attack, entry, outside};
 use tar::EntryType;
-use tree::temp;
+use tree::{open, temp};
 
 #[path = "support/raw.rs"]
 #[allow(dead_code)]
@@ -125,10 +125,13 @@ proptest! {
         let mut removed = names.join(&0);
         removed.push(0);
         let staging = top.path().join("staging");
-        let staged = Changes::stage(&archive(&entries)[..], &removed[..], &staging, &target, &Limits::default());
+        let staged = Changes::stage(&archive(&entries)[..], &removed[..], &staging, &open(&target), &Limits::default());
         if let Ok(changes) = staged {
-            diff(&target, &changes, std::io::sink(), &DiffOptions::default()).unwrap();
-            let _ = apply(&target, &changes, &Manifest::default(), &ApplyOptions { force: true });
+            diff(&open(&target), &changes, std::io::sink(), &DiffOptions::default()).unwrap();
+            let applied = apply(&open(&target), &changes, &Manifest::default(), &ApplyOptions { force: true });
+            if let Err(Error::Partial { kept: Some(hidden), .. }) = applied {
+                fs::remove_dir_all(target.join(hidden)).unwrap();
+            }
         }
         prop_assert_eq!(before, outside(top.path()));
         for item in fs::read_dir(&target).unwrap() {

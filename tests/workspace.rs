@@ -7,9 +7,9 @@ use std::process::Command;
 
 use bulkhead::error::Explain;
 use bulkhead::guest::archive::{Limits, PackLimits, pack};
-use bulkhead::run::workspace::{Changes, DiffOptions, Error, artifacts, diff};
+use bulkhead::run::workspace::{ApplyOptions, Changes, DiffOptions, Error, apply, artifacts, diff};
 use exchange::{Exchange, content, sh};
-use tree::{sample, snapshot, temp};
+use tree::{open, sample, snapshot, temp};
 
 #[path = "support/exchange.rs"]
 #[allow(dead_code)]
@@ -91,6 +91,50 @@ fn binary_files_and_directories_are_summed_up() {
 }
 
 #[test]
+fn a_nul_anywhere_makes_a_file_binary() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "(yes | head -c 20000; printf '\\0'; yes | head -c 20000) > late; (yes | head -c 9000) > holes; truncate -s 4M holes",
+    );
+    assert_eq!(
+        String::from_utf8(exchange.diff()).unwrap(),
+        "# holes: binary or large file, none -> 4194304 bytes\n# late: binary or large file, none -> 40001 bytes\n"
+    );
+}
+
+#[test]
+fn the_diff_has_an_end() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "yes line | head -c 700000 > a; cp a b; cp a c; echo small > d",
+    );
+    let options = DiffOptions {
+        total: 1 << 20,
+        ..DiffOptions::default()
+    };
+    let mut shown = Vec::new();
+    diff(
+        &open(&exchange.host),
+        &exchange.stage(),
+        &mut shown,
+        &options,
+    )
+    .unwrap();
+    assert!(shown.len() < (1 << 20) + 100);
+    let shown = String::from_utf8(shown).unwrap();
+    assert!(shown.ends_with("# diff cut after 1 MiB\n"));
+    // Whole files only, which can be applied.
+    fs::write(exchange.top.path().join("changes.diff"), shown).unwrap();
+    sh(
+        &exchange.host,
+        "git apply --whitespace=nowarn ../changes.diff",
+    );
+    assert_eq!(sh(&exchange.host, "ls"), "a\n");
+}
+
+#[test]
 fn a_terminal_is_not_driven_by_the_diff() {
     let exchange = Exchange::new(|_| {});
     fs::write(
@@ -100,10 +144,13 @@ fn a_terminal_is_not_driven_by_the_diff() {
     .unwrap();
     let mut shown = Vec::new();
     diff(
-        &exchange.host,
+        &open(&exchange.host),
         &exchange.stage(),
         &mut shown,
-        &DiffOptions { escape: true },
+        &DiffOptions {
+            escape: true,
+            ..DiffOptions::default()
+        },
     )
     .unwrap();
     let shown = String::from_utf8(shown).unwrap();
@@ -248,6 +295,35 @@ fn host_symlinks_are_never_written_through() {
     );
 }
 
+/// The workspace may belong to a user who is not the one who applies.
+#[test]
+fn a_workspace_replaced_by_a_symlink_is_not_followed() {
+    let exchange = Exchange::new(|dir| sh(dir, "mkdir ../outside; echo 1 > a; echo 1 > b").clear());
+    sh(&exchange.guest, "echo guest > a; echo guest > new; rm b");
+    let (archive, removed) = exchange.answer();
+    let dir = open(&exchange.host);
+    sh(
+        exchange.top.path(),
+        "echo secret > outside/a; echo safe > outside/b; mv host moved; ln -s outside host",
+    );
+    let packed = pack(&dir, std::io::sink(), &PackLimits::default()).unwrap();
+    let staging = exchange.top.path().join("staging");
+    let limits = Limits::default();
+    let changes = Changes::stage(&archive[..], &removed[..], &staging, &dir, &limits).unwrap();
+    let mut shown = Vec::new();
+    diff(&dir, &changes, &mut shown, &DiffOptions::default()).unwrap();
+    assert!(!String::from_utf8(shown).unwrap().contains("secret"));
+    apply(&dir, &changes, &packed.manifest, &ApplyOptions::default()).unwrap();
+    artifacts(&archive[..], &staging, &dir, &limits).unwrap();
+    assert_eq!(
+        sh(
+            exchange.top.path(),
+            "cat outside/*; ls -A outside; cat moved/*; ls -A moved"
+        ),
+        "secret\nsafe\na\nb\nguest\nguest\na\nnew\n"
+    );
+}
+
 #[test]
 fn a_partial_apply_lists_both_sides() {
     let exchange = Exchange::new(|dir| sh(dir, "mkdir d; echo 1 > d/f; echo 1 > z").clear());
@@ -255,9 +331,16 @@ fn a_partial_apply_lists_both_sides() {
     // Never packed, so the guest cannot have removed it.
     sh(&exchange.host, "mkfifo d/pipe");
     let error = exchange.try_apply(false).unwrap_err();
-    let Error::Partial { applied, failed } = &error else {
+    let Error::Partial {
+        applied,
+        failed,
+        kept,
+    } = &error
+    else {
         panic!("{error}")
     };
+    let hidden = kept.as_deref().unwrap();
+    assert!(hidden.starts_with(".bulkhead-apply-"), "{error}");
     assert_eq!(applied, &["z", "d/f"]);
     assert!(
         failed.len() == 1 && failed[0].starts_with("d ("),
@@ -265,8 +348,85 @@ fn a_partial_apply_lists_both_sides() {
     );
     assert_eq!(
         sh(&exchange.host, "cat z; ls -A d; ls -A"),
-        "2\npipe\nd\nz\n"
+        format!("2\npipe\n{hidden}\nd\nz\n")
     );
+    // What had no place is not lost, and stays out of the next guest.
+    assert_eq!(
+        sh(&exchange.host, "cat .bulkhead-apply-*/*"),
+        "now a file\n"
+    );
+    let packed = pack(
+        &open(&exchange.host),
+        std::io::sink(),
+        &PackLimits::default(),
+    )
+    .unwrap();
+    assert!(
+        packed
+            .manifest
+            .entries
+            .keys()
+            .all(|name| !name.as_bytes().starts_with(b".bulk"))
+    );
+}
+
+#[test]
+fn nothing_is_removed_when_something_cannot_be_placed() {
+    let exchange =
+        Exchange::new(|dir| sh(dir, "mkdir d; echo precious > d/old; echo 1 > d/f").clear());
+    // The guest renames a file, and replaces a file by a directory ...
+    sh(
+        &exchange.guest,
+        "mv d/old d/new; mkdir e; rm d/f; mkdir d/f; echo 2 > d/f/g",
+    );
+    // ... and the new name cannot be written: the host has a directory there.
+    sh(&exchange.host, "mkdir -p d/new/in");
+    let error = exchange.try_apply(true).unwrap_err();
+    let Error::Partial { failed, kept, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(failed.len(), 2, "{error}");
+    assert!(failed[1].starts_with("d/old (not removed"), "{error}");
+    let hidden = exchange.host.join(kept.as_deref().unwrap());
+    assert_eq!(
+        sh(&exchange.host, "cat d/old d/f/g; ls d"),
+        "precious\n2\nf\nnew\nold\n"
+    );
+    assert_eq!(sh(&hidden, "cat *"), "precious\n");
+}
+
+#[test]
+fn a_guest_cannot_remove_what_it_never_had() {
+    let exchange = Exchange::new(|dir| sh(dir, "echo 1 > a; echo 1 > b").clear());
+    sh(&exchange.host, "echo mine > later; mkdir empty");
+    let (staging, dir) = (exchange.top.path().join("staging"), open(&exchange.host));
+    let manifest = pack(
+        &open(&exchange.guest),
+        std::io::sink(),
+        &PackLimits::default(),
+    )
+    .unwrap()
+    .manifest;
+    let removed = &b"a\0later\0empty\0"[..];
+    let limits = Limits::default();
+    let changes = Changes::stage(&[0; 1024][..], removed, &staging, &dir, &limits).unwrap();
+    let applied = apply(&dir, &changes, &manifest, &ApplyOptions { force: true }).unwrap();
+    assert_eq!(sh(&exchange.host, "ls"), "b\nempty\nlater\n");
+    assert_eq!(applied.removed.len(), 1);
+    assert_eq!(applied.warnings.list.len(), 2);
+}
+
+#[test]
+fn directories_of_others_keep_their_owner() {
+    if !nix::unistd::Uid::effective().is_root() {
+        println!("SKIPPED: only root can give files to another user");
+        return;
+    }
+    let exchange = Exchange::new(|dir| sh(dir, "mkdir d; chown 1234:2345 .; chown 77 d").clear());
+    sh(&exchange.guest, "chmod 700 d; mkdir d/new");
+    exchange.apply();
+    let owner = |name| fs::metadata(exchange.host.join(name)).unwrap().uid();
+    assert_eq!((owner("d"), owner("d/new")), (77, 1234));
 }
 
 #[test]
@@ -297,7 +457,7 @@ fn removed_names_that_escape_are_refused() {
             &[0; 1024][..],
             removed,
             &staging,
-            &exchange.host,
+            &open(&exchange.host),
             &Limits::default(),
         );
         assert!(matches!(
@@ -313,6 +473,30 @@ fn removed_names_that_escape_are_refused() {
 }
 
 #[test]
+fn removed_names_are_counted_as_they_are_read() {
+    let exchange = Exchange::new(|_| {});
+    let staging = exchange.top.path().join("staging");
+    let refused = |removed: &[u8], limits: &Limits| {
+        let dir = open(&exchange.host);
+        let staged = Changes::stage(&[0; 1024][..], removed, &staging, &dir, limits);
+        staged.unwrap_err().code()
+    };
+    let few = Limits {
+        entries: 10,
+        ..Limits::default()
+    };
+    assert_eq!(refused(&b"a\0".repeat(11), &few), "archive-too-large");
+    let short = Limits {
+        name_bytes: 100,
+        ..Limits::default()
+    };
+    let again = b"a name of some length\0".repeat(5);
+    assert_eq!(refused(&again, &short), "archive-too-large");
+    let deep = [&b"d/".repeat(20)[..], b"x\0"].concat();
+    assert_eq!(refused(&deep, &short), "archive-too-large");
+}
+
+#[test]
 fn artifacts_replace_files_of_the_same_name() {
     let (from, staging, to) = (temp(), temp(), temp());
     sh(from.path(), "echo new > report; mkdir sub; echo x > sub/y");
@@ -320,8 +504,14 @@ fn artifacts_replace_files_of_the_same_name() {
     fs::create_dir_all(&dir).unwrap();
     sh(&dir, "echo old > report; echo keep > other");
     let mut archive = Vec::new();
-    pack(from.path(), &mut archive, &PackLimits::default()).unwrap();
-    let applied = artifacts(&archive[..], staging.path(), &dir, &Limits::default()).unwrap();
+    pack(&open(from.path()), &mut archive, &PackLimits::default()).unwrap();
+    let applied = artifacts(
+        &archive[..],
+        staging.path(),
+        &open(&dir),
+        &Limits::default(),
+    )
+    .unwrap();
     assert_eq!(applied.written.len(), 3);
     assert_eq!(sh(&dir, "cat report sub/y other"), "new\nx\nkeep\n");
 }
@@ -372,12 +562,12 @@ fn a_full_disk_is_named_and_leaves_the_workspace_alone() {
     assert_eq!(before, snapshot(&exchange.host));
     // The same while unpacking.
     let mut archive = Vec::new();
-    pack(&exchange.guest, &mut archive, &PackLimits::default()).unwrap();
+    pack(&open(&exchange.guest), &mut archive, &PackLimits::default()).unwrap();
     let staged = Changes::stage(
         &archive[..],
         &b""[..],
         &exchange.host,
-        &exchange.host,
+        &open(&exchange.host),
         &Limits::default(),
     );
     assert_eq!(staged.unwrap_err().code(), "no-space");

@@ -4,7 +4,11 @@
 use std::fs;
 use std::path::Path;
 
+use bulkhead::error::Explain;
+use bulkhead::guest::archive::Limits;
+use bulkhead::run::workspace::Changes;
 use exchange::{Exchange, sh, try_sh};
+use tree::open;
 
 #[path = "support/exchange.rs"]
 #[allow(dead_code)]
@@ -354,6 +358,28 @@ fn a_bare_repository_anywhere_is_held_to_the_same_rules() {
 }
 
 #[test]
+fn a_name_cannot_be_hidden_from_the_judge_by_removing_it_too() {
+    let exchange = Exchange::new(|_| {});
+    sh(
+        &exchange.guest,
+        "mkdir -p r/objects r/refs r/hooks; echo 'ref: refs/heads/main' > r/HEAD; echo evil > r/hooks/pre-commit",
+    );
+    let (archive, _) = exchange.answer();
+    let staging = exchange.top.path().join("staging");
+    let limits = Limits::default();
+    let error = Changes::stage(
+        &archive[..],
+        &b"r/HEAD\0"[..],
+        &staging,
+        &open(&exchange.host),
+        &limits,
+    )
+    .unwrap_err();
+    assert_eq!(error.code(), "archive-hostile");
+    assert!(error.to_string().contains("`r/HEAD`"), "{error}");
+}
+
+#[test]
 fn a_bare_repository_cannot_be_put_together_in_two_runs() {
     let mut exchange = Exchange::new(|_| {});
     // First what lurks, as plain files of a plain directory ...
@@ -375,6 +401,33 @@ fn a_bare_repository_cannot_be_put_together_in_two_runs() {
     assert!(warnings.contains("trap/HEAD"), "{warnings}");
     try_sh(&exchange.host.join("trap"), "git st");
     assert_eq!(canaries(&exchange), Vec::<String>::new());
+}
+
+#[test]
+fn what_lurks_keeps_a_directory_from_becoming_a_repository() {
+    for lurks in [
+        "echo ../evil > trap/commondir",
+        "echo ../evil > trap/gitdir",
+        "mkdir trap/rebase-merge",
+        "mkdir trap/rebase-apply",
+        "mkdir trap/sequencer",
+        "mkdir trap/worktrees",
+        "mkdir trap/modules",
+        "mkdir trap/remotes",
+        "mkdir trap/branches",
+    ] {
+        let mut exchange = Exchange::new(|_| {});
+        sh(&exchange.guest, &format!("mkdir trap; {lurks}"));
+        exchange.apply();
+        exchange.send();
+        sh(
+            &exchange.guest,
+            "mkdir -p trap/objects trap/refs; echo 'ref: refs/heads/main' > trap/HEAD",
+        );
+        let warnings = exchange.apply();
+        assert!(warnings.contains("trap/HEAD"), "{lurks}: {warnings}");
+        assert!(!exchange.host.join("trap/HEAD").exists(), "{lurks}");
+    }
 }
 
 #[test]

@@ -238,6 +238,9 @@ fn report(outcome: &Outcome, json: bool) {
     if let Some(refused) = &outcome.refused {
         print_report(refused, false);
     }
+    if let Some(failed) = &outcome.failed {
+        print_report(failed, false);
+    }
     if outcome.timed_out {
         say("bulkhead: the command was ended by its time limit");
     }

@@ -23,14 +23,16 @@
 mod beneath;
 mod error;
 mod header;
+mod host_dir;
 mod name;
 mod pack;
 mod read;
 mod unpack;
 mod warning;
 
-pub(crate) use beneath::{Beneath, copy_data, create_in, stat_in, umask};
+pub(crate) use beneath::{Beneath, chown_link, copy_data, create_in, data_extents, stat_in, umask};
 pub use error::Error;
+pub use host_dir::HostDir;
 pub use name::{Name, printable};
 pub(crate) use name::{is_bidi_or_invisible, link_stays_inside};
 pub use pack::{Kind, Manifest, PackLimits, Packed, Stamp, pack, pack_file};
@@ -44,8 +46,10 @@ pub struct Limits {
     pub bytes: u64,
     /// Apparent size of one file in bytes; a sparse file may exceed `bytes`.
     pub file_size: u64,
-    /// Entries of any type.
+    /// Entries of any type, and directories made on the way to them.
     pub entries: u64,
+    /// Bytes of all names and link targets together.
+    pub name_bytes: u64,
     /// Bytes of one name.
     pub path_len: usize,
     /// Components of one name.
@@ -59,11 +63,16 @@ impl Default for Limits {
             bytes: 16 << 30,
             file_size: 1 << 40,
             entries: 1_000_000,
+            name_bytes: 256 << 20,
             path_len: 4000,
             depth: MAX_DEPTH,
         }
     }
 }
+
+/// How the names of directories start in which changes are prepared, at the top
+/// of a workspace. They are never packed.
+pub(crate) const HIDDEN_PREFIX: &str = ".bulkhead-apply-";
 
 /// Deepest tree that is packed, and by default unpacked, in components.
 pub const MAX_DEPTH: usize = 256;

@@ -5,8 +5,10 @@
 //! Layers come uppermost first and the first entry of a name wins, which needs
 //! memory for the names only.
 
+use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
+use std::rc::Rc;
 
 use tar::{Archive, EntryType};
 
@@ -18,10 +20,12 @@ use super::users::Accounts;
 /// What an archive may hold at most.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
-    /// Entries of all layers together.
+    /// Entries of all layers together, and directories they lie in.
     pub(super) entries: u64,
     /// Bytes of all regular files together.
     pub(super) bytes: u64,
+    /// Bytes of all files taken into memory together.
+    pub(super) kept: u64,
 }
 
 impl Default for Limits {
@@ -29,12 +33,17 @@ impl Default for Limits {
         Self {
             entries: 4_000_000,
             bytes: 64 << 30,
+            kept: 256 << 20,
         }
     }
 }
 
 /// Longest name and link target taken, in bytes (PATH_MAX).
 const MAX_PATH: usize = 4096;
+/// Deepest name taken, in components.
+const MAX_DEPTH: usize = 256;
+/// Bytes of all headers of one entry: long names, pax records, sparse maps.
+const MAX_HEADERS: u64 = 1 << 20;
 /// Largest file taken into memory: account and package databases.
 const MAX_KEPT: u64 = 64 << 20;
 
@@ -106,11 +115,8 @@ impl<W: Write> Merge<W> {
         tar: impl Read,
         promote: &HashMap<Vec<u8>, Vec<u8>>,
     ) -> Result<()> {
-        let mut archive = Archive::new(tar);
-        for entry in self.read(archive.entries())? {
-            let mut entry = self.read(entry)?;
-            self.entry(&mut entry, promote)?;
-        }
+        let (archive, bytes) = (self.archive.clone(), self.limits.bytes);
+        self.limits.bytes = each_entry(&archive, tar, bytes, |entry| self.entry(entry, promote))?;
         let layer = std::mem::take(&mut self.layer);
         self.hidden.extend(layer.whiteouts);
         self.opaque.extend(layer.opaque);
@@ -120,17 +126,16 @@ impl<W: Write> Merge<W> {
     /// Hard links of a layer whose targets upper layers hide: target to link.
     pub(super) fn promotions(&self, tar: impl Read) -> Result<HashMap<Vec<u8>, Vec<u8>>> {
         let mut promotions = HashMap::new();
-        let mut archive = Archive::new(tar);
-        for entry in self.read(archive.entries())? {
-            let entry = self.read(entry)?;
+        each_entry(&self.archive, tar, self.limits.bytes, |entry| {
             if entry.header().entry_type() != EntryType::Link {
-                continue;
+                return Ok(());
             }
-            let (path, target) = (self.name(&entry.path_bytes())?, self.target(&entry)?);
+            let (path, target) = (self.name(&entry.path_bytes())?, self.target(entry)?);
             if self.is_hidden(&target) && !self.is_hidden(&path) {
                 promotions.entry(target).or_insert(path);
             }
-        }
+            Ok(())
+        })?;
         Ok(promotions)
     }
 
@@ -193,11 +198,7 @@ impl<W: Write> Merge<W> {
         if kind == EntryType::XGlobalHeader {
             return Ok(());
         }
-        self.limits.entries = self
-            .limits
-            .entries
-            .checked_sub(1)
-            .ok_or_else(|| self.bad("it has too many entries"))?;
+        self.count()?;
         let capability = self.attributes(entry)?;
         let path = self.name(&entry.path_bytes())?;
         if let Some((dir, hides)) = whiteout(&path) {
@@ -248,6 +249,7 @@ impl<W: Write> Merge<W> {
                 // Replaced by a file in an upper layer.
                 Some(_) => return Ok(()),
                 None => {
+                    self.count()?;
                     self.seen.insert(parent.to_vec(), Node::Implied);
                 }
             }
@@ -299,15 +301,12 @@ impl<W: Write> Merge<W> {
             }
             EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
                 let size = entry.size();
-                self.limits.bytes = self
-                    .limits
-                    .bytes
-                    .checked_sub(size)
-                    .ok_or_else(|| self.bad("its files are too large"))?;
                 if rule == Rule::Keep || rule == Rule::Rewrite {
                     if size > MAX_KEPT {
                         return Err(self.bad(&format!("{} is too large", show(&path))));
                     }
+                    self.limits.kept = (self.limits.kept.checked_sub(size))
+                        .ok_or_else(|| self.bad("its databases are too large together"))?;
                     let mut bytes = Vec::new();
                     self.read(entry.read_to_end(&mut bytes))?;
                     if rule == Rule::Keep {
@@ -326,6 +325,12 @@ impl<W: Write> Merge<W> {
             }
         };
         self.seen.insert(path, node);
+        Ok(())
+    }
+
+    fn count(&mut self) -> Result<()> {
+        self.limits.entries = (self.limits.entries.checked_sub(1))
+            .ok_or_else(|| self.bad("it has too many entries"))?;
         Ok(())
     }
 
@@ -362,6 +367,7 @@ impl<W: Write> Merge<W> {
             return Err(self.bad("it has a name that is too long or has a zero byte"));
         }
         let mut name = Vec::with_capacity(raw.len());
+        let mut depth = 0;
         for part in raw.split(|byte| *byte == b'/') {
             match part {
                 b"" | b"." => continue,
@@ -375,8 +381,12 @@ impl<W: Write> Merge<W> {
                         name.push(b'/');
                     }
                     name.extend_from_slice(part);
+                    depth += 1;
                 }
             }
+        }
+        if depth > MAX_DEPTH {
+            return Err(self.bad("it has a name of more than 256 components"));
         }
         Ok(name)
     }
@@ -425,6 +435,61 @@ impl<W: Write> Merge<W> {
             archive: self.archive.clone(),
             reason: reason.to_owned(),
         }
+    }
+}
+
+/// Goes through an archive whose files have at most `bytes` together; gives
+/// what is left of them.
+///
+/// The tar crate takes headers into memory whole. So whatever it reads to get
+/// to the next entry is counted: the data of this one is behind it by then.
+fn each_entry<R: Read>(
+    archive: &str,
+    tar: R,
+    mut bytes: u64,
+    mut each: impl FnMut(&mut tar::Entry<'_, Headers<R>>) -> Result<()>,
+) -> Result<u64> {
+    let bad = |reason: &str| Error::Archive {
+        archive: archive.to_owned(),
+        reason: reason.to_owned(),
+    };
+    let failed = |source| stream(archive, source);
+    let left = Rc::new(Cell::new(MAX_HEADERS));
+    let mut tar = Archive::new(Headers {
+        inner: tar,
+        left: Rc::clone(&left),
+    });
+    let mut entries = tar.entries().map_err(failed)?;
+    loop {
+        left.set(MAX_HEADERS);
+        let entry = entries.next();
+        if left.get() == 0 {
+            return Err(bad("the headers of an entry are larger than 1 MiB"));
+        }
+        let Some(entry) = entry else { break };
+        let mut entry = entry.map_err(failed)?;
+        left.set(u64::MAX);
+        // A sparse file can be large without data, and is read to its end.
+        bytes = (bytes.checked_sub(entry.size())).ok_or_else(|| bad("its files are too large"))?;
+        each(&mut entry)?;
+        std::io::copy(&mut entry, &mut std::io::sink()).map_err(failed)?;
+    }
+    Ok(bytes)
+}
+
+/// A reader that ends early when it has given what is left.
+struct Headers<R> {
+    inner: R,
+    left: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Headers<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let most = usize::try_from(self.left.get()).unwrap_or(usize::MAX);
+        let want = buffer.len().min(most);
+        let got = self.inner.read(&mut buffer[..want])?;
+        self.left.set(self.left.get() - got as u64);
+        Ok(got)
     }
 }
 

@@ -173,14 +173,14 @@ fn limits_hold() {
         (
             Limits {
                 entries: 1,
-                bytes: 100,
+                ..Limits::default()
             },
             "too many entries",
         ),
         (
             Limits {
-                entries: 9,
                 bytes: 9,
+                ..Limits::default()
             },
             "too large",
         ),
@@ -189,6 +189,76 @@ fn limits_hold() {
         let error = merge.layer(&bytes[..], &HashMap::new()).unwrap_err();
         assert!(error.to_string().contains(reason), "{error}");
     }
+}
+
+/// One raw entry with data.
+fn raw(kind: EntryType, data: &[u8]) -> Vec<u8> {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_size(data.len() as u64);
+    header.set_cksum();
+    let mut bytes = [header.as_bytes(), data].concat();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+#[test]
+fn large_headers_are_not_taken_into_memory() {
+    let rest = tar(&[('f', "a", &"x".repeat(3 << 20)), ('f', "b", "y")]);
+    for kind in [
+        EntryType::GNULongName,
+        EntryType::GNULongLink,
+        EntryType::XHeader,
+    ] {
+        let long = [raw(kind, &vec![b'n'; 2 << 20]), rest.clone()].concat();
+        let error = merge(&[long]).unwrap_err().to_string();
+        assert!(error.contains("larger than 1 MiB"), "{error}");
+    }
+    // Global headers are not looked at, and files may be larger.
+    let global = [raw(EntryType::XGlobalHeader, &vec![b'n'; 2 << 20]), rest].concat();
+    assert_eq!(merge(&[global]).unwrap()["b"], "y");
+}
+
+#[test]
+fn sparse_files_count_with_their_holes() {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(EntryType::GNUSparse);
+    header.as_old_mut().name[..5].copy_from_slice(b"dev/a");
+    header.set_size(0);
+    let gnu = header.as_gnu_mut().unwrap();
+    gnu.realsize.copy_from_slice(b"77777777777\0");
+    gnu.sparse[0].offset.copy_from_slice(b"77777777777\0");
+    gnu.sparse[0].numbytes.copy_from_slice(b"00000000000\0");
+    header.set_cksum();
+    let bytes = header.as_bytes().repeat(9);
+    let error = merge(&[bytes]).unwrap_err().to_string();
+    assert!(error.contains("too large"), "{error}");
+}
+
+#[test]
+fn names_have_a_depth_and_their_directories_count() {
+    let error = refused(&[('f', &"d/".repeat(257), "x")]);
+    assert!(error.contains("256 components"), "{error}");
+    let limits = Limits {
+        entries: 9,
+        ..Limits::default()
+    };
+    let bytes = tar(&[('f', "1/2/3/4/5/6/7/8/9/x", "")]);
+    let mut merge = Merge::new(Vec::new(), "test".into(), limits, false);
+    let error = merge.layer(&bytes[..], &HashMap::new()).unwrap_err();
+    assert!(error.to_string().contains("too many entries"), "{error}");
+}
+
+#[test]
+fn databases_have_a_budget_together() {
+    let bytes = tar(&[('f', "etc/passwd", "12345"), ('f', "etc/group", "12345")]);
+    let limits = Limits {
+        kept: 9,
+        ..Limits::default()
+    };
+    let mut merge = Merge::new(Vec::new(), "test".into(), limits, false);
+    let error = merge.layer(&bytes[..], &HashMap::new()).unwrap_err();
+    assert!(error.to_string().contains("too large together"), "{error}");
 }
 
 #[test]

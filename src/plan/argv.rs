@@ -306,10 +306,13 @@ fn disks(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
 }
 
 fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
-    let Some(share) = &plan.share else { return };
+    let (Some(share), Some(fd)) = (&plan.share, plan.fd(Descriptor::Share)) else {
+        return;
+    };
     let mut fsdev = Options::new("local")
         .set("id", SHARE_TAG)
-        .set("path", share.dir.display())
+        // Not its name, which somebody else may give to another directory.
+        .set("path", format!("/proc/self/fd/{fd}"))
         // What the guest believes of owners and modes is kept in extended
         // attributes: it can make no device and no setuid file on the host.
         .set("security_model", "mapped-xattr")

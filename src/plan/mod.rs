@@ -68,6 +68,8 @@ pub enum Descriptor {
     Root,
     /// The writable disk.
     Scratch,
+    /// The shared workspace.
+    Share,
     /// /dev/vhost-vsock, with the machine's CID set.
     Vsock,
 }
@@ -149,6 +151,9 @@ impl Plan {
             }),
             _ => None,
         };
+        if share.is_some() {
+            descriptors.push(D::Share);
+        }
         let mut plan = Self {
             id: spec.id.clone(),
             qemu: facts.qemu.clone(),

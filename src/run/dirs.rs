@@ -27,6 +27,11 @@ impl Dirs {
         self.state.join("cache")
     }
 
+    /// What runs could not bring back, by run.
+    pub fn kept(&self, id: &crate::spec::VmId) -> PathBuf {
+        self.state.join("kept").join(id.as_str())
+    }
+
     /// Installed kernels.
     pub fn kernels(&self) -> PathBuf {
         self.state.join("kernels")

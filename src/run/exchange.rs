@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,8 +12,8 @@ use tokio::net::UnixStream;
 use super::outcome::Changes;
 use super::runner::ANSWER;
 use super::workspace;
-use crate::error::Explain;
-use crate::guest::archive::{self, Limits, PackLimits, Packed, Warnings};
+use crate::error::{Explain, Report};
+use crate::guest::archive::{self, HostDir, Limits, Manifest, PackLimits, Packed, Warnings};
 use crate::guest::{Channel, GuestError, Output, Stream};
 use crate::plan::SHARE_TAG;
 use crate::spec::{Script, Spec, Workspace, WorkspaceMode};
@@ -83,14 +82,17 @@ pub(super) struct Fetched {
     pub(super) changes: Option<Changes>,
     /// Artifacts brought back.
     pub(super) artifacts: Option<Vec<String>>,
+    /// What could not be brought into place, and where it is instead.
+    pub(super) failed: Option<Report>,
 }
 
 /// The exchange of one run.
 #[derive(Debug)]
 pub(super) struct Exchange {
     workspace: Workspace,
-    /// Owner of the shared directory.
-    owner: Option<u32>,
+    /// The workspace and the artifacts directory, opened before anything runs.
+    dir: Option<HostDir>,
+    artifacts: Option<HostDir>,
     packed: Packed,
 }
 
@@ -101,7 +103,7 @@ impl Exchange {
     /// One of them cannot be used.
     pub(super) fn prepare(workspace: &Workspace) -> Result<Self, ExchangeError> {
         let mut workspace = workspace.clone();
-        let mut owner = None;
+        let (mut opened, mut artifacts) = (None, None);
         if let Some(dir) = &mut workspace.dir {
             let bad = |source| ExchangeError::Dir {
                 path: dir.clone(),
@@ -109,16 +111,11 @@ impl Exchange {
                 source,
             };
             let full = dir.canonicalize().map_err(bad)?;
-            let meta = fs::metadata(&full).map_err(bad)?;
-            if !meta.is_dir() {
-                return Err(bad(io::ErrorKind::NotADirectory.into()));
-            }
-            fs::read_dir(&full).map_err(bad)?;
             if full.to_str().is_none() {
                 let why = "its path is not UTF-8, which the record of a run must be";
                 return Err(bad(io::Error::new(io::ErrorKind::InvalidInput, why)));
             }
-            owner = Some(meta.uid());
+            opened = Some(HostDir::open(&full).map_err(bad)?);
             *dir = full;
         }
         if let Some(dir) = &workspace.artifacts {
@@ -128,10 +125,12 @@ impl Exchange {
                 source,
             };
             fs::create_dir_all(dir).map_err(bad)?;
+            artifacts = Some(HostDir::open(dir).map_err(bad)?);
         }
         Ok(Self {
             workspace,
-            owner,
+            dir: opened,
+            artifacts,
             packed: Packed::default(),
         })
     }
@@ -147,11 +146,21 @@ impl Exchange {
         &self.workspace
     }
 
+    /// The workspace on the host, held open.
+    pub(super) fn dir(&self) -> Option<&HostDir> {
+        self.dir.as_ref()
+    }
+
+    /// Owner of the workspace on the host.
+    fn owner(&self) -> Option<u32> {
+        self.dir.as_ref().map(|dir| dir.owner().0)
+    }
+
     /// The user a command runs as: in a share the owner of the files, because
     /// nobody else could write them.
     pub(super) fn user(&self, spec: &Spec) -> Option<String> {
         let asked = spec.command.user.clone();
-        match (self.workspace.mode, self.owner) {
+        match (self.workspace.mode, self.owner()) {
             (WorkspaceMode::Share, Some(uid @ 1..)) => asked.or(Some(uid.to_string())),
             _ => asked,
         }
@@ -174,7 +183,7 @@ impl Exchange {
             })
             .await?;
         }
-        let Some(dir) = self.workspace.dir.clone() else {
+        let Some(dir) = self.dir.clone() else {
             return Ok(warnings);
         };
         match self.workspace.mode {
@@ -196,14 +205,16 @@ impl Exchange {
                     warnings.push(format!(
                         "the guest could change everything in {}, hooks and configuration of \
                          repositories too: look at them before you use git there",
-                        dir.display()
+                        dir.path().display()
                     ));
                 }
-                if self.owner == Some(0) && spec.command.user.is_none() && !self.workspace.read_only
+                if self.owner() == Some(0)
+                    && spec.command.user.is_none()
+                    && !self.workspace.read_only
                 {
                     warnings.push(format!(
                         "{} belongs to root: the command can write there only with --user root",
-                        dir.display()
+                        dir.path().display()
                     ));
                 }
             }
@@ -212,84 +223,147 @@ impl Exchange {
         Ok(warnings)
     }
 
-    /// Fetches artifacts and changes. `staging` is private and goes with the run.
+    /// Fetches changes and artifacts. `staging` is private and goes with the
+    /// run; what cannot be brought into place is moved below `kept`.
     ///
     /// # Errors
-    /// The guest's answer is unusable, or it cannot be brought into place.
+    /// The guest's answer is unusable.
     pub(super) async fn fetch(
         &self,
         channel: &Channel,
         staging: &Path,
+        kept: &Path,
         warnings: &mut Vec<String>,
     ) -> Result<Fetched, super::RunError> {
         let mut fetched = Fetched::default();
-        let staging = staging.to_owned();
-        if let Some(dir) = self.workspace.artifacts.clone() {
-            let (get, staging) = (
-                Request::Get {
-                    path: OUTPUT.into(),
-                },
-                staging.clone(),
-            );
-            let applied = receive(channel, &get, "send its artifacts", move |archive, side| {
-                // Nothing belongs there: a guest that writes to it is cut off.
-                drop(side);
-                workspace::artifacts(archive, &staging, &dir, &Limits::default())
-            })
-            .await?;
-            add_warnings(warnings, &applied.warnings);
-            fetched.artifacts = Some(applied.written.iter().map(ToString::to_string).collect());
-        }
         let wanted = self.workspace.apply || self.workspace.diff;
-        if let (true, Some(dir)) = (wanted, self.workspace.dir.clone()) {
+        if let (true, Some(dir)) = (wanted, self.dir.clone()) {
             let ask = Request::Changes { path: WORK.into() };
-            let into = dir.clone();
-            let changes = receive(
-                channel,
-                &ask,
-                "send what changed",
-                move |archive, removed| {
-                    workspace::Changes::stage(archive, removed, &staging, &into, &Limits::default())
-                },
-            )
-            .await?;
-            add_warnings(warnings, &changes.warnings);
-            let result = self.bring_back(&dir, &changes, warnings);
-            fetched.changes = Some(result.map_err(super::RunError::Workspace)?);
+            let (into, staging) = (dir.clone(), staging.to_owned());
+            let stage = move |archive, removed| {
+                workspace::Changes::stage(archive, removed, &staging, &into, &Limits::default())
+            };
+            let changes = receive(channel, &ask, "send what changed", stage).await?;
+            let (wish, manifest) = (self.workspace.clone(), self.packed.manifest.clone());
+            let kept = kept.join("workspace");
+            let work = move || bring_back(&dir, changes, &wish, &manifest, &kept);
+            let brought = joined(tokio::task::spawn_blocking(work).await);
+            warnings.extend(brought.warnings);
+            fetched.changes = Some(brought.changes);
+            fetched.failed = brought.failed;
+        }
+        if let Some(dir) = self.artifacts.clone() {
+            self.artifacts(channel, dir, staging, kept, warnings, &mut fetched)
+                .await?;
         }
         Ok(fetched)
     }
 
-    fn bring_back(
+    async fn artifacts(
         &self,
-        dir: &Path,
-        changes: &workspace::Changes,
+        channel: &Channel,
+        dir: HostDir,
+        staging: &Path,
+        kept: &Path,
         warnings: &mut Vec<String>,
-    ) -> Result<Changes, ExchangeError> {
-        let names = |names: &mut dyn Iterator<Item = &archive::Name>| {
-            names.map(ToString::to_string).collect::<Vec<_>>()
+        fetched: &mut Fetched,
+    ) -> Result<(), super::RunError> {
+        let get = Request::Get {
+            path: OUTPUT.into(),
         };
-        let mut result = Changes {
+        let (into, staging) = (dir.clone(), staging.to_owned());
+        let stage = move |archive, side| {
+            // Nothing belongs there: a guest that writes to it is cut off.
+            drop::<std::os::unix::net::UnixStream>(side);
+            let nothing = io::empty();
+            workspace::Changes::stage(archive, nothing, &staging, &into, &Limits::default())
+        };
+        let staged = match receive(channel, &get, "send its artifacts", stage).await {
+            Ok(staged) => staged,
+            // The command may have removed the directory.
+            Err(super::RunError::Machine(super::MachineError::Guest(
+                error @ GuestError::Refused { .. },
+            ))) => {
+                warnings.push(format!("there are no artifacts: {error}"));
+                fetched.artifacts = Some(Vec::new());
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let wish = Workspace {
+            apply: true,
+            // Older artifacts of the same name are replaced.
+            force: true,
+            diff: false,
+            ..self.workspace.clone()
+        };
+        let kept = kept.join("artifacts");
+        let work = move || bring_back(&dir, staged, &wish, &Manifest::default(), &kept);
+        let brought = joined(tokio::task::spawn_blocking(work).await);
+        warnings.extend(brought.warnings);
+        fetched.artifacts = Some(brought.changes.changed);
+        fetched.failed = fetched.failed.take().or(brought.failed);
+        Ok(())
+    }
+}
+
+/// What came of bringing back.
+struct Brought {
+    changes: Changes,
+    warnings: Vec<String>,
+    failed: Option<Report>,
+}
+
+/// Shows and applies changes as wished. Whatever goes wrong, the guest's work
+/// is not lost: it is moved to `kept`.
+fn bring_back(
+    dir: &HostDir,
+    changes: workspace::Changes,
+    wish: &Workspace,
+    manifest: &Manifest,
+    kept: &Path,
+) -> Brought {
+    let names = |names: &mut dyn Iterator<Item = &archive::Name>| {
+        names.map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let mut brought = Brought {
+        changes: Changes {
             changed: names(&mut changes.changed()),
             removed: names(&mut changes.removed()),
             applied: false,
             diff: None,
-        };
-        if self.workspace.diff {
+        },
+        warnings: Vec::new(),
+        failed: None,
+    };
+    add_warnings(&mut brought.warnings, &changes.warnings);
+    let mut work = || {
+        if wish.diff {
             let mut text = Vec::new();
-            workspace::diff(dir, changes, &mut text, &workspace::DiffOptions::default())?;
-            result.diff = Some(String::from_utf8_lossy(&text).into_owned());
+            workspace::diff(dir, &changes, &mut text, &workspace::DiffOptions::default())?;
+            brought.changes.diff = Some(String::from_utf8_lossy(&text).into_owned());
         }
-        if self.workspace.apply {
-            let options = workspace::ApplyOptions {
-                force: self.workspace.force,
-            };
-            let applied = workspace::apply(dir, changes, &self.packed.manifest, &options)?;
-            add_warnings(warnings, &applied.warnings);
-            result.applied = true;
+        if wish.apply {
+            let options = workspace::ApplyOptions { force: wish.force };
+            let applied = workspace::apply(dir, &changes, manifest, &options)?;
+            add_warnings(&mut brought.warnings, &applied.warnings);
+            brought.changes.applied = true;
         }
-        Ok(result)
+        Ok::<_, workspace::Error>(())
+    };
+    if let Err(error) = work() {
+        let mut report = Report::of(&error);
+        report.remedy = match changes.keep(kept) {
+            Ok(()) => format!(
+                "{} What the guest sent is kept, as it came, in {}.",
+                report.remedy,
+                kept.display()
+            ),
+            Err(lost) => format!("{} It could not be kept: {lost}", report.remedy),
+        };
+        brought.failed = Some(report);
     }
+    brought
 }
 
 fn put(path: &str, spec: &Spec, track: bool) -> Request {

@@ -7,6 +7,7 @@ use super::dirs::Dirs;
 use super::machine::{Machine, StartOptions};
 use super::record::Record;
 use super::{RunError, prove};
+use crate::guest::archive::HostDir;
 use crate::host::probe;
 use crate::image::{Image, KernelFormat, Store};
 use crate::plan::{KernelChoice, Plan};
@@ -83,6 +84,15 @@ impl Host {
     /// # Errors
     /// See [`RunError`]; nothing is left behind.
     pub async fn start(&self, spec: &Spec) -> Result<(Image, Machine), RunError> {
+        self.start_with(spec, None).await
+    }
+
+    /// Starts a machine; `share` is the shared workspace, opened before.
+    pub(super) async fn start_with(
+        &self,
+        spec: &Spec,
+        share: Option<&HostDir>,
+    ) -> Result<(Image, Machine), RunError> {
         let (image, plan) = self.plan(spec)?;
         if spec.accel == Accel::Kvm {
             let verdict = prove::kvm(self, &plan.qemu, &image, prove::Earlier::Any).await?;
@@ -93,7 +103,9 @@ impl Host {
             }
         }
         let lock = image.lock()?;
-        let mut machine = self.start_unproved(spec, plan, self.boot_timeout).await?;
+        let mut machine = self
+            .start_unproved(spec, plan, self.boot_timeout, share)
+            .await?;
         machine.hold(lock);
         Ok((image, machine))
     }
@@ -104,12 +116,14 @@ impl Host {
         spec: &Spec,
         plan: Plan,
         boot_timeout: Duration,
+        share: Option<&HostDir>,
     ) -> Result<Machine, RunError> {
         let record = Record::create(&self.dirs, spec, &plan)?;
         let options = StartOptions {
             cache: self.dirs.cache(),
             boot_timeout,
             die_with_thread: self.die_with_thread,
+            share: share.cloned(),
         };
         Ok(Machine::start(plan, record, &options).await?)
     }

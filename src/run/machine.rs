@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 use super::console::ConsoleLog;
 use super::error::MachineError;
 use super::record::{Record, RecordError};
+use crate::guest::archive::HostDir;
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::{probe, sys};
 use crate::image::{Lock, scratch};
@@ -31,6 +32,9 @@ pub struct StartOptions {
     /// End the machine when the thread that starts it ends. Only right where
     /// that thread lives as long as the machine should.
     pub die_with_thread: bool,
+    /// The plan's share, already open; opened by its path when absent. Whoever
+    /// may rename it must not choose what the guest sees.
+    pub share: Option<HostDir>,
 }
 
 /// When the phases of a start were over, in microseconds since its beginning.
@@ -369,6 +373,7 @@ fn descriptors(
             Descriptor::Root => Ok(File::open(&plan.root)
                 .map_err(io_error("open", &plan.root))?
                 .into()),
+            Descriptor::Share => share(plan, options),
             Descriptor::Scratch => scratch_disk(plan, dir, options),
             Descriptor::Vsock => {
                 let (vhost, cid) = claim_cid()?;
@@ -388,6 +393,19 @@ fn socket(end: &mut Option<UnixStream>, qemu: &Path) -> Result<OwnedFd, MachineE
         Ok(OwnedFd::from(theirs))
     };
     pair().map_err(io_error("make a socket for", qemu))
+}
+
+/// The shared workspace.
+fn share(plan: &Plan, options: &StartOptions) -> Result<OwnedFd, MachineError> {
+    let missing = MachineError::Missing {
+        what: "the shared workspace",
+    };
+    let dir = &plan.share.as_ref().ok_or(missing)?.dir;
+    let open = || match &options.share {
+        Some(share) => share.as_fd().try_clone_to_owned(),
+        None => HostDir::open(dir)?.as_fd().try_clone_to_owned(),
+    };
+    open().map_err(io_error("open", dir))
 }
 
 /// A fresh disk that exists only for as long as QEMU holds it.

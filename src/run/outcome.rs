@@ -41,6 +41,10 @@ pub struct Outcome {
     pub timed_out: bool,
     /// Why the command could not be run.
     pub refused: Option<Report>,
+    /// What could not be brought back to the host, and why; it is kept where
+    /// the remedy says, and the exit code is 125.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<Report>,
     /// Output, where it was collected instead of passed on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stdout: Option<Captured>,

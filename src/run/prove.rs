@@ -127,7 +127,7 @@ async fn boot(host: &Host, qemu: &Path, image: &Image) -> Result<Machine, RunErr
     };
     let facts = crate::host::probe::facts(qemu.to_owned());
     let plan = Plan::new(&spec, &image, kernel, &facts)?;
-    host.start_unproved(&spec, plan, DEADLINE).await
+    host.start_unproved(&spec, plan, DEADLINE, None).await
 }
 
 fn proof_spec(image: &str) -> Result<Spec, RunError> {

@@ -59,7 +59,7 @@ pub async fn provision(
     // A bad name must not cost a whole provisioning.
     crate::image::check_name(name)?;
     let exchange = Exchange::prepare(&spec.workspace)?;
-    let (from, mut machine) = super::runner::start(host, spec, &mut io).await?;
+    let (from, mut machine) = super::runner::start(host, spec, None, &mut io).await?;
     let work = async {
         let session = Session {
             host,

@@ -9,6 +9,7 @@ use super::dirs::Dirs;
 use super::record::{RecordError, io_error, lock_run, lock_runs};
 use super::share;
 use crate::error::{Explain, Report};
+use crate::guest::archive::HostDir;
 use crate::host::lease::{Journal, Lease};
 use crate::spec::{Spec, WorkspaceMode};
 
@@ -98,7 +99,7 @@ fn settle_share(dir: &Path) {
     };
     if let (WorkspaceMode::Share, false, Some(dir)) =
         (workspace.mode, workspace.read_only, &workspace.dir)
-        && let Err(error) = share::settle(dir)
+        && let Err(error) = HostDir::open(dir).and_then(|dir| share::settle(&dir))
     {
         tracing::warn!(
             "the shared workspace {} keeps QEMU's owners: {error}",

@@ -14,10 +14,11 @@ use super::control;
 use super::exchange::{Exchange, joined};
 use super::host::Host;
 use super::machine::Machine;
-use super::outcome::{Outcome, Resources, TIMED_OUT, Times};
+use super::outcome::{FAILED, Outcome, Resources, TIMED_OUT, Times};
 use super::share;
 use super::{MachineError, RunError};
 use crate::error::Report;
+use crate::guest::archive::HostDir;
 use crate::guest::{GuestError, Input, Output, Stream};
 use crate::image::Image;
 use crate::plan::Channel;
@@ -97,7 +98,8 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         workspace: exchange.workspace().clone(),
         ..spec.clone()
     };
-    let (image, mut machine) = start(host, spec, &mut io).await?;
+    let shared = exchange.dir().cloned();
+    let (image, mut machine) = start(host, spec, exchange.dir(), &mut io).await?;
     let done = Session {
         host,
         spec,
@@ -121,9 +123,9 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     } else {
         machine.kill().await
     };
-    let settled = match share.filter(|share| !share.read_only) {
-        Some(share) => {
-            let settle = tokio::task::spawn_blocking(move || share::settle(&share.dir));
+    let settled = match share.filter(|share| !share.read_only).and(shared) {
+        Some(dir) => {
+            let settle = tokio::task::spawn_blocking(move || share::settle(&dir));
             joined(settle.await)
         }
         None => Ok(share::Settled::default()),
@@ -151,7 +153,11 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         machine: spec.machine,
         channel,
         network: spec.network,
-        exit_code: done.exit_code,
+        exit_code: match done.failed {
+            Some(_) => FAILED,
+            None => done.exit_code,
+        },
+        failed: done.failed,
         signal: done.exit.signal,
         timed_out: done.timed_out,
         refused: done.refused,
@@ -178,10 +184,11 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
 pub(super) async fn start(
     host: &Host,
     spec: &Spec,
+    share: Option<&HostDir>,
     io: &mut Io,
 ) -> Result<(Image, Machine), RunError> {
     (io.progress)(Progress::Starting);
-    let started = unless_interrupted(&mut io.signals, host.start(spec)).await;
+    let started = unless_interrupted(&mut io.signals, host.start_with(spec, share)).await;
     if matches!(started, Err(RunError::Interrupted { .. })) {
         // The start was dropped halfway, and with it the machine; what it had
         // written down is cleared away like that of any dead run.
@@ -228,6 +235,7 @@ pub(super) struct Done {
     /// It did not end when it was killed: nothing more is to be had of the guest.
     stuck: bool,
     refused: Option<Report>,
+    failed: Option<Report>,
     stdout: Option<super::outcome::Captured>,
     stderr: Option<super::outcome::Captured>,
     changes: Option<super::outcome::Changes>,
@@ -285,13 +293,15 @@ impl Session<'_> {
                 }
                 .into());
             }
-            let dir = self.machine.dir();
-            self.exchange.fetch(&channel, dir, &mut warnings).await
+            let (dir, kept) = (self.machine.dir(), self.host.dirs.kept(&self.spec.id));
+            let fetch = self.exchange.fetch(&channel, dir, &kept, &mut warnings);
+            fetch.await
         };
         match unless_interrupted(&mut io.signals, fetch).await {
             Ok(fetched) => {
                 done.changes = fetched.changes;
                 done.artifacts = fetched.artifacts;
+                done.failed = fetched.failed;
             }
             // That it ran out of time is what the user has to know.
             Err(RunError::Machine(MachineError::Guest(error))) if done.timed_out => {

@@ -11,17 +11,16 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, renameat};
+use nix::fcntl::renameat;
 use nix::libc;
 use nix::sys::stat::{FileStat, Mode, fchmod, fstat};
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, symlinkat, unlinkat};
 use rustix::fs::{fgetxattr, fremovexattr};
 
-use crate::guest::archive::{Beneath, Name, link_stays_inside, stat_in};
+use crate::guest::archive::{Beneath, HostDir, Name, chown_link, link_stays_inside, stat_in};
 
 /// hw/9pfs/9p-local.c of QEMU.
 const ATTRIBUTES: [&str; 4] = [
@@ -50,8 +49,8 @@ pub(super) struct Settled {
 ///
 /// # Errors
 /// `dir` itself cannot be used. What fails below it is a warning.
-pub(super) fn settle(dir: &Path) -> io::Result<Settled> {
-    let base = Beneath::open(dir)?;
+pub(super) fn settle(dir: &HostDir) -> io::Result<Settled> {
+    let base = dir.beneath();
     let top = base.dir(&Name::default())?;
     let stat = fstat(&top)?;
     let mut work = Work {
@@ -75,15 +74,15 @@ pub(super) fn settle(dir: &Path) -> io::Result<Settled> {
     Ok(work.settled)
 }
 
-struct Work {
-    base: Beneath,
+struct Work<'a> {
+    base: &'a Beneath,
     owner: (Uid, Gid),
     device: libc::dev_t,
     settled: Settled,
     more: usize,
 }
 
-impl Work {
+impl Work<'_> {
     fn warn(&mut self, name: &Name, why: &str) {
         if self.settled.warnings.len() < MAX_WARNINGS {
             let warning = format!("{name} in the shared workspace: {why}");
@@ -192,8 +191,7 @@ impl Work {
         let (temporary, target) = (unused(last), OsString::from_vec(target));
         symlinkat(target.as_os_str(), dir, temporary.as_os_str()).map_err(desc)?;
         let (uid, gid) = self.owner;
-        let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
-        let placed = fchownat(dir, temporary.as_os_str(), Some(uid), Some(gid), flags)
+        let placed = chown_link(dir, &temporary, uid, gid)
             .and_then(|()| renameat(dir, temporary.as_os_str(), dir, last));
         if placed.is_err() {
             let _ = unlinkat(dir, temporary.as_os_str(), UnlinkatFlags::NoRemoveDir);
@@ -232,6 +230,7 @@ fn unused(last: &OsStr) -> OsString {
 mod tests {
     use std::fs;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::path::Path;
 
     use rustix::fs::{XattrFlags, setxattr};
 
@@ -276,7 +275,7 @@ mod tests {
         if made().is_none() {
             return;
         }
-        let settled = settle(dir).unwrap();
+        let settled = settle(&HostDir::open(dir).unwrap()).unwrap();
         let mode = |name| fs::metadata(path(name)).unwrap().mode() & 0o7777;
         assert_eq!(mode("d/tool"), 0o755);
         assert_eq!(fs::read_link(path("d/link")).unwrap(), Path::new("tool"));
@@ -290,7 +289,10 @@ mod tests {
             (now.ctime(), now.ctime_nsec())
         );
         // A second look finds nothing to do but what could not be done.
-        assert_eq!(settle(dir).unwrap().warnings.len(), 1);
+        assert_eq!(
+            settle(&HostDir::open(dir).unwrap()).unwrap().warnings.len(),
+            1
+        );
     }
 
     #[test]
@@ -305,7 +307,10 @@ mod tests {
         }
         std::os::unix::fs::symlink(&outside, dir.join("d")).unwrap();
         std::os::unix::fs::symlink(outside.join("f"), dir.join("f")).unwrap();
-        assert_eq!(settle(&dir).unwrap(), Settled::default());
+        assert_eq!(
+            settle(&HostDir::open(&dir).unwrap()).unwrap(),
+            Settled::default()
+        );
         let mode = fs::metadata(outside.join("f")).unwrap().mode() & 0o777;
         assert_eq!(mode, 0o600);
     }

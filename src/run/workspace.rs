@@ -32,7 +32,7 @@ pub use diff::{DiffOptions, diff};
 pub use error::Error;
 
 use crate::guest::archive::{
-    self, Beneath, Limits, Manifest, Modes, Name, Options, Unpacked, Warnings,
+    self, Beneath, HostDir, Limits, Manifest, Modes, Name, Options, Unpacked, Warnings,
 };
 
 /// Changes of a guest, staged on the host and cleaned of what may not come back.
@@ -64,7 +64,7 @@ impl Changes {
         archive: impl Read,
         removed: impl Read + Send,
         staging: &Path,
-        dir: &Path,
+        dir: &HostDir,
         limits: &Limits,
     ) -> Result<Self, Error> {
         let staging = tempfile::Builder::new()
@@ -82,6 +82,13 @@ impl Changes {
             let removed = removed.join().unwrap_or(Err(archive::Error::Truncated));
             Ok::<_, Error>((staged?, removed?))
         })?;
+        // No honest agent says so; what judges names sees each of them once.
+        if let Some(both) = removed
+            .iter()
+            .find(|name| staged.entries.contains_key(*name))
+        {
+            return Err(archive::Error::hostile(both, "is sent and removed at once").into());
+        }
         let warnings = staged.warnings.clone();
         let mut changes = Self {
             staged,
@@ -90,9 +97,7 @@ impl Changes {
             warnings,
             staging,
         };
-        let host =
-            Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
-        git::sanitise(&mut changes, &host)?;
+        git::sanitise(&mut changes, dir.beneath())?;
         Ok(changes)
     }
 
@@ -111,6 +116,21 @@ impl Changes {
         self.removed.iter()
     }
 
+    /// Moves what was staged to `to`, whose parents are made: private, and as
+    /// the guest sent it, before any rule for repositories.
+    ///
+    /// # Errors
+    /// It cannot be moved there.
+    pub fn keep(self, to: &Path) -> std::io::Result<()> {
+        if let Some(parent) = to.parent() {
+            crate::run::dirs::make_private(parent)?;
+        }
+        let staging = self.staging.keep();
+        std::fs::rename(&staging, to).inspect_err(|_| {
+            let _ = std::fs::remove_dir_all(&staging);
+        })
+    }
+
     /// The staged content.
     fn files(&self) -> Result<Beneath, Error> {
         let path = self.staging.path();
@@ -118,19 +138,16 @@ impl Changes {
     }
 }
 
-/// Brings the archive of the guest's output directory into `dir`, which is made
-/// if missing. Files of the same name are replaced; others stay.
+/// Brings the archive of the guest's output directory into `dir`. Files of the same name are replaced; others stay.
 ///
 /// # Errors
 /// As [`Changes::stage`] and [`apply`].
 pub fn artifacts(
     archive: impl Read,
     staging: &Path,
-    dir: &Path,
+    dir: &HostDir,
     limits: &Limits,
 ) -> Result<Applied, Error> {
-    std::fs::create_dir_all(dir)
-        .map_err(|source| Error::host("make the artifacts directory", dir, source))?;
     let changes = Changes::stage(archive, std::io::empty(), staging, dir, limits)?;
     let mut applied = apply(
         dir,
@@ -144,14 +161,25 @@ pub fn artifacts(
     Ok(applied)
 }
 
-/// Reads NUL-terminated names.
+/// Reads NUL-terminated names. The limits are on what is read, repeated or not,
+/// and on the directories above it, which are looked at later.
 fn read_removed(reader: impl Read, limits: &Limits) -> Result<BTreeSet<Name>, archive::Error> {
-    let mut names = BTreeSet::new();
+    let (mut names, mut above) = (BTreeSet::new(), BTreeSet::new());
+    let (mut count, mut bytes) = (0, 0);
     let mut name = Vec::new();
     for byte in BufReader::new(reader).bytes() {
         match byte.map_err(archive::Error::Receive)? {
             0 => {
+                count += 1;
+                bytes += name.len() as u64;
                 let parsed = Name::parse(&name, limits)?;
+                for dir in parsed.ancestors().skip(1) {
+                    let len = dir.as_bytes().len() as u64;
+                    if !above.insert(dir) {
+                        break;
+                    }
+                    bytes += len;
+                }
                 if !parsed.is_top() {
                     names.insert(parsed);
                 }
@@ -166,11 +194,18 @@ fn read_removed(reader: impl Read, limits: &Limits) -> Result<BTreeSet<Name>, ar
                 "bytes in a name",
             ));
         }
-        if names.len() as u64 > limits.entries {
+        if count > limits.entries {
             return Err(archive::Error::too_large(
                 b"(removed)",
                 limits.entries,
                 "entries",
+            ));
+        }
+        if bytes > limits.name_bytes {
+            return Err(archive::Error::too_large(
+                b"(removed)",
+                limits.name_bytes,
+                "bytes of names",
             ));
         }
     }

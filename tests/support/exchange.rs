@@ -12,7 +12,7 @@ use bulkhead::guest::archive::{Limits, Manifest, PackLimits, pack};
 use bulkhead::run::workspace::{Applied, ApplyOptions, Changes, DiffOptions, Error, apply, diff};
 use tempfile::TempDir;
 
-use super::tree::{snapshot, temp};
+use super::tree::{open, snapshot, temp};
 
 /// `host/` is the workspace, `guest/` what the guest made of it.
 pub(crate) struct Exchange {
@@ -48,7 +48,7 @@ impl Exchange {
         fs::remove_dir_all(&self.guest).unwrap();
         fs::create_dir(&self.guest).unwrap();
         let mut bytes = Vec::new();
-        self.manifest = pack(&self.host, &mut bytes, &PackLimits::default())
+        self.manifest = pack(&open(&self.host), &mut bytes, &PackLimits::default())
             .unwrap()
             .manifest;
         tar(&["-xpf-"], &self.guest, &bytes);
@@ -96,7 +96,7 @@ impl Exchange {
             &archive[..],
             &removed[..],
             &staging,
-            &self.host,
+            &open(&self.host),
             &Limits::default(),
         )
         .unwrap()
@@ -105,7 +105,7 @@ impl Exchange {
     pub(crate) fn diff(&self) -> Vec<u8> {
         let mut text = Vec::new();
         diff(
-            &self.host,
+            &open(&self.host),
             &self.stage(),
             &mut text,
             &DiffOptions::default(),
@@ -116,7 +116,7 @@ impl Exchange {
 
     pub(crate) fn try_apply(&self, force: bool) -> Result<Applied, Error> {
         apply(
-            &self.host,
+            &open(&self.host),
             &self.stage(),
             &self.manifest,
             &ApplyOptions { force },
@@ -127,7 +127,7 @@ impl Exchange {
     pub(crate) fn apply(&self) -> String {
         let changes = self.stage();
         let applied = apply(
-            &self.host,
+            &open(&self.host),
             &changes,
             &self.manifest,
             &ApplyOptions::default(),

@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 
+use bulkhead::guest::archive::HostDir;
 use tempfile::TempDir;
 
 /// A directory that goes away at the end of the test.
@@ -15,6 +16,10 @@ pub(crate) fn temp() -> TempDir {
         .prefix("bh-workspace-")
         .tempdir()
         .unwrap()
+}
+
+pub(crate) fn open(dir: &Path) -> HostDir {
+    HostDir::open(dir).unwrap()
 }
 
 /// Name to kind, mode, time, content or target of everything below `dir`.

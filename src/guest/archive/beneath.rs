@@ -3,14 +3,15 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2};
-use nix::sys::stat::{FileStat, Mode, fstatat, mkdirat};
-use nix::unistd::Whence;
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2};
+use nix::libc;
+use nix::sys::stat::{FileStat, Mode, fstat, fstatat, mkdirat};
+use nix::unistd::{Gid, Uid, Whence, fchownat};
 
 use super::Name;
 
@@ -46,11 +47,11 @@ impl Beneath {
     }
 
     /// Opens a directory below the root, making what is missing with mode 0700
-    /// (less the umask); `made` is told each name that was made.
+    /// (less the umask); `made` is told each name that was made, and may end it.
     pub(crate) fn make_dirs(
         &self,
         name: &Name,
-        made: &mut dyn FnMut(&Name),
+        made: &mut dyn FnMut(&Name) -> Result<(), Errno>,
     ) -> Result<OwnedFd, Errno> {
         match self.dir(name) {
             Err(Errno::ENOENT) => {}
@@ -61,7 +62,7 @@ impl Beneath {
         };
         let parent = self.make_dirs(&parent, made)?;
         match mkdirat(&parent, last, Mode::S_IRWXU) {
-            Ok(()) => made(name),
+            Ok(()) => made(name)?,
             Err(Errno::EEXIST) => {}
             Err(errno) => return Err(errno),
         }
@@ -79,11 +80,10 @@ impl Beneath {
         )
         .map(File::from)
     }
-
     /// What is at `name`; `None` when there is nothing.
     pub(crate) fn stat(&self, name: &Name) -> Result<Option<FileStat>, Errno> {
         let Some((parent, last)) = name.split() else {
-            return nix::sys::stat::fstat(&self.root).map(Some);
+            return fstat(&self.root).map(Some);
         };
         let parent = match self.dir(&parent) {
             Ok(parent) => parent,
@@ -94,6 +94,12 @@ impl Beneath {
     }
 }
 
+impl AsFd for Beneath {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+}
+
 /// What is at `name` in an open directory; `None` when there is nothing.
 pub(crate) fn stat_in(dir: impl AsFd, name: &OsStr) -> Result<Option<FileStat>, Errno> {
     match fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
@@ -101,6 +107,18 @@ pub(crate) fn stat_in(dir: impl AsFd, name: &OsStr) -> Result<Option<FileStat>, 
         Err(Errno::ENOENT) => Ok(None),
         Err(errno) => Err(errno),
     }
+}
+
+/// Gives away a symlink that was just made. Its directory may be somebody
+/// else's, who may have put another file under its name: that one stays.
+pub(crate) fn chown_link(dir: impl AsFd, name: &OsStr, uid: Uid, gid: Gid) -> Result<(), Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let link = openat(dir, name, flags, Mode::empty())?;
+    let stat = fstat(&link)?;
+    if stat.st_mode & libc::S_IFMT != libc::S_IFLNK || stat.st_uid != Uid::effective().as_raw() {
+        return Err(Errno::ESTALE);
+    }
+    fchownat(&link, "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)
 }
 
 /// Makes a file that did not exist, mode 0600.

@@ -17,7 +17,7 @@ use tar::EntryType;
 
 use super::beneath::{data_extents, stat_in};
 use super::header::{self, Entry};
-use super::{Error, Limits, MAX_DEPTH, Name, Warnings};
+use super::{Error, HIDDEN_PREFIX, HostDir, Limits, MAX_DEPTH, Name, Warnings};
 
 /// Bounds on what is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,11 +123,10 @@ pub struct Packed {
 /// [`Error::Unreadable`] names the first thing that cannot be read or named
 /// (deeper than [`MAX_DEPTH`], or longer than the default [`Limits`]),
 /// [`Error::TooLarge`] what is over `limits`, [`Error::Send`] a closed `out`.
-pub fn pack(dir: &Path, out: impl Write, limits: &PackLimits) -> Result<Packed, Error> {
-    let unreadable = |errno: Errno| Error::unreadable(dir.as_os_str().as_bytes(), errno);
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let fd = nix::fcntl::open(dir, flags, Mode::empty()).map_err(unreadable)?;
-    let mut packer = Packer::new(dir, out, limits);
+pub fn pack(dir: &HostDir, out: impl Write, limits: &PackLimits) -> Result<Packed, Error> {
+    let unreadable = |errno: Errno| Error::unreadable(dir.path().as_os_str().as_bytes(), errno);
+    let fd = dir.beneath().dir(&Name::default()).map_err(unreadable)?;
+    let mut packer = Packer::new(dir.path(), out, limits);
     packer.tree(fd)?;
     packer.finish()
 }
@@ -198,6 +197,12 @@ impl<'a, W: Write> Packer<'a, W> {
                 continue;
             };
             let name = frame.name.join(&last);
+            let hidden = last.as_bytes().starts_with(HIDDEN_PREFIX.as_bytes());
+            if hidden && frame.name.is_top() {
+                let what = "left out: what an earlier run could not put into place";
+                self.packed.warnings.add(&name, what);
+                continue;
+            }
             if let Some(dir) = self.entry(&frame.dir, &last, &name)? {
                 if stack.len() == MAX_DEPTH {
                     let deep = io::Error::other(format!("more than {MAX_DEPTH} directories deep"));

@@ -99,6 +99,7 @@ pub fn unpack(reader: impl Read, dir: &Path, options: &Options) -> Result<Unpack
         umask: umask(),
         parent: None,
         seen: 0,
+        names: 0,
         linked: 0,
         made: Vec::new(),
         unpacked: Unpacked::default(),
@@ -115,7 +116,10 @@ struct Unpacker<'a> {
     umask: u32,
     /// The directory of the last entry: most share it with the next.
     parent: Option<(Name, OwnedFd)>,
+    /// Entries, and directories made without one of their own.
     seen: u64,
+    /// Bytes of their names and link targets.
+    names: u64,
     /// Bytes that hard links would take as copies.
     linked: u64,
     /// Directories made without an entry of their own.
@@ -127,9 +131,8 @@ impl Unpacker<'_> {
     fn entry<R: Read>(&mut self, entry: Entry, archive: &mut Reader<'_, R>) -> Result<(), Error> {
         let limits = &self.options.limits;
         self.seen += 1;
-        if self.seen > limits.entries {
-            return Err(Error::too_large(&entry.name, limits.entries, "entries"));
-        }
+        self.names += (entry.name.len() + entry.link.len()) as u64;
+        self.within_limits(&entry.name)?;
         let name = Name::parse(&entry.name, limits)?;
         let Some((parent, last)) = name.split() else {
             // The top directory itself: its mode is the caller's business.
@@ -191,12 +194,22 @@ impl Unpacker<'_> {
         {
             return Ok(());
         }
-        let made = &mut self.made;
-        let fd = match self
-            .root
-            .make_dirs(parent, &mut |dir| made.push(dir.clone()))
-        {
+        let (made, limits) = (&mut self.made, &self.options.limits);
+        let (seen, names) = (&mut self.seen, &mut self.names);
+        let fd = match self.root.make_dirs(parent, &mut |dir| {
+            made.push(dir.clone());
+            *seen += 1;
+            *names += dir.as_bytes().len() as u64;
+            match *seen > limits.entries || *names > limits.name_bytes {
+                true => Err(Errno::E2BIG),
+                false => Ok(()),
+            }
+        }) {
             Ok(fd) => fd,
+            Err(Errno::E2BIG) => {
+                self.within_limits(name)?;
+                return Err(Error::write(name, Errno::E2BIG));
+            }
             Err(Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV) => {
                 return Err(Error::hostile(name, "goes through a symlink or a file"));
             }
@@ -217,6 +230,21 @@ impl Unpacker<'_> {
         Ok(())
     }
 
+    fn within_limits(&self, name: impl AsRef<[u8]>) -> Result<(), Error> {
+        let Limits {
+            entries,
+            name_bytes,
+            ..
+        } = self.options.limits;
+        if self.seen > entries {
+            return Err(Error::too_large(name, entries, "entries"));
+        }
+        if self.names > name_bytes {
+            return Err(Error::too_large(name, name_bytes, "bytes of names"));
+        }
+        Ok(())
+    }
+
     fn current(&self) -> Result<&OwnedFd, Error> {
         let (_, fd) = self.parent.as_ref().ok_or(Error::Truncated)?;
         Ok(fd)
@@ -224,7 +252,8 @@ impl Unpacker<'_> {
 
     /// Makes a directory; its mode and time are set when all is in it.
     fn dir(&mut self, name: Name, record: UnpackedEntry) -> Result<(), Error> {
-        let fd = match self.root.make_dirs(&name, &mut |_| {}) {
+        // All above it is there: this makes the one that was counted.
+        let fd = match self.root.make_dirs(&name, &mut |_| Ok(())) {
             Ok(fd) => fd,
             Err(Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV) => {
                 return Err(Error::hostile(&name, "comes twice"));

@@ -1,21 +1,23 @@
 //! Staged changes brought into the workspace: all prepared, then all renamed.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io;
+use std::ops::Bound;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, renameat};
+use nix::fcntl::renameat;
 use nix::sys::stat::{Mode, fchmod, futimens, mkdirat};
 use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, symlinkat, unlinkat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, symlinkat, unlinkat};
+use rustix::fs::syncfs;
 
 use super::conflict::{Now, conflicts, look};
 use super::{Changes, Error};
 use crate::guest::archive::{
-    Beneath, Kind, Manifest, Name, Stamp, UnpackedEntry, Warnings, copy_data, create_in, printable,
-    stat_in, umask,
+    Beneath, HIDDEN_PREFIX, HostDir, Kind, Manifest, Name, Stamp, UnpackedEntry, Warnings,
+    chown_link, copy_data, create_in, printable, stat_in, umask,
 };
 
 /// How to bring changes back.
@@ -51,21 +53,22 @@ pub struct Applied {
 /// [`Error::Conflict`] names what changed on the host since `manifest`, unless
 /// forced; [`Error::NoSpace`] and [`Error::Host`] say what could not be
 /// prepared. In all three cases nothing was applied. [`Error::Partial`] lists
-/// what was and what was not, when a rename or removal failed.
+/// what was and what was not, when a rename or removal failed; nothing is then
+/// lost: what could not be put into place stays in the hidden directory, and
+/// nothing is removed that is not in the way of something new.
 pub fn apply(
-    dir: &Path,
+    dir: &HostDir,
     changes: &Changes,
     manifest: &Manifest,
     options: &ApplyOptions,
 ) -> Result<Applied, Error> {
-    let host = Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
-    let conflicts = conflicts(&host, changes, manifest)?;
+    let conflicts = conflicts(dir.beneath(), changes, manifest)?;
     if !conflicts.is_empty() && !options.force {
         return Err(Error::Conflict { paths: conflicts });
     }
-    let mut work = Work::new(dir, &host, changes, manifest, options)?;
+    let mut work = Work::new(dir, changes, manifest, options)?;
     let result = work.prepare().map(|prepared| work.commit(&prepared));
-    work.clean();
+    let kept = work.clean();
     result?;
     if work.failed.is_empty() {
         return Ok(work.applied);
@@ -74,6 +77,7 @@ pub fn apply(
     Err(Error::Partial {
         applied: names.map(Name::to_string).collect(),
         failed: work.failed,
+        kept,
     })
 }
 
@@ -89,32 +93,32 @@ struct Work<'a> {
     temp: OwnedFd,
     applied: Applied,
     failed: Vec<String>,
+    /// Prepared entries that could not be put into place.
+    unplaced: BTreeSet<OsString>,
 }
 
 impl<'a> Work<'a> {
     fn new(
-        dir: &Path,
-        host: &'a Beneath,
+        dir: &'a HostDir,
         changes: &'a Changes,
         manifest: &'a Manifest,
         options: &ApplyOptions,
     ) -> Result<Self, Error> {
-        let failed = |errno: Errno| Error::host("prepare changes in", dir, errno);
+        let host = dir.beneath();
+        let failed = |errno: Errno| Error::host("prepare changes in", dir.path(), errno);
         let top = host.dir(&Name::default()).map_err(failed)?;
         let stat = nix::sys::stat::fstat(&top).map_err(failed)?;
         let owner = Uid::effective()
             .is_root()
             .then(|| (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid)));
-        let temp = tempfile::Builder::new()
-            .prefix(".bulkhead-apply-")
-            .tempdir_in(dir)
-            .map_err(|source| Error::host("prepare changes in", dir, source))?;
-        let temp_name = temp.path().file_name().unwrap_or_default().to_owned();
+        let mut random = [0; 8];
+        crate::spec::fill_random(&mut random);
+        let random = u64::from_le_bytes(random);
+        let temp_name = OsString::from(format!("{HIDDEN_PREFIX}{random:016x}"));
+        mkdirat(&top, temp_name.as_os_str(), Mode::S_IRWXU).map_err(failed)?;
         let fd = host
             .dir(&Name::default().join(&temp_name))
             .map_err(failed)?;
-        // From here on it is found by its descriptor, and removed in `clean`.
-        let _ = temp.keep();
         Ok(Self {
             host,
             changes,
@@ -127,6 +131,7 @@ impl<'a> Work<'a> {
             temp: fd,
             applied: Applied::default(),
             failed: Vec::new(),
+            unplaced: BTreeSet::new(),
         })
     }
 
@@ -143,6 +148,10 @@ impl<'a> Work<'a> {
                 .map_err(|source| Error::host("prepare", name.as_path(), source))?;
             prepared.push((name, entry, temp));
         }
+        // A full disk may only be found out now; and a crash in between must
+        // not leave empty files where there were others.
+        syncfs(&self.temp)
+            .map_err(|errno| Error::host("write out", self.temp_name.as_os_str(), errno))?;
         Ok(prepared)
     }
 
@@ -164,13 +173,7 @@ impl<'a> Work<'a> {
                     last.as_os_str(),
                 )?;
                 if let Some((uid, gid)) = self.owner {
-                    fchownat(
-                        dir,
-                        last.as_os_str(),
-                        Some(uid),
-                        Some(gid),
-                        AtFlags::AT_SYMLINK_NOFOLLOW,
-                    )?;
+                    chown_link(dir, last, uid, gid)?;
                 }
             }
             Kind::File => {
@@ -209,17 +212,14 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Removes, makes directories, renames; notes what fails and goes on.
+    /// Removes what is in the way, makes directories, renames, removes the
+    /// rest; notes what fails and goes on, but then removes nothing more.
     fn commit(&mut self, prepared: &[(&'a Name, &'a UnpackedEntry, OsString)]) {
-        for name in self.changes.removed.iter().rev() {
-            if !self.changes.staged.entries.contains_key(name) {
-                match self.remove(name) {
-                    Ok(true) => self.applied.removed.push(name.clone()),
-                    Ok(false) => {}
-                    Err(error) => self.fail(name, &error),
-                }
-            }
-        }
+        let changes = self.changes;
+        let (blocking, others): (Vec<&Name>, Vec<&Name>) = (changes.removed.iter().rev())
+            .filter(|name| !changes.staged.entries.contains_key(*name))
+            .partition(|name| self.in_the_way(name));
+        self.remove_all(&blocking);
         let mut dirs = Vec::new();
         for (name, entry, temp) in prepared {
             let done = match entry.kind {
@@ -230,17 +230,58 @@ impl<'a> Work<'a> {
             };
             match done {
                 Ok(()) => self.applied.written.push((*name).clone()),
-                Err(error) => self.fail(name, &error),
+                Err(error) => {
+                    if entry.kind == Kind::Dir {
+                        self.fail(name, &error);
+                        continue;
+                    }
+                    let (hidden, temp_name) = (self.temp_name.display(), temp.display());
+                    let why = format!("{error}; now in {hidden}/{temp_name}");
+                    self.fail(name, &io::Error::other(why));
+                    self.unplaced.insert(temp.clone());
+                }
+            }
+        }
+        if self.failed.is_empty() {
+            self.remove_all(&others);
+        } else {
+            let why = io::Error::other("not removed, because something else failed");
+            for name in others {
+                self.fail(name, &why);
             }
         }
         // Deepest first, once everything is inside.
         for (name, mode) in dirs.into_iter().rev() {
-            let set = self.host.dir(name).and_then(|fd| {
-                self.own(&fd)?;
-                fchmod(&fd, mode)
-            });
-            if let Err(errno) = set {
+            if let Err(errno) = self.host.dir(name).and_then(|fd| fchmod(&fd, mode)) {
                 self.fail(name, &errno.into());
+            }
+        }
+    }
+
+    /// Whether a new entry needs the place of this removed one: a directory
+    /// where it is not one, or something else than a directory above it.
+    fn in_the_way(&self, name: &Name) -> bool {
+        let entries = &self.changes.staged.entries;
+        let after = (Bound::Excluded(name), Bound::Unbounded);
+        // Names below a directory follow it in the order of paths.
+        let is_above = (entries.range::<Name, _>(after).next())
+            .is_some_and(|(next, _)| next.as_path().starts_with(name.as_path()));
+        let is_below = || {
+            (name.ancestors().skip(1))
+                .filter_map(|above| entries.get(&above))
+                .any(|above| above.kind != Kind::Dir)
+        };
+        let is_dir =
+            || matches!(look(self.host, name), Ok(Now::There(now)) if now.kind == Kind::Dir);
+        is_below() || is_above && !is_dir()
+    }
+
+    fn remove_all(&mut self, names: &[&Name]) {
+        for &name in names {
+            match self.remove(name) {
+                Ok(true) => self.applied.removed.push(name.clone()),
+                Ok(false) => {}
+                Err(error) => self.fail(name, &error),
             }
         }
     }
@@ -250,8 +291,14 @@ impl<'a> Work<'a> {
         self.failed.push(format!("{name} ({why})"));
     }
 
-    /// Removes a name; `false` when a directory still has other things in it.
+    /// Removes a name; `false` when a directory still has other things in it,
+    /// or the guest never had it.
     fn remove(&mut self, name: &Name) -> io::Result<bool> {
+        if !self.manifest.entries.contains_key(name) {
+            let what = "kept: the guest never had it, and cannot remove it";
+            self.applied.warnings.add(name, what);
+            return Ok(false);
+        }
         let Some((parent, last)) = name.split() else {
             return Ok(false);
         };
@@ -298,6 +345,8 @@ impl<'a> Work<'a> {
             None => {}
         }
         mkdirat(&parent, last.as_os_str(), Mode::S_IRWXU)?;
+        // Only what was made here changes hands; others stay their owner's.
+        self.own(self.host.dir(name)?)?;
         Ok(Some(mode))
     }
 
@@ -348,9 +397,10 @@ impl<'a> Work<'a> {
     fn parent(&self, name: &Name) -> io::Result<(OwnedFd, OsString)> {
         let (parent, last) = name.split().ok_or(Errno::EINVAL)?;
         let mut made = Vec::new();
-        let fd = self
-            .host
-            .make_dirs(&parent, &mut |dir| made.push(dir.clone()))?;
+        let fd = self.host.make_dirs(&parent, &mut |dir| {
+            made.push(dir.clone());
+            Ok(())
+        })?;
         for dir in made {
             let fd = self.host.dir(&dir)?;
             self.own(&fd)?;
@@ -372,14 +422,19 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Removes the hidden directory and what was not renamed out of it.
-    fn clean(&mut self) {
+    /// Removes the hidden directory and what was not renamed out of it, but for
+    /// what could not be put into place: then it gives the directory's name.
+    fn clean(&mut self) -> Option<String> {
         for number in 0..self.changes.staged.entries.len() {
-            let _ = unlinkat(
-                &self.temp,
-                number.to_string().as_str(),
-                UnlinkatFlags::NoRemoveDir,
-            );
+            let name = OsString::from(number.to_string());
+            if !self.unplaced.contains(&name) {
+                let _ = unlinkat(&self.temp, name.as_os_str(), UnlinkatFlags::NoRemoveDir);
+            }
+        }
+        if !self.unplaced.is_empty() {
+            // Whoever owns the workspace must be able to look into it.
+            let _ = self.own(&self.temp);
+            return Some(printable(self.temp_name.as_encoded_bytes()));
         }
         if let Err(errno) = unlinkat(
             &self.top,
@@ -391,5 +446,6 @@ impl<'a> Work<'a> {
                 .warnings
                 .add(self.temp_name.as_encoded_bytes(), what);
         }
+        None
     }
 }

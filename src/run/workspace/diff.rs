@@ -4,24 +4,38 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use super::unified::hunks;
 use super::{Changes, Error};
-use crate::guest::archive::{Beneath, Kind, Name, Stamp, printable};
+use crate::guest::archive::{Beneath, HostDir, Kind, Name, Stamp, data_extents, printable};
 
 /// Largest file that is shown line by line, in bytes.
 const TEXT_MAX: u64 = 4 << 20;
-/// Bytes looked at for a NUL, which makes a file binary (as git does).
-const BINARY_PROBE: usize = 8000;
+/// Time for matching lines in all files together.
+const EFFORT: Duration = Duration::from_secs(10);
 
 /// How to show changes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiffOptions {
     /// Escape control characters in lines: set it when a terminal reads the
     /// diff, or the guest's text can drive that terminal. The diff can then
     /// only be read, not applied, where there were any.
     pub escape: bool,
+    /// Bytes of text; what follows is left out, file by file, and a last line
+    /// says so.
+    pub total: u64,
+}
+
+impl Default for DiffOptions {
+    /// Nothing escaped, at most 64 MiB.
+    fn default() -> Self {
+        Self {
+            escape: false,
+            total: 64 << 20,
+        }
+    }
 }
 
 /// One side of a change.
@@ -37,22 +51,30 @@ enum Side {
 /// Writes what [`super::apply`] would change in `dir`, in git's format.
 ///
 /// Text files are shown in full hunks, with modes and symlinks; the result is
-/// accepted by `git apply` and `patch -p1`. Binary files, files over 4 MiB,
-/// directories and the insides of repositories are summed up in lines that
+/// accepted by `git apply` and `patch -p1`. Binary files (with a NUL anywhere), files
+/// over 4 MiB, directories and the insides of repositories are summed up in lines that
 /// start with `#`, which both programs skip.
 ///
 /// # Errors
 /// [`Error::Host`] when the workspace cannot be read, [`Error::Show`] when
 /// `out` cannot be written.
 pub fn diff(
-    dir: &Path,
+    dir: &HostDir,
     changes: &Changes,
-    out: impl Write,
+    mut out: impl Write,
     options: &DiffOptions,
 ) -> Result<(), Error> {
-    let host = Beneath::open(dir).map_err(|errno| Error::host("open the workspace", dir, errno))?;
+    let host = dir.beneath();
     let staged = changes.files()?;
-    let mut printer = Printer { out, options };
+    let mut printer = Printer {
+        out: Capped {
+            text: Vec::new(),
+            left: options.total,
+            full: false,
+        },
+        escape: options.escape,
+        effort: EFFORT,
+    };
     let mut names: Vec<&Name> = changes.changed().chain(changes.removed()).collect();
     names.sort();
     names.dedup();
@@ -65,13 +87,18 @@ pub fn diff(
         if repository != inside.map(|(root, _)| root)
             && let Some((root, count)) = inside.take()
         {
-            printer.repository(root, count)?;
+            printer.repository(root, count);
+        }
+        if !printer.out.hand_on(&mut out).map_err(Error::Show)? {
+            let most = options.total >> 20;
+            writeln!(out, "# diff cut after {most} MiB").map_err(Error::Show)?;
+            return out.flush().map_err(Error::Show);
         }
         if let Some(root) = repository {
             inside = Some((root, inside.map_or(1, |(_, count)| count + 1)));
             continue;
         }
-        let old = host_side(&host, name)?;
+        let old = host_side(host, name)?;
         let new = match changes.staged.entries.get(name) {
             None => Side::Absent,
             Some(entry) => match entry.kind {
@@ -93,12 +120,54 @@ pub fn diff(
                 Kind::Other => Side::Other,
             },
         };
-        printer.change(name, old, new).map_err(Error::Show)?;
+        // Fails only when it is full, which `hand_on` tells.
+        let _ = printer.change(name, old, new);
     }
     if let Some((root, count)) = inside {
-        printer.repository(root, count)?;
+        printer.repository(root, count);
     }
-    printer.out.flush().map_err(Error::Show)
+    if !printer.out.hand_on(&mut out).map_err(Error::Show)? {
+        let most = options.total >> 20;
+        writeln!(out, "# diff cut after {most} MiB").map_err(Error::Show)?;
+    }
+    out.flush().map_err(Error::Show)
+}
+
+/// The text on one file, kept back until it is known to fit.
+struct Capped {
+    text: Vec<u8>,
+    /// Bytes that may still be written.
+    left: u64,
+    full: bool,
+}
+
+impl Capped {
+    /// Writes the text to `out`, unless it did not fit.
+    fn hand_on(&mut self, out: &mut impl Write) -> io::Result<bool> {
+        if !self.full {
+            out.write_all(&self.text)?;
+        }
+        self.text.clear();
+        Ok(!self.full)
+    }
+}
+
+impl Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.left.checked_sub(bytes.len() as u64) {
+            Some(left) if !self.full => self.left = left,
+            _ => {
+                self.full = true;
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn host_side(host: &Beneath, name: &Name) -> Result<Side, Error> {
@@ -127,23 +196,39 @@ fn host_side(host: &Beneath, name: &Name) -> Result<Side, Error> {
     })
 }
 
-/// The content of a file that is not too large to show.
+/// The content of a file that is not too large to show, nor has holes, which
+/// read as NULs and cost nothing to make.
 fn content(name: &Name, file: File) -> Result<Option<Vec<u8>>, Error> {
+    let failed = |source| Error::host("read", name.as_path(), source);
+    let meta = file.metadata().map_err(failed)?;
+    let size = meta.len();
+    let whole = || {
+        data_extents(&file, size)
+            .iter()
+            .map(|(_, len)| len)
+            .sum::<u64>()
+            == size
+    };
+    if size > TEXT_MAX || meta.blocks() * 512 < size && !whole() {
+        return Ok(None);
+    }
     let mut bytes = Vec::new();
     file.take(TEXT_MAX + 1)
         .read_to_end(&mut bytes)
-        .map_err(|source| Error::host("read", name.as_path(), source))?;
+        .map_err(failed)?;
     Ok((bytes.len() as u64 <= TEXT_MAX).then_some(bytes))
 }
 
-struct Printer<'a, W> {
-    out: W,
-    options: &'a DiffOptions,
+struct Printer {
+    out: Capped,
+    escape: bool,
+    /// Time left for matching lines.
+    effort: Duration,
 }
 
-impl<W: Write> Printer<'_, W> {
-    fn repository(&mut self, root: &Name, count: u64) -> Result<(), Error> {
-        writeln!(self.out, "# repository {root}: {count} entries changed").map_err(Error::Show)
+impl Printer {
+    fn repository(&mut self, root: &Name, count: u64) {
+        let _ = writeln!(self.out, "# repository {root}: {count} entries changed");
     }
 
     fn change(&mut self, name: &Name, old: Side, new: Side) -> io::Result<()> {
@@ -191,15 +276,21 @@ impl<W: Write> Printer<'_, W> {
             return Ok(());
         }
         self.head(name, old, new, from != to)?;
-        let escape = self.options.escape;
-        hunks(&mut self.out, from, to, |out, mark, line| {
-            out.write_all(&[mark])?;
-            match escape {
-                false => out.write_all(line)?,
-                true => out.write_all(visible(line).as_bytes())?,
-            }
-            out.write_all(b"\n")
-        })
+        let escape = self.escape;
+        hunks(
+            &mut self.out,
+            from,
+            to,
+            &mut self.effort,
+            |out, mark, line| {
+                out.write_all(&[mark])?;
+                match escape {
+                    false => out.write_all(line)?,
+                    true => out.write_all(visible(line).as_bytes())?,
+                }
+                out.write_all(b"\n")
+            },
+        )
     }
 
     fn head(&mut self, name: &Name, old: &Side, new: &Side, with_names: bool) -> io::Result<()> {
@@ -240,9 +331,7 @@ fn text(side: &Side) -> Option<&[u8]> {
     match side {
         Side::Absent => Some(b""),
         Side::Symlink(target) => Some(target),
-        Side::File(Some(bytes), ..) if !bytes[..bytes.len().min(BINARY_PROBE)].contains(&0) => {
-            Some(bytes)
-        }
+        Side::File(Some(bytes), ..) if !bytes.contains(&0) => Some(bytes),
         _ => None,
     }
 }

@@ -21,12 +21,15 @@ pub enum Error {
         paths: Vec<String>,
     },
     /// Some changes are in the workspace and some are not.
-    #[error("only a part of the changes was applied; not applied: {}", few(.failed))]
+    #[error("only a part of the changes was applied; not applied: {}{}", few(.failed), rest(.kept))]
     Partial {
         /// What is in the workspace now.
         applied: Vec<String>,
         /// What is not, each with the reason.
         failed: Vec<String>,
+        /// The hidden directory, at the top of the workspace, with files and
+        /// symlinks that could not be put into place.
+        kept: Option<String>,
     },
     /// The file system of the workspace is full. Nothing was applied.
     #[error("no space left for `{path}` in the workspace; nothing was applied")]
@@ -100,6 +103,14 @@ impl Explain for Error {
             Self::Host { path, .. } => format!("Check that `{path}` exists and that this user may write there."),
             Self::Show(_) => "Check where the output goes.".into(),
         }
+    }
+}
+
+/// Where the rest is.
+fn rest(hidden: &Option<String>) -> String {
+    match hidden {
+        Some(hidden) => format!("; what could not be put into place is in `{hidden}`"),
+        None => String::new(),
     }
 }
 

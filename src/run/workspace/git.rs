@@ -19,12 +19,21 @@ const SMALL: u64 = 1 << 20;
 const SIGNS: [&str; 4] = ["HEAD", "objects", "refs", "commondir"];
 
 /// Names that would take effect in a directory which becomes a repository.
-const LURKING: [&str; 5] = [
+const LURKING: [&str; 14] = [
     "config",
     "config.worktree",
     "hooks",
     "info/attributes",
     "objects/info/alternates",
+    "commondir",
+    "gitdir",
+    "rebase-merge",
+    "rebase-apply",
+    "sequencer",
+    "worktrees",
+    "modules",
+    "remotes",
+    "branches",
 ];
 
 /// Takes out of `changes` what must not reach a repository, with warnings.
@@ -85,13 +94,15 @@ impl<'a> Judge<'a> {
         // Which signs each directory gets from the guest. Case is ignored: the
         // host's file system may do so, too.
         let mut signs: BTreeMap<Name, [bool; 4]> = BTreeMap::new();
-        for name in changes.changed().chain(changes.removed()) {
+        for (name, staged) in (changes.changed().map(|name| (name, true)))
+            .chain(changes.removed().map(|name| (name, false)))
+        {
             for below in name.ancestors() {
                 let Some((dir, last)) = below.split() else {
                     continue;
                 };
                 let found = signs.entry(dir).or_default();
-                if changes.removed.contains(name) {
+                if !staged {
                     continue;
                 }
                 for (sign, found) in SIGNS.iter().zip(found) {
