@@ -431,6 +431,24 @@ fn what_lurks_keeps_a_directory_from_becoming_a_repository() {
 }
 
 #[test]
+fn signs_of_a_repository_are_seen_through_disguises() {
+    for refs in ["ref\u{17f}", "re\u{34f}fs", "refs. "] {
+        let exchange = Exchange::new(|_| {});
+        sh(
+            &exchange.guest,
+            &format!(
+                "mkdir -p 'r/{refs}' r/hooks; echo x > r/HEAD; echo evil > r/hooks/pre-commit"
+            ),
+        );
+        let warnings = exchange.apply();
+        assert!(
+            warnings.contains("r/hooks/pre-commit"),
+            "{refs}: {warnings}"
+        );
+    }
+}
+
+#[test]
 fn submodules_come_back_and_run_nothing() {
     let exchange = Exchange::new(repository);
     let other = exchange.top.path().join("other");

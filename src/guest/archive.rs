@@ -34,7 +34,7 @@ pub(crate) use beneath::{Beneath, chown_link, copy_data, create_in, data_extents
 pub use error::Error;
 pub use host_dir::HostDir;
 pub use name::{Name, printable};
-pub(crate) use name::{is_bidi_or_invisible, link_stays_inside};
+pub(crate) use name::{is_ignorable, link_stays_inside};
 pub use pack::{Kind, Manifest, PackLimits, Packed, Stamp, pack, pack_file};
 pub use unpack::{Modes, Options, Unpacked, UnpackedEntry, unpack};
 pub use warning::{Warning, Warnings};

@@ -60,11 +60,19 @@ pub(super) fn settle(dir: &HostDir) -> io::Result<Settled> {
         settled: Settled::default(),
         more: 0,
     };
-    work.file(&Name::default(), &File::from(top));
-    let mut pending = vec![Name::default()];
+    let (mut pending, mut dirs) = (vec![Name::default()], Vec::new());
     while let Some(name) = pending.pop() {
         if let Err(errno) = work.dir(&name, &mut pending) {
             work.warn(&name, errno.desc());
+        }
+        dirs.push(name);
+    }
+    // Last, and what is inside first: the mode may close it to this user.
+    for name in dirs.into_iter().rev() {
+        match base.dir(&name) {
+            Ok(dir) => work.file(&name, &File::from(dir)),
+            Err(Errno::ENOENT | Errno::ELOOP | Errno::ENOTDIR) => {}
+            Err(errno) => work.warn(&name, errno.desc()),
         }
     }
     if work.more > 0 {
@@ -129,7 +137,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Settles one entry; says whether it is a directory.
+    /// Settles one entry but a directory; says whether it is one.
     fn entry(&mut self, name: &Name, dir: &Dir, last: &OsStr, file: &File) -> bool {
         let Ok(stat) = fstat(file) else { return false };
         if attribute(file, MODE).map(|mode| mode & libc::S_IFMT) == Some(libc::S_IFLNK) {
@@ -138,8 +146,11 @@ impl Work<'_> {
             }
             return false;
         }
+        if stat.st_mode & libc::S_IFMT == libc::S_IFDIR {
+            return true;
+        }
         self.file(name, file);
-        stat.st_mode & libc::S_IFMT == libc::S_IFDIR
+        false
     }
 
     /// A regular file or directory: permission bits, owner, no attributes.
@@ -293,6 +304,63 @@ mod tests {
             settle(&HostDir::open(dir).unwrap()).unwrap().warnings.len(),
             1
         );
+    }
+
+    #[test]
+    fn a_closed_directory_is_settled_with_what_is_in_it() {
+        const HELPER: &str = "BH_SETTLE_IN";
+        let name = "run::share::tests::a_closed_directory_is_settled_with_what_is_in_it";
+        if let Some(dir) = std::env::var_os(HELPER) {
+            let settled = settle(&HostDir::open(Path::new(&dir)).unwrap()).unwrap();
+            assert_eq!(
+                (settled.entries, settled.warnings.len()),
+                (3, 0),
+                "{settled:?}"
+            );
+            return;
+        }
+        let temp = tempfile::tempdir().unwrap();
+        let (dir, exe) = (temp.path().join("in"), temp.path().join("test"));
+        let path = |name: &str| dir.join(name);
+        fs::create_dir_all(path("closed/deep")).unwrap();
+        fs::write(path("closed/deep/f"), "x").unwrap();
+        let made = || {
+            mapped(&path("closed/deep/f"), libc::S_IFREG | 0o640)?;
+            mapped(&path("closed/deep"), libc::S_IFDIR | 0o750)?;
+            mapped(&path("closed"), libc::S_IFDIR)
+        };
+        if made().is_none() {
+            return;
+        }
+        for (name, mode) in [
+            ("closed", 0o700),
+            ("closed/deep", 0o700),
+            ("", 0o700),
+            ("..", 0o755),
+        ] {
+            fs::set_permissions(path(name), PermissionsExt::from_mode(mode)).unwrap();
+        }
+        // Root may walk everything: somebody else does it.
+        fs::copy(std::env::current_exe().unwrap(), &exe).unwrap();
+        let mut helper = std::process::Command::new(&exe);
+        helper.args(["--exact", name]).env(HELPER, &dir);
+        if Uid::effective().is_root() {
+            for name in ["", "closed", "closed/deep", "closed/deep/f"] {
+                std::os::unix::fs::chown(path(name), Some(65534), Some(65534)).unwrap();
+            }
+            std::os::unix::process::CommandExt::gid(&mut helper, 65534);
+            std::os::unix::process::CommandExt::uid(&mut helper, 65534);
+        }
+        let output = helper.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}"
+        );
+        let mode = |name| fs::metadata(path(name)).unwrap().mode() & 0o7777;
+        assert_eq!(mode("closed"), 0);
+        fs::set_permissions(path("closed"), PermissionsExt::from_mode(0o700)).unwrap();
+        assert_eq!((mode("closed/deep"), mode("closed/deep/f")), (0o750, 0o640));
     }
 
     #[test]

@@ -160,10 +160,21 @@ pub fn printable(bytes: &[u8]) -> String {
     text
 }
 
-/// Characters that reorder or hide text, which would let a name lie.
-pub(crate) fn is_bidi_or_invisible(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+/// Characters that reorder or hide text, which would let a name lie. Those
+/// that choose between looks of the one before (emoji have them) do not.
+fn is_bidi_or_invisible(c: char) -> bool {
+    matches!(c, '\u{2028}' | '\u{2029}' | '\u{fff9}'..='\u{fffb}')
+        || is_ignorable(c) && !matches!(c, '\u{fe00}'..='\u{fe0f}')
+}
+
+/// Characters without a look of their own (Unicode's Default_Ignorable_Code_Point),
+/// which file systems that fold case may leave out when they compare names.
+pub(crate) fn is_ignorable(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}'
+        | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}'
+        | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}'
+        | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fff8}'
+        | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
-use self::data::{Verdict, data, disguised};
+use self::data::{Verdict, data, disguised, folded};
 use super::{Changes, Error, git_config};
 use crate::guest::archive::{Beneath, Kind, Name, Stamp, create_in};
 
@@ -91,22 +91,33 @@ enum Root {
 
 impl<'a> Judge<'a> {
     fn new(changes: &Changes, host: &'a Beneath) -> Self {
-        // Which signs each directory gets from the guest. Case is ignored: the
-        // host's file system may do so, too.
-        let mut signs: BTreeMap<Name, [bool; 4]> = BTreeMap::new();
-        for (name, staged) in (changes.changed().map(|name| (name, true)))
-            .chain(changes.removed().map(|name| (name, false)))
-        {
+        // Which signs each directory gets from the guest. Case and the like are
+        // ignored, in its own name too: the host's file system may do so.
+        let mut signs: BTreeMap<Vec<String>, [bool; 4]> = BTreeMap::new();
+        let mut dirs = BTreeSet::new();
+        let mut seen = BTreeSet::new();
+        for name in changes.changed() {
             for below in name.ancestors() {
                 let Some((dir, last)) = below.split() else {
-                    continue;
+                    break;
                 };
-                let found = signs.entry(dir).or_default();
-                if !staged {
-                    continue;
+                let last = folded(last.as_bytes());
+                for (n, sign) in SIGNS.iter().enumerate() {
+                    if last.eq_ignore_ascii_case(sign) {
+                        signs.entry(folded_path(&dir)).or_default()[n] = true;
+                    }
                 }
-                for (sign, found) in SIGNS.iter().zip(found) {
-                    *found |= last.as_bytes().eq_ignore_ascii_case(sign.as_bytes());
+                dirs.insert(dir);
+                // What is above it was seen with it.
+                if !seen.insert(below) {
+                    break;
+                }
+            }
+        }
+        for name in changes.removed() {
+            for dir in name.ancestors().skip(1) {
+                if !dirs.insert(dir) {
+                    break;
                 }
             }
         }
@@ -118,9 +129,10 @@ impl<'a> Judge<'a> {
         };
         let repository =
             |[head, objects, refs, commondir]: [bool; 4]| head && (objects || refs || commondir);
-        let dirs = signs
+        let dirs = dirs
             .into_iter()
-            .map(|(dir, guest)| {
+            .map(|dir| {
+                let guest = signs.get(&folded_path(&dir)).copied().unwrap_or_default();
                 let own = SIGNS.map(|sign| there(&dir, sign));
                 let both = [0, 1, 2, 3].map(|n| guest[n] || own[n]);
                 let named = dir.split().is_some_and(|(_, last)| last == ".git");
@@ -303,6 +315,13 @@ impl<'a> Judge<'a> {
         kept.extend(above);
         kept
     }
+}
+
+fn folded_path(name: &Name) -> Vec<String> {
+    let parts = name.as_path().components();
+    parts
+        .map(|part| folded(part.as_os_str().as_bytes()))
+        .collect()
 }
 
 /// Replaces a staged `config` by the host's own with harmless additions.

@@ -1,6 +1,6 @@
 //! Which names below a repository's root hold nothing but data.
 
-use crate::guest::archive::{Kind, is_bidi_or_invisible};
+use crate::guest::archive::{Kind, is_ignorable};
 
 /// What to do with one name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,14 +19,26 @@ pub(super) enum Verdict {
 /// case, NTFS short names, streams, trailing dots and spaces, and the
 /// characters HFS+ ignores (git's fsck and `verify_path`).
 pub(super) fn disguised(part: &[u8]) -> bool {
-    let text = String::from_utf8_lossy(part);
-    let text: String = text.chars().filter(|&c| !is_bidi_or_invisible(c)).collect();
-    let text = text.split(':').next().unwrap_or_default();
-    let text = text.trim_end_matches(['.', ' ']).to_ascii_lowercase();
+    let text = folded(part);
     text == ".git"
         || text
             .strip_prefix("git~")
             .is_some_and(|n| n.len() == 1 && n.as_bytes()[0].is_ascii_digit())
+}
+
+/// `part` without what some file system leaves out when it compares names.
+pub(super) fn folded(part: &[u8]) -> String {
+    let text = String::from_utf8_lossy(part);
+    let text: String = (text.chars().filter(|&c| !is_ignorable(c)))
+        .flat_map(|c| match c {
+            // Long s and the sign for kelvin: lower case of both S and K.
+            '\u{17f}' => 's'.to_lowercase(),
+            '\u{212a}' => 'k'.to_lowercase(),
+            c => c.to_lowercase(),
+        })
+        .collect();
+    let text = text.split(':').next().unwrap_or_default();
+    text.trim_end_matches(['.', ' ']).to_owned()
 }
 
 /// Whether git keeps plain data at `parts` below a repository's root.
@@ -112,6 +124,12 @@ mod tests {
             "GIT~1",
             ".g\u{200c}it",
             ".git::$INDEX_ALLOCATION",
+            ".g\u{34f}it",
+            ".\u{fe0f}git",
+            ".gi\u{3164}t",
+            ".git\u{e0001}",
+            "\u{180e}.git",
+            ".git.\u{ad} ",
         ] {
             assert!(disguised(name.as_bytes()), "{name}");
         }
@@ -124,6 +142,18 @@ mod tests {
             ".gitmodules",
         ] {
             assert!(!disguised(name.as_bytes()), "{name}");
+        }
+    }
+
+    #[test]
+    fn letters_some_file_systems_take_for_others_are_folded() {
+        for (name, plain) in [
+            ("ref\u{17f}", "refs"),
+            ("HOO\u{212a}S", "hooks"),
+            ("he\u{ffa0}ad. ", "head"),
+            ("OBJECTS:x", "objects"),
+        ] {
+            assert_eq!(folded(name.as_bytes()), plain);
         }
     }
 
