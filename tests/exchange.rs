@@ -71,6 +71,42 @@ fn changes_come_back_only_on_request() {
 }
 
 #[test]
+fn what_cannot_be_brought_back_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("both");
+    fs::write(&file, "before\n").unwrap();
+    let path = dir.path().to_str().unwrap();
+    let bulkhead = Bulkhead::new().with_own_state();
+    let script = "echo ready; read x; echo guest > both; echo artifact > /workspace/output/a";
+    let artifacts = dir.path().join("artifacts");
+    let words = [
+        "--workspace",
+        path,
+        "--apply",
+        "--artifacts",
+        artifacts.to_str().unwrap(),
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let run = bulkhead.start("conflict", &words);
+    fs::write(&file, "the host was faster\n").unwrap();
+    let ran = run.finish();
+    assert_eq!(ran.code, 125, "{ran:?}");
+    assert!(ran.stderr.contains("both"), "{ran:?}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "the host was faster\n");
+    let kept = bulkhead.state().join("kept/conflict/workspace/both");
+    assert_eq!(fs::read_to_string(kept).unwrap(), "guest\n");
+    assert!(ran.stderr.contains("kept/conflict/workspace"), "{ran:?}");
+    // The rest came back all the same.
+    assert_eq!(
+        fs::read_to_string(artifacts.join("a")).unwrap(),
+        "artifact\n"
+    );
+}
+
+#[test]
 fn ten_thousand_files_go_in_and_come_back_identical() {
     let dir = tempfile::tempdir().unwrap();
     for n in 0..10_000 {
