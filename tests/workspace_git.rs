@@ -488,6 +488,18 @@ fn what_the_hosts_configuration_names_stays_out() {
         sh(&exchange.host, "cat .husky/pre-commit nested/fine sub/fine"),
         "old\nevil\nevil\n"
     );
+    // The repository may be elsewhere: of another working tree, or around it.
+    for setup in [
+        "git init -q ../main; cd ../main; git commit -q --allow-empty -m x
+        git config core.hooksPath .husky; git worktree add -q ../host/tree; mv ../host/tree/.git ../host/",
+        "git init -q ..; git config core.hooksPath host/.husky",
+    ] {
+        let exchange = Exchange::new(|dir| sh(dir, setup).clear());
+        sh(&exchange.guest, "mkdir .husky; echo evil > .husky/pre-commit");
+        let warnings = exchange.apply();
+        let reason = ".husky/pre-commit: left out: git's configuration";
+        assert!(warnings.contains(reason), "{setup}: {warnings}");
+    }
     // Nor may a symlink take the place of what is named, now or once it is gone.
     let exchange = Exchange::new(|dir| {
         repository(dir);

@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
 
 use nix::fcntl::readlinkat;
 
-use super::{folded_path, read_small};
+use super::{SMALL, folded_path, read_small};
 use crate::guest::archive::{HostDir, Kind, Name, Stamp, Warnings};
 use crate::run::workspace::git_config::{self, Pointer};
 
@@ -58,20 +61,41 @@ impl Named {
             };
             add(root.clone(), tree);
         }
+        let mut outside = Vec::new();
+        // The workspace may be a part of a working tree.
+        for tree in host.path().ancestors().skip(1) {
+            outside.push((tree.join(".git"), tree.to_owned()));
+        }
         for dir in dirs {
             let git = dir.join(".git".as_ref());
             match kind(host, &git) {
                 Some(Kind::File) => {
                     // A submodule, or another working tree.
-                    for repository in gitfile(host, &git, dir) {
+                    let Some(target) = gitfile(host, &git) else {
+                        continue;
+                    };
+                    let tree = host.path().join(dir.as_path());
+                    outside.push((tree.join(&target), tree));
+                    for repository in shared(host, dir, &target) {
                         add(repository, dir.clone());
                     }
                 }
-                Some(_) => add(git, dir.clone()),
+                Some(_) => {
+                    if let Some(git) = resolve(host, dir, ".git").pop() {
+                        add(git, dir.clone());
+                    }
+                }
                 None => {}
             }
         }
         let mut named = Self::default();
+        for path in outside
+            .iter()
+            .flat_map(|(git, tree)| named_outside(git, tree))
+        {
+            let found = resolve(host, &Name::default(), &path);
+            named.names.extend(found.iter().map(folded_path));
+        }
         let mut read = BTreeSet::new();
         while let Some(config) = pending.pop() {
             if read.len() == FILES_MAX || !read.insert((config.file.clone(), config.tree.clone())) {
@@ -140,21 +164,98 @@ impl Named {
     }
 }
 
-/// The repositories a `.git` file leads to, if inside the workspace: its own
-/// directory, and the one it shares with other working trees.
-fn gitfile(host: &HostDir, file: &Name, dir: &Name) -> Vec<Name> {
-    let text = |name: &Name| read_small(host.beneath(), name).ok().flatten();
-    let line = |bytes: &[u8]| {
-        let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
-        String::from_utf8(bytes.to_vec()).ok()
-    };
-    let target = text(file).and_then(|text| line(text.strip_prefix(b"gitdir: ")?));
-    let Some(own) = target.and_then(|target| resolve(host, dir, &target).pop()) else {
+/// Where a `.git` file leads to.
+fn gitfile(host: &HostDir, file: &Name) -> Option<String> {
+    line(
+        read_small(host.beneath(), file)
+            .ok()??
+            .strip_prefix(b"gitdir: ")?,
+    )
+}
+
+fn line(bytes: &[u8]) -> Option<String> {
+    let bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+    String::from_utf8(bytes.to_vec()).ok()
+}
+
+/// The repositories at `target`, if inside the workspace: its own directory,
+/// and the one it shares with other working trees.
+fn shared(host: &HostDir, dir: &Name, target: &str) -> Vec<Name> {
+    let Some(own) = resolve(host, dir, target).pop() else {
         return Vec::new();
     };
-    let common = text(&own.join("commondir".as_ref())).and_then(|text| line(&text));
+    let common = read_small(host.beneath(), &own.join("commondir".as_ref()));
+    let common = common.ok().flatten().and_then(|text| line(&text));
     let common = common.and_then(|path| resolve(host, &own, &path).pop());
     std::iter::once(own).chain(common).collect()
+}
+
+/// Absolute paths of what the configuration of a repository names whose
+/// directory may be outside the workspace. Only names in it are of use, so it
+/// does no harm if somebody chooses the file that is read.
+fn named_outside(git: &Path, tree: &Path) -> Vec<String> {
+    let mut repository = normal(git);
+    if let Some(target) = read_outside(&repository)
+        && let Some(target) = target.strip_prefix(b"gitdir: ").and_then(line)
+    {
+        repository = normal(&tree.join(target));
+    }
+    let common = read_outside(&repository.join("commondir")).and_then(|text| line(&text));
+    let common = common.map(|path| normal(&repository.join(path)));
+    let mut found = Vec::new();
+    for repository in std::iter::once(repository).chain(common) {
+        for file in ["config", "config.worktree"] {
+            let text = read_outside(&repository.join(file)).unwrap_or_default();
+            for pointer in git_config::pointers(&text).unwrap_or_default() {
+                let path = match &pointer {
+                    Pointer::Worktree(_) => continue,
+                    Pointer::Tree(path) => tree.join(at_home(path)),
+                    Pointer::Include(path) => repository.join(at_home(path)),
+                };
+                found.extend(normal(&path).to_str().map(str::to_owned));
+            }
+        }
+    }
+    found
+}
+
+/// A small file. What somebody else may have put there instead is not opened:
+/// a device could notice.
+fn read_outside(path: &Path) -> Option<Vec<u8>> {
+    let mut options = std::fs::OpenOptions::new();
+    let found = options
+        .read(true)
+        .custom_flags(nix::libc::O_PATH)
+        .open(path)
+        .ok()?;
+    if !found.metadata().ok()?.is_file() {
+        return None;
+    }
+    let file = std::fs::File::open(format!("/proc/self/fd/{}", found.as_raw_fd())).ok()?;
+    let mut bytes = Vec::new();
+    file.take(SMALL).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// A path without `..`, as if nothing in it were a symlink.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                normal.pop();
+            }
+            part => normal.push(part),
+        }
+    }
+    normal
+}
+
+fn at_home(path: &str) -> PathBuf {
+    match path.strip_prefix("~/") {
+        Some(rest) => Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(rest),
+        None => path.into(),
+    }
 }
 
 /// What `path` stands for, seen from `base`: the last name is where it leads,
@@ -165,11 +266,7 @@ fn resolve(host: &HostDir, base: &Name, path: &str) -> Vec<Name> {
         let below = path.strip_prefix(host.path()).ok()?;
         Some(below.as_os_str().as_bytes().to_vec())
     };
-    let (mut at, mut left) = (base.clone(), path.as_bytes().to_vec());
-    if let Some(rest) = left.strip_prefix(b"~/") {
-        let home = std::env::var_os("HOME").unwrap_or_default();
-        left = [home.as_bytes(), b"/", rest].concat();
-    }
+    let (mut at, mut left) = (base.clone(), at_home(path).into_os_string().into_vec());
     let (mut found, mut links) = (Vec::new(), 0);
     loop {
         if left.starts_with(b"/") {
