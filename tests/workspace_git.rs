@@ -448,6 +448,71 @@ fn signs_of_a_repository_are_seen_through_disguises() {
     }
 }
 
+/// Files of the working tree that the host's configuration runs or reads.
+#[test]
+fn what_the_hosts_configuration_names_stays_out() {
+    let exchange = Exchange::new(|dir| {
+        repository(dir);
+        sh(
+            dir,
+            "mkdir -p .husky tools/real; echo old > .husky/pre-commit; ln -s tools/real attrs; echo > more
+            git config core.hooksPath .husky; git config core.attributesFile attrs/attributes
+            git config include.path ../extra.config; git config includeIf.gitdir:/.path $PWD/conditional
+            printf '[include]\\n path = nested/deep.config\\n' > extra.config
+            git add -A; git commit -q -m more
+            git init -q sub; git -C sub config core.hooksPath ../shared-hooks",
+        );
+    });
+    sh(
+        &exchange.guest,
+        "for f in .husky/pre-commit .husky/new/x tools/real/attributes extra.config conditional \
+            nested/deep.config nested/fine sub/fine .HUSKY/x shared-hooks/pre-push; do
+            mkdir -p $(dirname $f); echo evil > $f
+        done",
+    );
+    let warnings = exchange.apply();
+    for name in [
+        ".husky/pre-commit",
+        ".husky/new/x",
+        ".HUSKY/x",
+        "tools/real/attributes",
+        "extra.config",
+        "conditional",
+        "nested/deep.config",
+        "shared-hooks/pre-push",
+    ] {
+        let reason = format!("{name}: left out: git's configuration");
+        assert!(warnings.contains(&reason), "{name}: {warnings}");
+    }
+    assert_eq!(
+        sh(&exchange.host, "cat .husky/pre-commit nested/fine sub/fine"),
+        "old\nevil\nevil\n"
+    );
+    // The repository may be elsewhere: of another working tree, or around it.
+    for setup in [
+        "git init -q ../main; cd ../main; git commit -q --allow-empty -m x
+        git config core.hooksPath .husky; git worktree add -q ../host/tree; mv ../host/tree/.git ../host/",
+        "git init -q ..; git config core.hooksPath host/.husky",
+    ] {
+        let exchange = Exchange::new(|dir| sh(dir, setup).clear());
+        sh(&exchange.guest, "mkdir .husky; echo evil > .husky/pre-commit");
+        let warnings = exchange.apply();
+        let reason = ".husky/pre-commit: left out: git's configuration";
+        assert!(warnings.contains(reason), "{setup}: {warnings}");
+    }
+    // Nor may a symlink take the place of what is named, now or once it is gone.
+    let exchange = Exchange::new(|dir| {
+        repository(dir);
+        sh(dir, "git config core.hooksPath tools/hooks");
+    });
+    sh(
+        &exchange.guest,
+        "mkdir mine; echo evil > mine/hooks; ln -s mine tools",
+    );
+    assert!(exchange.apply().contains("tools: left out: git's"));
+    assert!(!exchange.host.join("tools").exists());
+}
+
 #[test]
 fn submodules_come_back_and_run_nothing() {
     let exchange = Exchange::new(repository);

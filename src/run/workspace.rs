@@ -13,7 +13,9 @@
 //! `HEAD` and its like. Hooks, alternates, attributes, other worktrees, half
 //! finished rebases (their to-do lists run commands) and symlinks stay out.
 //! `config` keeps the host's text; new keys are added only if harmless, and the
-//! host's value wins where both have one. What was left out is in the warnings.
+//! host's value wins where both have one. Files in the working tree which the
+//! host's `config` names as hooks, attributes or more configuration stay out as
+//! well. What was left out is in the warnings.
 
 mod apply;
 mod conflict;
@@ -97,7 +99,7 @@ impl Changes {
             warnings,
             staging,
         };
-        git::sanitise(&mut changes, dir.beneath())?;
+        git::sanitise(&mut changes, dir)?;
         Ok(changes)
     }
 

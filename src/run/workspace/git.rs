@@ -1,6 +1,7 @@
 //! What a guest may bring back into a git repository: data, nothing that runs.
 
 mod data;
+mod named;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -9,8 +10,9 @@ use std::os::unix::ffi::OsStrExt;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 
 use self::data::{Verdict, data, disguised, folded};
+use self::named::Named;
 use super::{Changes, Error, git_config};
-use crate::guest::archive::{Beneath, Kind, Name, Stamp, create_in};
+use crate::guest::archive::{Beneath, HostDir, Kind, Name, Stamp, create_in};
 
 /// Largest `config` or `.git` file that is read, in bytes.
 const SMALL: u64 = 1 << 20;
@@ -37,8 +39,10 @@ const LURKING: [&str; 14] = [
 ];
 
 /// Takes out of `changes` what must not reach a repository, with warnings.
-pub(super) fn sanitise(changes: &mut Changes, host: &Beneath) -> Result<(), Error> {
+pub(super) fn sanitise(changes: &mut Changes, dir: &HostDir) -> Result<(), Error> {
+    let host = dir.beneath();
     let judge = Judge::new(changes, host);
+    let named = Named::new(dir, judge.roots(), judge.dirs.keys(), &mut changes.warnings);
     let staged: Vec<(Name, Kind)> = changes
         .staged
         .entries
@@ -49,6 +53,12 @@ pub(super) fn sanitise(changes: &mut Changes, host: &Beneath) -> Result<(), Erro
     for (name, kind) in staged {
         let verdict = match judge.name(&name, kind) {
             Verdict::Gitfile => judge.gitfile(changes, &name)?,
+            verdict => verdict,
+        };
+        let verdict = match verdict {
+            Verdict::Keep if named.covers(&name, kind) => {
+                Verdict::Drop("left out: git's configuration on the host runs or reads it")
+            }
             verdict => verdict,
         };
         match verdict {

@@ -89,6 +89,34 @@ pub(super) fn merge(host: Option<&[u8]>, guest: &[u8]) -> Result<Merged, &'stati
     })
 }
 
+/// A setting that names a file which git runs or believes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Pointer {
+    /// The top of the working tree, seen from the repository.
+    Worktree(String),
+    /// Hooks or attributes, seen from the top of the working tree.
+    Tree(String),
+    /// More configuration, seen from the file that includes it.
+    Include(String),
+}
+
+/// The files that a configuration names.
+pub(super) fn pointers(text: &[u8]) -> Result<Vec<Pointer>, ()> {
+    let settings = parse(text)?.into_iter();
+    let pointers = settings.filter_map(|setting| {
+        let path = setting.value.filter(|path| !path.is_empty())?;
+        match (&*setting.section, &setting.subsection, &*setting.key) {
+            ("core", None, "worktree") => Some(Pointer::Worktree(path)),
+            ("core", None, "hookspath" | "attributesfile") => Some(Pointer::Tree(path)),
+            ("include", None, "path") | ("includeif", Some(_), "path") => {
+                Some(Pointer::Include(path))
+            }
+            _ => None,
+        }
+    });
+    Ok(pointers.collect())
+}
+
 /// The list of what may be added. Everything else may run, load or redirect.
 fn harmless(setting: &Setting, new_repository: bool) -> bool {
     let Some(value) = setting.value.as_deref() else {
