@@ -15,6 +15,10 @@ use super::tool::MKFS_EXT4;
 /// The same in every template: the guest finds the disk by its serial number,
 /// and the same size should give the same file.
 const UUID: &str = "6b756c62-6561-4864-a100-736372617463";
+/// What a directory with a template in the making begins with.
+const FRESH: &str = ".scratch-";
+/// Age at which nobody is making it any more.
+const STALE: std::time::Duration = std::time::Duration::from_secs(3600);
 /// Smallest disk made, in bytes.
 const MIN_SIZE: u64 = 16 << 20;
 
@@ -36,7 +40,11 @@ pub fn template(cache_dir: &Path, size: u64) -> Result<PathBuf> {
         )));
     }
     fs::create_dir_all(cache_dir).map_err(|source| Error::io("create", cache_dir, source))?;
-    let dir = tempfile::tempdir_in(cache_dir).map_err(fail)?;
+    sweep(cache_dir);
+    let dir = tempfile::Builder::new()
+        .prefix(FRESH)
+        .tempdir_in(cache_dir)
+        .map_err(fail)?;
     let fresh = dir.path().join("scratch");
     fs::File::create(&fresh)
         .and_then(|file| file.set_len(size))
@@ -60,6 +68,19 @@ pub fn template(cache_dir: &Path, size: u64) -> Result<PathBuf> {
     let allocated = fs::metadata(&path).map_err(fail)?.blocks() * 512;
     tracing::debug!(path = %path.display(), size, allocated, "made a scratch template");
     Ok(path)
+}
+
+/// Removes what was being made when its maker died. Making one takes seconds.
+fn sweep(cache_dir: &Path) {
+    for entry in fs::read_dir(cache_dir).into_iter().flatten().flatten() {
+        let old = entry
+            .metadata()
+            .and_then(|meta| meta.modified())
+            .is_ok_and(|time| time.elapsed().is_ok_and(|age| age > STALE));
+        if old && entry.file_name().to_string_lossy().starts_with(FRESH) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Copies a sparse file; `to` must not exist. Only data is read and written,
