@@ -4,6 +4,7 @@ mod apt;
 mod build;
 mod cpio;
 mod digest;
+mod entries;
 mod error;
 mod import;
 mod initramfs;
