@@ -275,6 +275,32 @@ fn a_share_is_live_and_leaves_ordinary_files() {
 }
 
 #[test]
+fn a_share_is_made_ordinary_after_a_crash_too() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    chown(dir.path(), Some(12345), Some(12346)).unwrap();
+    let bulkhead = Bulkhead::new().with_own_state();
+    let path = dir.path().to_str().unwrap();
+    let script = "echo x > f; sync; echo ready; sleep 600";
+    let words = [
+        "--workspace",
+        path,
+        "--workspace-mode",
+        "share",
+        "--",
+        "sh",
+        "-c",
+        script,
+    ];
+    let run = bulkhead.start("crashed-share", &words);
+    run.signal(nix::sys::signal::Signal::SIGKILL);
+    run.finish();
+    let owner = || fs::metadata(dir.path().join("f")).unwrap().uid();
+    assert_eq!(owner(), 0);
+    assert_eq!(bulkhead.raw(&["gc"]).code, 0);
+    assert_eq!(owner(), 12345);
+}
+
+#[test]
 fn a_read_only_share_cannot_be_written() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();

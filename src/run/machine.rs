@@ -373,7 +373,7 @@ fn descriptors(
             Descriptor::Root => Ok(File::open(&plan.root)
                 .map_err(io_error("open", &plan.root))?
                 .into()),
-            Descriptor::Share => share(plan, options),
+            Descriptor::Share => share(plan, dir, options),
             Descriptor::Scratch => scratch_disk(plan, dir, options),
             Descriptor::Vsock => {
                 let (vhost, cid) = claim_cid()?;
@@ -396,16 +396,20 @@ fn socket(end: &mut Option<UnixStream>, qemu: &Path) -> Result<OwnedFd, MachineE
 }
 
 /// The shared workspace.
-fn share(plan: &Plan, options: &StartOptions) -> Result<OwnedFd, MachineError> {
+fn share(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<OwnedFd, MachineError> {
     let missing = MachineError::Missing {
         what: "the shared workspace",
     };
-    let dir = &plan.share.as_ref().ok_or(missing)?.dir;
-    let open = || match &options.share {
-        Some(share) => share.as_fd().try_clone_to_owned(),
-        None => HostDir::open(dir)?.as_fd().try_clone_to_owned(),
+    let path = &plan.share.as_ref().ok_or(missing)?.dir;
+    let open = || {
+        let share = match &options.share {
+            Some(share) => share.clone(),
+            None => HostDir::open(path)?,
+        };
+        super::share::record(dir, &share)?;
+        share.as_fd().try_clone_to_owned()
     };
-    open().map_err(io_error("open", dir))
+    open().map_err(io_error("share", path))
 }
 
 /// A fresh disk that exists only for as long as QEMU holds it.

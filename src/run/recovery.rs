@@ -90,17 +90,27 @@ fn dead(id: String, leases: Vec<Lease>, errors: &[&dyn Explain]) -> Found {
 }
 
 /// Makes the shared workspace of a dead run ordinary. It may be long gone.
-fn settle_share(dir: &Path) {
-    let spec: Option<Spec> = fs::read(dir.join("spec.json"))
+fn settle_share(run: &Path) {
+    let spec: Option<Spec> = fs::read(run.join("spec.json"))
         .ok()
         .and_then(|text| serde_json::from_slice(&text).ok());
     let Some(workspace) = spec.map(|spec| spec.workspace) else {
         return;
     };
-    if let (WorkspaceMode::Share, false, Some(dir)) =
+    let (WorkspaceMode::Share, false, Some(dir)) =
         (workspace.mode, workspace.read_only, &workspace.dir)
-        && let Err(error) = HostDir::open(dir).and_then(|dir| share::settle(&dir))
-    {
+    else {
+        return;
+    };
+    let settle = || {
+        let share = HostDir::open(dir)?;
+        // Another directory may have that name by now, even a link to one.
+        match share::is_recorded(run, &share) {
+            true => share::settle(&share).map(|_| ()),
+            false => Ok(()),
+        }
+    };
+    if let Err(error) = settle() {
         tracing::warn!(
             "the shared workspace {} keeps QEMU's owners: {error}",
             dir.display()

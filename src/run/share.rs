@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -34,6 +35,18 @@ const MODE: &str = ATTRIBUTES[2];
 const MAX_TARGET: u64 = 4096;
 /// Warnings given one by one.
 const MAX_WARNINGS: usize = 20;
+
+/// Records in the directory of a run which directory it shares.
+pub(super) fn record(run: &Path, share: &HostDir) -> io::Result<()> {
+    std::fs::write(run.join(RECORD), format!("{:?}", share.id()))
+}
+
+/// Whether that run shared this directory.
+pub(super) fn is_recorded(run: &Path, share: &HostDir) -> bool {
+    std::fs::read_to_string(run.join(RECORD)).is_ok_and(|id| id == format!("{:?}", share.id()))
+}
+
+const RECORD: &str = "share";
 
 /// What was done.
 #[derive(Debug, Default, PartialEq, Eq)]
