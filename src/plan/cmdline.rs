@@ -23,6 +23,11 @@ pub(super) fn build(
         // CPU's own generator serves.
         "random.trust_cpu=on".into(),
     ];
+    if format == KernelFormat::Bzimage {
+        // Else its setup code reads every disk through the firmware, whose disk
+        // rings QEMU has put the initramfs over: some boots hang there.
+        options.push("edd=off".into());
+    }
     if spec.machine == MachineType::Microvm {
         // No keyboard controller: a triple fault is the way to restart.
         options.push("reboot=t".into());
