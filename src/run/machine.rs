@@ -52,8 +52,16 @@ pub struct Phases {
 /// recovery; [`Machine::stop`] and [`Machine::kill`] release them.
 #[derive(Debug)]
 pub struct Machine {
-    plan: Plan,
+    live: Live,
     record: Record,
+    /// Keeps its image from being removed.
+    image: Option<Lock>,
+}
+
+/// What a start gives.
+#[derive(Debug)]
+struct Live {
+    plan: Plan,
     process: VmmProcess,
     monitor: Monitor,
     channel: Channel,
@@ -64,8 +72,6 @@ pub struct Machine {
     emergency: Option<UnixStream>,
     qga: Option<UnixStream>,
     phases: Phases,
-    /// Keeps its image from being removed.
-    image: Option<Lock>,
 }
 
 /// Our ends of the descriptors QEMU is given.
@@ -91,34 +97,11 @@ impl Machine {
         options: &StartOptions,
     ) -> Result<Self, MachineError> {
         match Self::bring_up(plan, &mut record, options).await {
-            Ok(parts) => {
-                let Parts {
-                    plan,
-                    process,
-                    monitor,
-                    channel,
-                    hello,
-                    console,
-                    words,
-                    ends,
-                    phases,
-                } = parts;
-                let (emergency, qga) = (ends.console, ends.qga);
-                Ok(Self {
-                    plan,
-                    record,
-                    process,
-                    monitor,
-                    channel,
-                    hello,
-                    console,
-                    words,
-                    emergency,
-                    qga,
-                    phases,
-                    image: None,
-                })
-            }
+            Ok(live) => Ok(Self {
+                live,
+                record,
+                image: None,
+            }),
             Err(error) => {
                 for leak in record.close() {
                     tracing::warn!("{leak}");
@@ -132,7 +115,7 @@ impl Machine {
         mut plan: Plan,
         record: &mut Record,
         options: &StartOptions,
-    ) -> Result<Parts, MachineError> {
+    ) -> Result<Live, MachineError> {
         let begin = Instant::now();
         let mut ends = Ends::default();
         let descriptors = descriptors(&plan, record.dir(), options, &mut ends)?;
@@ -207,7 +190,7 @@ impl Machine {
         phases.qmp_us = qmp_us;
         phases.agent_us = agent_us;
         tracing::debug!(id = %plan.id, agent = hello.program, ?phases, "machine is up");
-        Ok(Parts {
+        Ok(Live {
             plan,
             process,
             monitor,
@@ -215,14 +198,15 @@ impl Machine {
             hello,
             console,
             words,
-            ends,
+            emergency: ends.console,
+            qga: ends.qga,
             phases,
         })
     }
 
     /// Its plan, with everything that was leased at start filled in.
     pub fn plan(&self) -> &Plan {
-        &self.plan
+        &self.live.plan
     }
 
     /// Directory of its record.
@@ -232,42 +216,42 @@ impl Machine {
 
     /// Its monitor.
     pub fn monitor(&self) -> &Monitor {
-        &self.monitor
+        &self.live.monitor
     }
 
     /// The channel to its guest agent.
     pub fn channel(&self) -> &Channel {
-        &self.channel
+        &self.live.channel
     }
 
     /// What the guest agent said of itself.
     pub fn hello(&self) -> &Hello {
-        &self.hello
+        &self.live.hello
     }
 
     /// The VMM process.
     pub fn process(&self) -> &VmmProcess {
-        &self.process
+        &self.live.process
     }
 
     /// The serial console.
     pub fn console(&self) -> &ConsoleLog {
-        &self.console
+        &self.live.console
     }
 
     /// The emergency console: a root shell on the virtio console. Given once.
     pub fn take_emergency_console(&mut self) -> Option<UnixStream> {
-        self.emergency.take()
+        self.live.emergency.take()
     }
 
     /// The port of qemu-guest-agent, for images that run one. Given once.
     pub fn take_qga(&mut self) -> Option<UnixStream> {
-        self.qga.take()
+        self.live.qga.take()
     }
 
     /// How long the phases of the start took.
     pub fn phases(&self) -> Phases {
-        self.phases
+        self.live.phases
     }
 
     /// Keeps `image` from being removed while the machine lives.
@@ -277,8 +261,16 @@ impl Machine {
 
     /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.
     pub async fn end_reason(&self) -> Option<MachineError> {
-        let status = self.process.try_wait().ok().flatten()?;
-        Some(explain_status(status, &self.plan, &self.console, &self.words).await)
+        let status = self.live.process.try_wait().ok().flatten()?;
+        Some(
+            explain_status(
+                status,
+                &self.live.plan,
+                &self.live.console,
+                &self.live.words,
+            )
+            .await,
+        )
     }
 
     /// Writes a lease of this machine down.
@@ -296,10 +288,13 @@ impl Machine {
     /// The leases that could not be released; they stay for `bulkhead gc`.
     pub async fn stop(self, grace: Duration) -> Result<(), Vec<RecordError>> {
         let powered_off = async {
-            let ask = self.channel.ask("power off", &Request::PowerOff, grace);
+            let ask = self
+                .live
+                .channel
+                .ask("power off", &Request::PowerOff, grace);
             // The channel may go down before the answer gets through.
             let _ = ask.await;
-            self.process.wait().await
+            self.live.process.wait().await
         };
         let _ = tokio::time::timeout(grace, powered_off).await;
         self.kill().await
@@ -310,8 +305,8 @@ impl Machine {
     /// # Errors
     /// The leases that could not be released; they stay for `bulkhead gc`.
     pub async fn kill(self) -> Result<(), Vec<RecordError>> {
-        let _ = self.process.kill();
-        let _ = self.process.wait().await;
+        let _ = self.live.process.kill();
+        let _ = self.live.process.wait().await;
         let errors = self.record.close();
         if errors.is_empty() {
             Ok(())
@@ -319,19 +314,6 @@ impl Machine {
             Err(errors)
         }
     }
-}
-
-/// A machine that came up, before its record is attached.
-struct Parts {
-    plan: Plan,
-    process: VmmProcess,
-    monitor: Monitor,
-    channel: Channel,
-    hello: Hello,
-    console: ConsoleLog,
-    words: ConsoleLog,
-    ends: Ends,
-    phases: Phases,
 }
 
 /// Why a start came to nothing.

@@ -7,6 +7,7 @@ mod dirs;
 pub mod doctor;
 mod error;
 mod exchange;
+mod follow;
 mod host;
 mod machine;
 mod outcome;
@@ -16,6 +17,7 @@ mod record;
 mod recovery;
 mod runner;
 mod share;
+mod transfer;
 pub mod workspace;
 
 use std::path::PathBuf;

@@ -7,10 +7,11 @@ use std::sync::mpsc;
 use bulkhead_agent::{Exec, Request};
 use tokio::io::AsyncWriteExt;
 
-use super::exchange::{Exchange, in_time, joined, pipe};
+use super::exchange::Exchange;
 use super::host::Host;
 use super::machine::Machine;
 use super::runner::{Io, Session, unless_interrupted};
+use super::transfer::{in_time, joined, pipe};
 use super::{MachineError, RunError};
 use crate::guest::{GuestError, Output};
 use crate::image::{Builder, Image};

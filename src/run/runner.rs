@@ -1,33 +1,29 @@
 //! One run, from spec to outcome.
 
-use std::convert::Infallible;
-use std::io;
-use std::pin::pin;
 use std::time::{Duration, Instant};
 
-use bulkhead_agent::{Configure, Control, Exec, Exit, FailureKind, Request, Size};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use bulkhead_agent::{Configure, Exec, Exit, FailureKind, Request, Size};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
-use super::capture::Capture;
 use super::control;
-use super::exchange::{Exchange, joined};
+use super::exchange::Exchange;
+use super::follow::{Ending, KILL_GRACE, Sink, drive, pump};
 use super::host::Host;
 use super::machine::Machine;
 use super::outcome::{FAILED, Outcome, Resources, TIMED_OUT, Times};
 use super::share;
+use super::transfer::joined;
 use super::{MachineError, RunError};
 use crate::error::Report;
+use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
-use crate::guest::{GuestError, Input, Output, Stream};
 use crate::image::Image;
 use crate::plan::Channel;
 use crate::spec::{Accel, ChannelKind, Spec, fill_random};
 
 /// How long short requests to the agent may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
-/// How long a killed command may take to end before the machine is killed.
-const KILL_GRACE: Duration = Duration::from_secs(2);
 
 /// A wish of the user while the command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -438,135 +434,4 @@ fn refusal(error: GuestError, mut done: Done) -> Result<Done, RunError> {
     };
     done.refused = Some(Report::of(&error));
     Ok(done)
-}
-
-/// Carries the user's input to the command until either ends.
-async fn pump(mut stdin: Box<dyn AsyncRead + Send + Unpin>, input: Input) {
-    let mut buffer = vec![0; 64 * 1024];
-    while let Ok(count @ 1..) = stdin.read(&mut buffer).await {
-        if !matches!(input.send(&buffer[..count]).await, Ok(true)) {
-            return;
-        }
-    }
-    let _ = input.end().await;
-}
-
-/// How a command ended.
-enum Ending {
-    /// By itself, or by a signal.
-    Exit(Exit),
-    /// The time limit ended it.
-    TimedOut(Exit),
-    /// The time limit was over, and it did not even end when killed.
-    Stuck,
-}
-
-/// Follows a command to its end.
-async fn drive(
-    stream: &mut Stream,
-    sinks: &mut [Sink; 2],
-    signals: &mut mpsc::Receiver<Signal>,
-    limit: Duration,
-) -> Result<Ending, RunError> {
-    let control = stream.input();
-    // Apart from each other: a reader of the output that is slow, or a guest
-    // that does not read, stops neither the clock nor the signals.
-    let mut follow = pin!(follow(stream, sinks));
-    tokio::select! {
-        exit = &mut follow => return Ok(Ending::Exit(exit?)),
-        never = forward(signals, &control) => match never {},
-        () = tokio::time::sleep(limit) => {}
-    }
-    let end = async {
-        let _ = control.control(&Control::Kill).await;
-        follow.await
-    };
-    match tokio::time::timeout(KILL_GRACE, end).await {
-        Ok(exit) => Ok(Ending::TimedOut(exit?)),
-        Err(_) => Ok(Ending::Stuck),
-    }
-}
-
-/// Passes output on until the command's end.
-async fn follow(stream: &mut Stream, sinks: &mut [Sink; 2]) -> Result<Exit, RunError> {
-    let control = stream.input();
-    loop {
-        match stream.next().await? {
-            Output::Exit(exit) => return Ok(exit),
-            Output::Out(bytes) => sinks[0].write(&bytes, &control).await?,
-            Output::Err(bytes) => sinks[1].write(&bytes, &control).await?,
-        }
-    }
-}
-
-/// Passes signals on. What goes wrong shows where output is read.
-async fn forward(signals: &mut mpsc::Receiver<Signal>, control: &Input) -> Infallible {
-    while let Some(signal) = signals.recv().await {
-        let message = match signal {
-            Signal::Send(signal) => Control::Signal { signal },
-            Signal::Resize(size) => Control::Resize(size),
-        };
-        let _ = control.control(&message).await;
-    }
-    std::future::pending().await
-}
-
-/// Where one kind of output goes.
-enum Sink {
-    Pass {
-        to: Box<dyn AsyncWrite + Send + Unpin>,
-        name: &'static str,
-    },
-    Collect(Capture),
-    /// Nobody reads it any more.
-    Closed,
-}
-
-impl Sink {
-    fn new(
-        to: Option<Box<dyn AsyncWrite + Send + Unpin>>,
-        name: &'static str,
-        io: &Io,
-        spec: &Spec,
-    ) -> Self {
-        match to {
-            Some(to) => Self::Pass { to, name },
-            None => Self::Collect(Capture::new(io.spill.join(format!("{}.{name}", spec.id)))),
-        }
-    }
-
-    async fn write(&mut self, bytes: &[u8], control: &Input) -> Result<(), RunError> {
-        match self {
-            Self::Pass { to, name } => {
-                let written = async {
-                    to.write_all(bytes).await?;
-                    to.flush().await
-                };
-                match written.await {
-                    // As with any program in a pipe whose reader went away.
-                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                        *self = Self::Closed;
-                        let signal = nix::libc::SIGPIPE;
-                        Ok(control.control(&Control::Signal { signal }).await?)
-                    }
-                    other => {
-                        let place = (*name).to_owned();
-                        other.map_err(|source| RunError::Output { place, source })
-                    }
-                }
-            }
-            Self::Collect(capture) => capture.push(bytes).map_err(|source| RunError::Output {
-                place: capture.path().display().to_string(),
-                source,
-            }),
-            Self::Closed => Ok(()),
-        }
-    }
-
-    async fn finish(self) -> Result<Option<super::outcome::Captured>, RunError> {
-        Ok(match self {
-            Self::Collect(capture) => Some(capture.finish()),
-            Self::Pass { .. } | Self::Closed => None,
-        })
-    }
 }

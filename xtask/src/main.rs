@@ -1,6 +1,7 @@
 //! Tasks of the developers and the README: `cargo xtask TASK`.
 
 mod bench;
+mod coverage;
 mod kernel;
 mod packages;
 mod qemu10;
@@ -28,6 +29,8 @@ enum Task {
     Setup(setup::Args),
     /// Measure, against bare QEMU in the same run.
     Bench(bench::Args),
+    /// Measure which lines of the library the tests reach.
+    Coverage(coverage::Args),
     /// Build the tuned kernel.
     Kernel(kernel::Args),
     /// Dumps of what each QEMU version offers.
@@ -42,6 +45,7 @@ fn main() -> anyhow::Result<()> {
         Task::Test(args) => test::run(args),
         Task::Setup(args) => setup::run(args),
         Task::Bench(args) => bench::run(args),
+        Task::Coverage(args) => coverage::run(args),
         Task::Kernel(args) => kernel::run(args),
         Task::QmpSchema(args) => qmp_schema::run(args),
         Task::Qemu10(args) => qemu10::run(args),
