@@ -99,6 +99,18 @@ fn what_cannot_be_brought_back_is_kept() {
     let kept = bulkhead.state().join("kept/conflict/workspace/both");
     assert_eq!(fs::read_to_string(kept).unwrap(), "guest\n");
     assert!(ran.stderr.contains("kept/conflict/workspace"), "{ran:?}");
+    // A second time, under the same name, replaces nothing that was kept.
+    let run = bulkhead.start("conflict", &words);
+    fs::write(&file, "faster again\n").unwrap();
+    let again = run.finish();
+    assert!(
+        again.stderr.contains("kept/conflict/workspace.2"),
+        "{again:?}"
+    );
+    let kept = bulkhead.state().join("kept/conflict");
+    for place in ["workspace/both", "workspace.2/both"] {
+        assert_eq!(fs::read_to_string(kept.join(place)).unwrap(), "guest\n");
+    }
     // The rest came back all the same.
     assert_eq!(
         fs::read_to_string(artifacts.join("a")).unwrap(),

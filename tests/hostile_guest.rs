@@ -125,6 +125,15 @@ async fn what_nobody_reads_is_bounded_by_the_window() {
         }
     }
     assert_eq!(channel.ended().map(|error| error.to_string()), None);
+    // One that sends on and takes nothing back is cut off.
+    for _ in 0..20_000 {
+        if channel.ended().is_some() {
+            break;
+        }
+        guest.send(id, Kind::Out, &vec![0; MAX_PAYLOAD]).await;
+    }
+    let error = channel.ended().expect("nothing ended it");
+    assert_eq!(error.code(), "channel-protocol", "{error}");
 }
 
 #[tokio::test]

@@ -216,9 +216,20 @@ fn building_twice_gives_the_same_image_and_an_interrupted_build_nothing() {
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
-    std::thread::sleep(Duration::from_secs(8));
+    let half_made = || {
+        let names = fs::read_dir(temp.path().join("images"))
+            .into_iter()
+            .flatten();
+        let mut names = names.map(|entry| entry.unwrap().file_name());
+        names.any(|name| name.to_string_lossy().starts_with(".staging-"))
+    };
+    while !half_made() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::sleep(Duration::from_secs(4));
     interrupted.kill().unwrap();
     interrupted.wait().unwrap();
+    assert!(half_made(), "the build was over before it was interrupted");
     let built = bulkhead.raw(&words);
     assert_eq!(built.code, 0, "{built:?}");
     // The one that `cargo xtask setup` built earlier, from the same packages.

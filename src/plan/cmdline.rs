@@ -24,8 +24,8 @@ pub(super) fn build(
         "random.trust_cpu=on".into(),
     ];
     if format == KernelFormat::Bzimage {
-        // Else its setup code reads every disk through the firmware, whose disk
-        // rings QEMU has put the initramfs over: some boots hang there.
+        // Else its setup code reads every disk through the firmware, and with
+        // QEMU 10.0 some boots hang there.
         options.push("edd=off".into());
     }
     if spec.machine == MachineType::Microvm {

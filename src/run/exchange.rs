@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_agent::Request;
 
 use super::outcome::Changes;
-use super::runner::ANSWER;
+use super::runner::{ANSWER, Signals, unless_interrupted};
 use super::transfer::{joined, receive, send};
 use super::workspace;
 use crate::error::{Explain, Report};
@@ -216,7 +216,8 @@ impl Exchange {
         Ok(warnings)
     }
 
-    /// Fetches changes and artifacts. `staging` is private and goes with the
+    /// Fetches changes and artifacts. A signal ends the receiving, but not what
+    /// brings into place: that is never left half done. `staging` is private and goes with the
     /// run; what cannot be brought into place is moved below `kept`.
     ///
     /// # Errors
@@ -226,6 +227,7 @@ impl Exchange {
         channel: &Channel,
         staging: &Path,
         kept: &Path,
+        signals: &mut Signals,
         warnings: &mut Vec<String>,
     ) -> Result<Fetched, super::RunError> {
         let mut fetched = Fetched::default();
@@ -236,7 +238,8 @@ impl Exchange {
             let stage = move |archive, removed| {
                 workspace::Changes::stage(archive, removed, &staging, &into, &Limits::default())
             };
-            let changes = receive(channel, &ask, "send what changed", stage).await?;
+            let receive = receive(channel, &ask, "send what changed", stage);
+            let changes = unless_interrupted(signals, receive).await?;
             let (wish, manifest) = (self.workspace.clone(), self.packed.manifest.clone());
             let kept = kept.join("workspace");
             let work = move || bring_back(&dir, changes, &wish, &manifest, &kept);
@@ -246,43 +249,59 @@ impl Exchange {
             fetched.failed = brought.failed;
         }
         if let Some(dir) = self.artifacts.clone() {
-            self.artifacts(channel, dir, staging, kept, warnings, &mut fetched)
-                .await?;
+            let staged = self.artifacts(channel, dir.clone(), staging, signals, warnings);
+            fetched.artifacts = Some(match staged.await? {
+                None => Vec::new(),
+                Some(staged) => {
+                    let brought = self.place_artifacts(dir, staged, kept).await;
+                    warnings.extend(brought.warnings);
+                    fetched.failed = fetched.failed.take().or(brought.failed);
+                    brought.changes.changed
+                }
+            });
         }
         Ok(fetched)
     }
 
+    /// Receives the artifacts; `None` when there are none.
     async fn artifacts(
         &self,
         channel: &Channel,
-        dir: HostDir,
+        into: HostDir,
         staging: &Path,
-        kept: &Path,
+        signals: &mut Signals,
         warnings: &mut Vec<String>,
-        fetched: &mut Fetched,
-    ) -> Result<(), super::RunError> {
+    ) -> Result<Option<workspace::Changes>, super::RunError> {
         let get = Request::Get {
             path: OUTPUT.into(),
         };
-        let (into, staging) = (dir.clone(), staging.to_owned());
+        let staging = staging.to_owned();
         let stage = move |archive, side| {
             // Nothing belongs there: a guest that writes to it is cut off.
             drop::<std::os::unix::net::UnixStream>(side);
             let nothing = io::empty();
             workspace::Changes::stage(archive, nothing, &staging, &into, &Limits::default())
         };
-        let staged = match receive(channel, &get, "send its artifacts", stage).await {
-            Ok(staged) => staged,
+        let receive = receive(channel, &get, "send its artifacts", stage);
+        match unless_interrupted(signals, receive).await {
+            Ok(staged) => Ok(Some(staged)),
             // The command may have removed the directory.
             Err(super::RunError::Machine(super::MachineError::Guest(
                 error @ GuestError::Refused { .. },
             ))) => {
                 warnings.push(format!("there are no artifacts: {error}"));
-                fetched.artifacts = Some(Vec::new());
-                return Ok(());
+                Ok(None)
             }
-            Err(error) => return Err(error),
-        };
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn place_artifacts(
+        &self,
+        dir: HostDir,
+        staged: workspace::Changes,
+        kept: &Path,
+    ) -> Brought {
         let wish = Workspace {
             apply: true,
             // Older artifacts of the same name are replaced.
@@ -292,11 +311,7 @@ impl Exchange {
         };
         let kept = kept.join("artifacts");
         let work = move || bring_back(&dir, staged, &wish, &Manifest::default(), &kept);
-        let brought = joined(tokio::task::spawn_blocking(work).await);
-        warnings.extend(brought.warnings);
-        fetched.artifacts = Some(brought.changes.changed);
-        fetched.failed = fetched.failed.take().or(brought.failed);
-        Ok(())
+        joined(tokio::task::spawn_blocking(work).await)
     }
 }
 
@@ -347,10 +362,10 @@ fn bring_back(
     if let Err(error) = work() {
         let mut report = Report::of(&error);
         report.remedy = match changes.keep(kept) {
-            Ok(()) => format!(
+            Ok(place) => format!(
                 "{} What the guest sent is kept, as it came, in {}.",
                 report.remedy,
-                kept.display()
+                place.display()
             ),
             Err(lost) => format!("{} It could not be kept: {lost}", report.remedy),
         };

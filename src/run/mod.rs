@@ -98,7 +98,7 @@ pub enum RunError {
         /// The time limit ended it.
         timed_out: bool,
     },
-    /// The user ended it before the command ran.
+    /// The user ended it while no command ran.
     #[error("interrupted by signal {signal}")]
     Interrupted {
         /// The signal.

@@ -211,9 +211,12 @@ async fn interruption(signals: &mut mpsc::Receiver<Signal>) -> i32 {
     }
 }
 
+/// Wishes of the user.
+pub(super) type Signals = mpsc::Receiver<Signal>;
+
 /// Does `work` unless the user ends it.
 pub(super) async fn unless_interrupted<T>(
-    signals: &mut mpsc::Receiver<Signal>,
+    signals: &mut Signals,
     work: impl Future<Output = Result<T, RunError>>,
 ) -> Result<T, RunError> {
     tokio::select! {
@@ -290,10 +293,13 @@ impl Session<'_> {
                 .into());
             }
             let (dir, kept) = (self.machine.dir(), self.host.dirs.kept(&self.spec.id));
-            let fetch = self.exchange.fetch(&channel, dir, &kept, &mut warnings);
+            let signals = &mut io.signals;
+            let fetch = self
+                .exchange
+                .fetch(&channel, dir, &kept, signals, &mut warnings);
             fetch.await
         };
-        match unless_interrupted(&mut io.signals, fetch).await {
+        match fetch.await {
             Ok(fetched) => {
                 done.changes = fetched.changes;
                 done.artifacts = fetched.artifacts;

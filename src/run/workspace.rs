@@ -26,8 +26,8 @@ mod git_config;
 mod unified;
 
 use std::collections::BTreeSet;
-use std::io::{BufReader, Read};
-use std::path::Path;
+use std::io::{BufReader, ErrorKind, Read};
+use std::path::{Path, PathBuf};
 
 pub use apply::{Applied, ApplyOptions, apply};
 pub use diff::{DiffOptions, diff};
@@ -118,19 +118,30 @@ impl Changes {
         self.removed.iter()
     }
 
-    /// Moves what was staged to `to`, whose parents are made: private, and as
-    /// the guest sent it, before any rule for repositories.
+    /// Moves what was staged to `to`, or where something is kept there already,
+    /// to `to` with a number; gives the place. Parents are made. It is private,
+    /// and as the guest sent it, before any rule for repositories.
     ///
     /// # Errors
     /// It cannot be moved there.
-    pub fn keep(self, to: &Path) -> std::io::Result<()> {
+    pub fn keep(self, to: &Path) -> std::io::Result<PathBuf> {
         if let Some(parent) = to.parent() {
             crate::run::dirs::make_private(parent)?;
         }
-        let staging = self.staging.keep();
-        std::fs::rename(&staging, to).inspect_err(|_| {
-            let _ = std::fs::remove_dir_all(&staging);
-        })
+        let mut place = to.to_owned();
+        for number in 2.. {
+            // Fails for a directory with something in it; an empty one is replaced.
+            match std::fs::rename(self.staging.path(), &place) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists
+                    ) => {}
+                moved => return moved.map(|()| place),
+            }
+            place = to.with_extension(number.to_string());
+        }
+        unreachable!("numbers do not end")
     }
 
     /// The staged content.
@@ -140,7 +151,8 @@ impl Changes {
     }
 }
 
-/// Brings the archive of the guest's output directory into `dir`. Files of the same name are replaced; others stay.
+/// Brings the archive of the guest's output directory into `dir`. Files of the
+/// same name are replaced; others stay.
 ///
 /// # Errors
 /// As [`Changes::stage`] and [`apply`].

@@ -80,6 +80,7 @@ impl Beneath {
         )
         .map(File::from)
     }
+
     /// What is at `name`; `None` when there is nothing.
     pub(crate) fn stat(&self, name: &Name) -> Result<Option<FileStat>, Errno> {
         let Some((parent, last)) = name.split() else {
