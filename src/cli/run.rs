@@ -157,6 +157,7 @@ impl Args {
             terminal: set(self.tty),
             command: self.command,
             script,
+            ..Request::default()
         };
         let below = self.spec.as_deref().map(Request::load).transpose()?;
         Ok(flags.over(below.unwrap_or_default()))

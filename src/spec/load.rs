@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, ChannelKind, Command, MachineType, NetworkMode, Profile, Script, Spec, Timeout,
-    VmId, Workspace, WorkspaceMode,
+    Accel, Bytes, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkMode, Profile,
+    Script, Spec, Survivors, Timeout, VmId, Workspace, WorkspaceMode,
 };
 use crate::error::Explain;
 
@@ -112,6 +112,16 @@ pub struct Request {
     pub disk: Option<Bytes>,
     /// How long the command may run.
     pub timeout: Option<Timeout>,
+    /// How long after its start a detached machine is stopped.
+    pub ttl: Option<Timeout>,
+    /// How long nothing may happen in a detached machine.
+    pub idle_timeout: Option<Timeout>,
+    /// What happens to a detached machine whose supervisor dies.
+    pub survivors: Option<Survivors>,
+    /// How long the guest may take to power off.
+    pub stop_grace: Option<Timeout>,
+    /// Names and values to find the machine by.
+    pub labels: BTreeMap<LabelName, String>,
     /// Network mode.
     pub network: Option<NetworkMode>,
     /// Accelerator.
@@ -169,6 +179,8 @@ impl Request {
     pub fn over(self, below: Self) -> Self {
         let mut env = below.env;
         env.extend(self.env);
+        let mut labels = below.labels;
+        labels.extend(self.labels);
         Self {
             name: self.name.or(below.name),
             image: self.image.or(below.image),
@@ -178,6 +190,11 @@ impl Request {
             memory: self.memory.or(below.memory),
             disk: self.disk.or(below.disk),
             timeout: self.timeout.or(below.timeout),
+            ttl: self.ttl.or(below.ttl),
+            idle_timeout: self.idle_timeout.or(below.idle_timeout),
+            survivors: self.survivors.or(below.survivors),
+            stop_grace: self.stop_grace.or(below.stop_grace),
+            labels,
             network: self.network.or(below.network),
             accel: self.accel.or(below.accel),
             machine: self.machine.or(below.machine),
@@ -202,11 +219,23 @@ impl Request {
         }
     }
 
-    /// Fills in the defaults and checks the whole.
+    /// Fills in the defaults and checks the whole, for a run of one command.
+    ///
+    /// # Errors
+    /// Values out of range, wishes that exclude each other, no command.
+    pub fn resolve(self) -> Result<Spec, SpecError> {
+        if self.command.is_empty() && self.script.is_none() {
+            return Err(SpecError::NoCommand);
+        }
+        self.resolve_machine()
+    }
+
+    /// Fills in the defaults and checks the whole, for a detached machine: it
+    /// needs no command.
     ///
     /// # Errors
     /// Values out of range and wishes that exclude each other.
-    pub fn resolve(self) -> Result<Spec, SpecError> {
+    pub fn resolve_machine(self) -> Result<Spec, SpecError> {
         let profile = self.profile.unwrap_or_default();
         let mut limits = profile.limits();
         limits.vcpus = self.cpus.unwrap_or(limits.vcpus);
@@ -270,9 +299,12 @@ impl Request {
             );
         }
         let workspace = workspace(&self)?;
-        if self.command.is_empty() && self.script.is_none() {
-            return Err(SpecError::NoCommand);
-        }
+        let lifetime = Lifetime {
+            ttl: self.ttl,
+            idle: self.idle_timeout,
+            survivors: self.survivors.unwrap_or_default(),
+            stop_grace: self.stop_grace.unwrap_or(Lifetime::default().stop_grace),
+        };
         Ok(Spec {
             id: self.name.unwrap_or_else(VmId::random),
             image: self.image.unwrap_or_else(|| "default".into()),
@@ -284,6 +316,8 @@ impl Request {
             machine: self.machine.unwrap_or_default(),
             channel: self.channel.unwrap_or_default(),
             workspace,
+            lifetime,
+            labels: self.labels,
             command: Command {
                 argv: self.command,
                 env: self.env.into_iter().collect(),

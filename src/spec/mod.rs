@@ -1,14 +1,17 @@
 //! What is asked for.
 
+mod lifetime;
 mod load;
 mod profile;
 mod script;
 mod units;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::{Request, SpecError};
 pub use profile::{Limits, Profile};
 pub use script::Script;
@@ -38,7 +41,13 @@ pub struct Spec {
     pub channel: ChannelKind,
     /// What is exchanged with a host directory.
     pub workspace: Workspace,
-    /// What to run.
+    /// How long a detached machine lives. A run ends with its command.
+    #[serde(default)]
+    pub lifetime: Lifetime,
+    /// What the user calls it by, besides its name.
+    #[serde(default)]
+    pub labels: BTreeMap<LabelName, String>,
+    /// What to run; without a program only in a detached machine.
     pub command: Command,
 }
 
