@@ -3,7 +3,8 @@
 //! Data flows one way: a [`spec`] becomes a [`plan`], a plan acquires leases on
 //! the [`host`], leases and arguments make a process ([`vmm`]), the process
 //! gives a monitor ([`qmp`]) and a channel ([`guest`]), the channel an outcome
-//! ([`run`]). A module imports only from those before it.
+//! ([`run`]), or a machine that outlives its command ([`supervise`]). A module
+//! imports only from those before it.
 
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -15,4 +16,5 @@ pub mod plan;
 pub mod qmp;
 pub mod run;
 pub mod spec;
+pub mod supervise;
 pub mod vmm;

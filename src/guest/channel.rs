@@ -13,7 +13,7 @@ use bulkhead_agent::{
     VERSION,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
 use super::archive::printable;
@@ -49,6 +49,8 @@ impl Drop for Tasks {
 pub(super) struct Shared {
     streams: Mutex<Streams>,
     frames: mpsc::Sender<Vec<u8>>,
+    /// Told once, when the connection ends.
+    over: Notify,
 }
 
 #[derive(Debug)]
@@ -64,7 +66,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// A frame as it goes over the wire.
-pub(super) fn frame(stream: u32, kind: Kind, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(stream: u32, kind: Kind, payload: &[u8]) -> Vec<u8> {
     // Callers keep payloads within MAX_PAYLOAD, which fits.
     let len = u32::try_from(payload.len()).unwrap_or(u32::MAX);
     let mut bytes = Vec::with_capacity(HEADER_LEN + payload.len());
@@ -128,6 +130,7 @@ impl Channel {
         let shared = Arc::new(Shared {
             streams: Mutex::new(streams),
             frames,
+            over: Notify::new(),
         });
         let writing = tokio::spawn({
             let shared = Arc::downgrade(&shared);
@@ -164,6 +167,15 @@ impl Channel {
     /// # Errors
     /// The connection has ended, too many streams are open, or the request is too large.
     pub async fn open(&self, request: &Request) -> Result<Stream, GuestError> {
+        self.open_with(request).await
+    }
+
+    /// Opens a stream with a request in the words of whoever is at the other
+    /// end: a supervisor understands more than a guest agent.
+    pub(crate) async fn open_with(
+        &self,
+        request: &impl serde::Serialize,
+    ) -> Result<Stream, GuestError> {
         let payload = json("the request", request)?;
         let (id, state) = self.shared.register()?;
         let stream = Stream::new(id, state, Arc::clone(&self.shared));
@@ -193,6 +205,18 @@ impl Channel {
                 what: what.to_owned(),
                 after: within,
             }),
+        }
+    }
+
+    /// Waits for the end of the connection, and says why it came.
+    pub async fn closed(&self) -> GuestError {
+        loop {
+            let mut over = std::pin::pin!(self.shared.over.notified());
+            over.as_mut().enable();
+            if let Some(error) = self.ended() {
+                return error;
+            }
+            over.await;
         }
     }
 
@@ -260,6 +284,8 @@ impl Shared {
         for state in streams.open.drain().map(|(_, state)| state) {
             state.fail(error.clone());
         }
+        drop(streams);
+        self.over.notify_waiters();
     }
 }
 
@@ -283,7 +309,7 @@ async fn write_all(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> Resu
         })
 }
 
-async fn read_frame(
+pub(crate) async fn read_frame(
     reader: &mut (impl AsyncRead + Unpin),
 ) -> Result<(Header, Vec<u8>), GuestError> {
     let broken = |source: std::io::Error| match source.kind() {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::process;
+use super::{fault, process};
 use crate::error::Explain;
 
 /// One host resource.
@@ -25,6 +25,11 @@ pub enum Lease {
     },
     /// A file.
     File {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// A directory of ours with all that is in it.
+    Dir {
         /// Its path.
         path: PathBuf,
     },
@@ -94,6 +99,27 @@ impl Explain for LeaseError {
 }
 
 impl Lease {
+    /// What kind of resource it is, in one word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Process { .. } => "process",
+            Self::File { .. } => "file",
+            Self::Dir { .. } => "dir",
+        }
+    }
+
+    /// Whether it is a process that lives.
+    pub fn is_live_process(&self) -> bool {
+        match self {
+            Self::Process {
+                pid,
+                start_time,
+                boot_id,
+            } => *boot_id == process::boot_id() && process::is_same(*pid, *start_time),
+            _ => false,
+        }
+    }
+
     /// Releases the resource; succeeds when it is gone already.
     ///
     /// # Errors
@@ -113,16 +139,20 @@ impl Lease {
                     source,
                 })
             }
-            Self::File { path } => match fs::remove_file(path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    Err(LeaseError::Release {
-                        what: path.display().to_string(),
-                        source,
-                    })
-                }
-                _ => Ok(()),
-            },
+            Self::File { path } => gone(path, fs::remove_file(path)),
+            Self::Dir { path } => gone(path, fs::remove_dir_all(path)),
         }
+    }
+}
+
+/// Whether a removal left nothing.
+fn gone(path: &Path, removed: io::Result<()>) -> Result<(), LeaseError> {
+    match removed {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(LeaseError::Release {
+            what: path.display().to_string(),
+            source,
+        }),
+        _ => Ok(()),
     }
 }
 
@@ -170,8 +200,14 @@ impl Journal {
     /// # Errors
     /// The file cannot be written; the resource must not be made.
     pub fn add(&mut self, lease: Lease) -> Result<(), LeaseError> {
+        let kind = lease.kind();
         self.leases.push(lease);
-        self.write()
+        self.write()?;
+        // Where the kernel would refuse the resource, were it out of them.
+        fault::at(&format!("lease {kind}")).map_err(|source| LeaseError::Journal {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// What is leased, in the order of acquisition.
@@ -184,7 +220,13 @@ impl Journal {
         let mut errors = Vec::new();
         let mut kept = Vec::new();
         for lease in self.leases.drain(..).rev() {
-            if let Err(error) = lease.release() {
+            let released = fault::at(&format!("release {}", lease.kind()))
+                .map_err(|source| LeaseError::Release {
+                    what: lease.kind().to_owned(),
+                    source,
+                })
+                .and_then(|()| lease.release());
+            if let Err(error) = released {
                 errors.push(error);
                 kept.push(lease);
             }
@@ -192,6 +234,14 @@ impl Journal {
         kept.reverse();
         self.leases = kept;
         errors
+    }
+
+    /// Writes down what is still leased after [`Journal::release_all`].
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn save(&self) -> Result<(), LeaseError> {
+        self.write()
     }
 
     fn write(&self) -> Result<(), LeaseError> {
@@ -212,9 +262,12 @@ impl Journal {
 pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::io::Write;
     let dir = path.parent().unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    fault::at(&format!("write {name}"))?;
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
+    fault::at(&format!("rename {name}"))?;
     file.persist(path)?;
     fs::File::open(dir)?.sync_all()
 }

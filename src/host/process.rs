@@ -41,6 +41,11 @@ fn is_zombie(pid: i32) -> bool {
         .unwrap_or(true)
 }
 
+/// Whether the process that started at `start` lives.
+pub fn is_same(pid: i32, start: u64) -> bool {
+    start_time(pid) == Some(start) && !is_zombie(pid)
+}
+
 /// Kills a process if it is the one that started at `start_time`, and waits up
 /// to five seconds until it has ended.
 pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
@@ -50,7 +55,7 @@ pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     // Read after the pidfd was opened: from here on it is this process or none.
-    if start_time(pid) != Some(start) || is_zombie(pid) {
+    if !is_same(pid, start) {
         return Ok(());
     }
     match sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL) {

@@ -66,7 +66,17 @@ impl Image {
         }
         Ok(Lock { _dir: lock })
     }
+
+    /// The file whose existence keeps the image from being removed, for a user
+    /// that outlives its process. `user` tells it from others; the caller makes
+    /// it while it holds a [`Lock`], and removes it when the use is over.
+    pub fn use_file(&self, user: &str) -> PathBuf {
+        self.dir.join(USED_BY).join(user)
+    }
 }
+
+/// Directory of an image with a file per user that outlives its process.
+const USED_BY: &str = "used-by";
 
 impl Store {
     /// The store below a state directory; nothing is made yet.
@@ -346,11 +356,13 @@ impl Store {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(|source| Error::io("open", &path, source))?,
         };
+        let in_use = || Error::InUse {
+            image: shown.to_owned(),
+        };
         match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+            Ok(_) if !entries(&path.join(USED_BY))?.is_empty() => Err(in_use()),
             Ok(lock) => Ok(Some(lock)),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(Error::InUse {
-                image: shown.to_owned(),
-            }),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(in_use()),
             Err((_, errno)) => Err(Error::io("lock", &path, errno.into())),
         }
     }

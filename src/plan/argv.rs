@@ -51,10 +51,11 @@ impl Argument for Valued {
     }
 }
 
-/// `-chardev socket` on an inherited descriptor.
+/// `-chardev socket` on an inherited descriptor: connected, or listening.
 struct SocketChardev {
     id: &'static str,
     fd: i32,
+    listens: bool,
 }
 
 impl Argument for SocketChardev {
@@ -62,12 +63,11 @@ impl Argument for SocketChardev {
         "-chardev"
     }
     fn value(&self) -> Option<String> {
-        Some(
-            Options::new("socket")
-                .set("id", self.id)
-                .set("fd", self.fd)
-                .0,
-        )
+        let socket = Options::new("socket").set("id", self.id).set("fd", self.fd);
+        Some(match self.listens {
+            true => socket.set("server", "on").set("wait", "off").0,
+            false => socket.0,
+        })
     }
 }
 
@@ -128,6 +128,7 @@ struct Disk {
     fd: i32,
     set: u32,
     read_only: bool,
+    keep: bool,
 }
 
 impl Disk {
@@ -143,9 +144,13 @@ impl Disk {
             // The lease is what keeps two machines off one disk.
             .set("file.locking", "off");
         if !self.read_only {
-            // What the guest deletes shrinks the file; nothing on this disk
-            // outlives the machine, so flushing it would only cost time.
-            file = file.set("discard", "unmap").set("cache.no-flush", "on");
+            // What the guest deletes shrinks the file.
+            file = file.set("discard", "unmap");
+            if !self.keep {
+                // Nothing on this disk outlives the machine: flushing it would
+                // only cost time.
+                file = file.set("cache.no-flush", "on");
+            }
         }
         [Valued("-add-fd", add_fd.0), Valued("-blockdev", file.0)]
     }
@@ -228,7 +233,11 @@ fn boot(list: &mut Vec<Box<dyn Argument>>, image: &Image, plan: &Plan) {
 }
 
 fn monitor_and_ports(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
-    let socket = |id, descriptor| plan.fd(descriptor).map(|fd| SocketChardev { id, fd });
+    let socket = |id, descriptor| {
+        let listens = plan.adoptable;
+        plan.fd(descriptor)
+            .map(|fd| SocketChardev { id, fd, listens })
+    };
     for (id, descriptor) in [
         ("qmp", Descriptor::Qmp),
         ("serial", Descriptor::Serial),
@@ -292,6 +301,7 @@ fn disks(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
             fd,
             set,
             read_only,
+            keep: plan.keep_disk,
         }
         .arguments();
         list.push(Box::new(add_fd));

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Explain;
 use crate::image::{Image, KernelFormat};
-use crate::spec::{Accel, Bytes, ChannelKind, MachineType, Spec, VmId, WorkspaceMode};
+use crate::spec::{Accel, Bytes, ChannelKind, MachineType, Spec, Survivors, VmId, WorkspaceMode};
 
 pub(crate) use argv::CID;
 pub use facts::HostFacts;
@@ -120,6 +120,15 @@ pub struct Plan {
     pub channel: Channel,
     /// The shared workspace.
     pub share: Option<Share>,
+    /// The writable disk outlives the VMM: what the guest flushes is flushed.
+    #[serde(default)]
+    pub keep_disk: bool,
+    /// Its sockets listen, so that another process can take it over.
+    #[serde(default)]
+    pub adoptable: bool,
+    /// The vsock address it leased.
+    #[serde(default)]
+    pub cid: Option<u32>,
 }
 
 impl Plan {
@@ -167,6 +176,9 @@ impl Plan {
             scratch: spec.limits.disk,
             channel,
             share,
+            keep_disk: spec.detached,
+            adoptable: spec.detached && spec.lifetime.survivors == Survivors::Adopt,
+            cid: None,
         };
         plan.args = argv::build(spec, image, &plan);
         Ok(plan)

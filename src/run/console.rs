@@ -28,18 +28,34 @@ pub struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// Starts to read `stream`, keeping a copy in the file `path`.
+    /// Starts to read `stream`, keeping a copy in the file `path`. A file that
+    /// is there already becomes `path` with `.old`.
     ///
     /// # Errors
     /// The file cannot be made.
-    pub fn start(mut stream: UnixStream, path: &Path) -> std::io::Result<Self> {
-        let mut file = File::create(path)?;
+    pub fn start(stream: UnixStream, path: &Path) -> std::io::Result<Self> {
+        if path.exists() {
+            std::fs::rename(path, path.with_extension("log.old"))?;
+        }
+        Ok(Self::read(stream, File::create(path)?, FILE_LIMIT))
+    }
+
+    /// Goes on where another owner's reading ended.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn resume(stream: UnixStream, path: &Path) -> std::io::Result<Self> {
+        let file = File::options().append(true).create(true).open(path)?;
+        let written = usize::try_from(file.metadata()?.len()).unwrap_or(FILE_LIMIT);
+        Ok(Self::read(stream, file, FILE_LIMIT.saturating_sub(written)))
+    }
+
+    fn read(mut stream: UnixStream, mut file: File, mut room: usize) -> Self {
         let tail = Arc::new(Mutex::new(VecDeque::new()));
         let kept = Arc::clone(&tail);
         let (ending, open) = watch::channel(());
         let task = tokio::spawn(async move {
             let mut buffer = vec![0; 16 * 1024];
-            let mut room = FILE_LIMIT;
             let _ending = ending;
             while let Ok(count @ 1..) = stream.read(&mut buffer).await {
                 let bytes = &buffer[..count];
@@ -58,11 +74,11 @@ impl ConsoleLog {
                 room -= written;
             }
         });
-        Ok(Self {
+        Self {
             tail,
             task: task.abort_handle(),
             open,
-        })
+        }
     }
 
     /// Waits until all of it was read, which is soon after QEMU's end, but no

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use bulkhead_agent::{Info, Reply};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::AbortHandle;
 
 use super::dirs::Dirs;
@@ -82,6 +82,9 @@ pub enum ControlError {
     /// The console is open elsewhere.
     #[error("the console of this machine is open elsewhere")]
     ConsoleTaken,
+    /// The machine belongs to a `bulkhead run`, or to another version.
+    #[error("this cannot be asked of this machine: it belongs to a `bulkhead run`")]
+    Attached,
 }
 
 impl Explain for ControlError {
@@ -92,14 +95,13 @@ impl Explain for ControlError {
             Self::Answer { .. } => "machine-answer",
             Self::NoQga => "qga-missing",
             Self::ConsoleTaken => "console-taken",
+            Self::Attached => "machine-attached",
         }
     }
 
     fn remedy(&self) -> String {
         match self {
-            Self::Unreachable { .. } => {
-                "See `bulkhead gc --dry-run` for the machines there are.".into()
-            }
+            Self::Unreachable { .. } => "See `bulkhead ls` for the machines there are.".into(),
             Self::Refused(report) => report.remedy.clone(),
             Self::Answer { .. } => {
                 "Use the bulkhead of the same version as the machine's owner.".into()
@@ -109,32 +111,115 @@ impl Explain for ControlError {
                     .into()
             }
             Self::ConsoleTaken => "Close it there first.".into(),
+            Self::Attached => {
+                "Interrupt the `bulkhead run`, or make the machine with `bulkhead create`.".into()
+            }
         }
     }
 }
 
-/// Serves a machine's control socket until it is dropped.
+/// A control socket that is listened to; it ends, and its path with it, when
+/// this is dropped.
 #[derive(Debug)]
-pub(super) struct Server {
+pub(crate) struct Listener {
     path: PathBuf,
     task: AbortHandle,
 }
 
-impl Drop for Server {
+impl Drop for Listener {
     fn drop(&mut self) {
         self.task.abort();
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-/// What connections have in common.
-struct Serving {
+/// A request that arrived, not looked into yet.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    line: Vec<u8>,
+    connection: UnixStream,
+    /// Who asks.
+    pub(crate) uid: u32,
+}
+
+impl Asked {
+    /// The request, in the asker's words.
+    pub(crate) fn decode<T: serde::de::DeserializeOwned>(&self) -> Option<T> {
+        serde_json::from_slice(&self.line).ok()
+    }
+
+    /// Answers; the asker may be gone.
+    pub(crate) async fn answer(self, answer: &impl Serialize) {
+        let _ = self.grant(answer).await;
+    }
+
+    /// Answers, and gives the connection for what follows.
+    pub(crate) async fn grant(mut self, answer: &impl Serialize) -> io::Result<UnixStream> {
+        let answered = write_line(&mut self.connection, answer);
+        match tokio::time::timeout(PATIENCE, answered).await {
+            Ok(Ok(())) => Ok(self.connection),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+/// Opens a control socket and gives the requests that arrive on it. The caller
+/// has written `path` down.
+pub(crate) fn listen(path: PathBuf) -> io::Result<(Listener, mpsc::Receiver<Asked>)> {
+    let _ = std::fs::remove_file(&path);
+    // The directory keeps others out; the credentials are checked besides.
+    let listener = UnixListener::bind(&path)?;
+    let (sender, asked) = mpsc::channel(16);
+    let task = tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => {
+                    let Some(uid) = allowed(&connection) else {
+                        continue;
+                    };
+                    let sender = sender.clone();
+                    tokio::spawn(receive(connection, uid, sender));
+                }
+                // No descriptor left, perhaps: others may be given back.
+                Err(_) => tokio::time::sleep(RETRY).await,
+            }
+        }
+    });
+    let task = task.abort_handle();
+    Ok((Listener { path, task }, asked))
+}
+
+async fn receive(mut connection: UnixStream, uid: u32, sender: mpsc::Sender<Asked>) {
+    let line = tokio::time::timeout(PATIENCE, read_bytes(&mut connection)).await;
+    if let Ok(Ok(line)) = line {
+        let asked = Asked {
+            line,
+            connection,
+            uid,
+        };
+        // Nobody answers any more: the asker sees the end of the connection.
+        let _ = sender.send(asked).await;
+    }
+}
+
+/// The user who asks, where it is the owner or root.
+fn allowed(connection: &UnixStream) -> Option<u32> {
+    let ours = nix::unistd::geteuid().as_raw();
+    let uid = connection.peer_cred().ok()?.uid();
+    (uid == ours || uid == 0).then_some(uid)
+}
+
+/// Answers what can be asked of every machine.
+#[derive(Debug)]
+pub(crate) struct Desk {
     channel: Channel,
     console: Mutex<Option<UnixStream>>,
     qga: Mutex<Option<Qga>>,
 }
 
 /// qemu-guest-agent's port, before and after its first use.
+#[derive(Debug)]
 enum Qga {
     Port(UnixStream),
     Connected(GuestAgent),
@@ -145,60 +230,44 @@ pub(super) async fn serve(
     dirs: &Dirs,
     spec: &Spec,
     machine: &mut Machine,
-) -> Result<Server, RunError> {
+) -> Result<Listener, RunError> {
     let path = dirs.control_socket(&spec.id);
     machine.lease(Lease::File { path: path.clone() })?;
-    let _ = std::fs::remove_file(&path);
-    // The directory keeps others out; the credentials are checked besides.
-    let listener = UnixListener::bind(&path).map_err(|source| MachineError::Io {
+    let (listener, mut asked) = listen(path.clone()).map_err(|source| MachineError::Io {
         action: "make the control socket",
-        path: path.clone(),
+        path,
         source,
     })?;
-    let serving = Arc::new(Serving {
-        channel: machine.channel().clone(),
-        console: Mutex::new(machine.take_emergency_console()),
-        qga: Mutex::new(machine.take_qga().map(Qga::Port)),
-    });
-    let task = tokio::spawn(async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) if allowed(&connection) => {
-                    let serving = Arc::clone(&serving);
-                    tokio::spawn(async move { serving.answer(connection).await });
-                }
-                Ok(_) => {}
-                // No descriptor left, perhaps: others may be given back.
-                Err(_) => tokio::time::sleep(RETRY).await,
-            }
+    let desk = Arc::new(Desk::new(machine));
+    tokio::spawn(async move {
+        while let Some(asked) = asked.recv().await {
+            let desk = Arc::clone(&desk);
+            tokio::spawn(async move { desk.answer(asked).await });
         }
     });
-    Ok(Server {
-        path,
-        task: task.abort_handle(),
-    })
+    Ok(listener)
 }
 
-/// Only the owner and root may ask.
-fn allowed(connection: &UnixStream) -> bool {
-    let ours = nix::unistd::geteuid().as_raw();
-    connection
-        .peer_cred()
-        .is_ok_and(|peer| peer.uid() == ours || peer.uid() == 0)
-}
+impl Desk {
+    /// For this machine, whose consoles it takes.
+    pub(crate) fn new(machine: &mut Machine) -> Self {
+        Self {
+            channel: machine.channel().clone(),
+            console: Mutex::new(machine.take_emergency_console()),
+            qga: Mutex::new(machine.take_qga().map(Qga::Port)),
+        }
+    }
 
-impl Serving {
-    async fn answer(&self, mut connection: UnixStream) -> Option<()> {
-        let ask: Ask = tokio::time::timeout(PATIENCE, read_line(&mut connection))
-            .await
-            .ok()?
-            .ok()?;
-        let answer = match ask {
-            Ask::Guest => self.guest().await,
-            Ask::Qga => self.qga().await,
-            Ask::Console => return self.console(connection).await,
+    /// Answers one request.
+    pub(crate) async fn answer(&self, asked: Asked) -> Option<()> {
+        let answer = match asked.decode() {
+            Some(Ask::Guest) => self.guest().await,
+            Some(Ask::Qga) => self.qga().await,
+            Some(Ask::Console) => return self.console(asked).await,
+            None => Answer::Refused(Report::of(&ControlError::Attached)),
         };
-        write_line(&mut connection, &answer).await.ok()
+        asked.answer(&answer).await;
+        Some(())
     }
 
     async fn guest(&self) -> Answer {
@@ -239,13 +308,14 @@ impl Serving {
         serde_json::to_value(serde_json::json!({ "os": os, "interfaces": interfaces })).ok()
     }
 
-    async fn console(&self, mut connection: UnixStream) -> Option<()> {
+    async fn console(&self, asked: Asked) -> Option<()> {
         let Ok(mut console) = self.console.try_lock() else {
             let taken = Answer::Refused(Report::of(&ControlError::ConsoleTaken));
-            return write_line(&mut connection, &taken).await.ok();
+            asked.answer(&taken).await;
+            return Some(());
         };
         let console = console.as_mut()?;
-        write_line(&mut connection, &Answer::Console).await.ok()?;
+        let mut connection = asked.grant(&Answer::Console).await.ok()?;
         // The console outlives the connection: neither side is shut down.
         let (mut from_user, mut to_user) = connection.split();
         let (mut from_guest, mut to_guest) = console.split();
@@ -258,6 +328,10 @@ impl Serving {
 }
 
 async fn read_line<T: serde::de::DeserializeOwned>(connection: &mut UnixStream) -> io::Result<T> {
+    Ok(serde_json::from_slice(&read_bytes(connection).await?)?)
+}
+
+async fn read_bytes(connection: &mut UnixStream) -> io::Result<Vec<u8>> {
     // Byte by byte: what follows the line belongs to the console.
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
@@ -266,24 +340,13 @@ async fn read_line<T: serde::de::DeserializeOwned>(connection: &mut UnixStream) 
         }
         line.push(connection.read_u8().await?);
     }
-    Ok(serde_json::from_slice(&line)?)
+    Ok(line)
 }
 
 async fn write_line(connection: &mut UnixStream, value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');
     connection.write_all(&line).await
-}
-
-/// Bounds what the owner may take; it may be stopped.
-async fn in_time<T>(answer: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    match tokio::time::timeout(ANSWER, answer).await {
-        Ok(answer) => answer,
-        Err(_) => Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            "its owner does not answer",
-        )),
-    }
 }
 
 /// Reaches a running machine through its owner.
@@ -330,33 +393,49 @@ impl Controller {
     /// # Errors
     /// No such machine, or the console is open elsewhere.
     pub async fn console(&self) -> Result<UnixStream, ControlError> {
-        let mut connection = self.connect().await?;
-        let answer = in_time(async {
-            write_line(&mut connection, &Ask::Console).await?;
-            read_line::<Answer>(&mut connection).await
-        });
-        match answer.await.map_err(|source| self.unreachable(source))? {
-            Answer::Console => Ok(connection),
-            Answer::Refused(report) => Err(ControlError::Refused(report)),
+        match self.open(&Ask::Console, ANSWER).await? {
+            (Answer::Console, connection) => Ok(connection),
+            (Answer::Refused(report), _) => Err(ControlError::Refused(report)),
             _ => Err(self.confused()),
         }
     }
 
     async fn ask(&self, ask: Ask) -> Result<Answer, ControlError> {
-        let mut connection = self.connect().await?;
-        let answer = in_time(async {
-            write_line(&mut connection, &ask).await?;
-            let mut line = Vec::new();
-            BufReader::new(connection)
-                .take(MAX_LINE)
-                .read_until(b'\n', &mut line)
-                .await?;
-            Ok(serde_json::from_slice::<Answer>(&line)?)
-        });
-        match answer.await.map_err(|source| self.unreachable(source))? {
+        match self.call(&ask, ANSWER).await? {
             Answer::Refused(report) => Err(ControlError::Refused(report)),
             answer => Ok(answer),
         }
+    }
+
+    /// Asks one thing, and waits for the answer up to `within`.
+    pub(crate) async fn call<T: serde::de::DeserializeOwned>(
+        &self,
+        ask: &impl Serialize,
+        within: Duration,
+    ) -> Result<T, ControlError> {
+        Ok(self.open(ask, within).await?.0)
+    }
+
+    /// Asks one thing, and gives the connection besides the answer.
+    pub(crate) async fn open<T: serde::de::DeserializeOwned>(
+        &self,
+        ask: &impl Serialize,
+        within: Duration,
+    ) -> Result<(T, UnixStream), ControlError> {
+        let mut connection = self.connect().await?;
+        let answer = async {
+            write_line(&mut connection, ask).await?;
+            read_line::<T>(&mut connection).await
+        };
+        let answer = match tokio::time::timeout(within, answer).await {
+            Ok(answer) => answer,
+            Err(_) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                "its owner does not answer",
+            )),
+        };
+        let answer = answer.map_err(|source| self.unreachable(source))?;
+        Ok((answer, connection))
     }
 
     async fn connect(&self) -> Result<UnixStream, ControlError> {
@@ -373,7 +452,7 @@ impl Controller {
         }
     }
 
-    fn confused(&self) -> ControlError {
+    pub(crate) fn confused(&self) -> ControlError {
         ControlError::Answer {
             id: self.id.clone(),
         }

@@ -22,6 +22,11 @@ impl Dirs {
         self.state.join("runs")
     }
 
+    /// Record of one run, or of one detached machine.
+    pub fn run(&self, id: &crate::spec::VmId) -> PathBuf {
+        self.runs().join(id.as_str())
+    }
+
     /// Files that can be made again at any time.
     pub fn cache(&self) -> PathBuf {
         self.state.join("cache")
@@ -35,6 +40,11 @@ impl Dirs {
     /// Installed kernels.
     pub fn kernels(&self) -> PathBuf {
         self.state.join("kernels")
+    }
+
+    /// Where a machine's own sockets are, where it can outlive its supervisor.
+    pub fn machine_sockets(&self, id: &crate::spec::VmId) -> PathBuf {
+        self.runtime.join(format!("{id}.vmm"))
     }
 
     /// The control socket of a machine.

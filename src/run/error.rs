@@ -74,6 +74,9 @@ pub enum MachineError {
         /// The console's tail.
         console: String,
     },
+    /// Its start was given up.
+    #[error("the machine was stopped before it was up")]
+    Cancelled,
     /// The monitor failed.
     #[error(transparent)]
     Qmp(#[from] QmpError),
@@ -119,6 +122,7 @@ impl Explain for MachineError {
             Self::GuestPanic { .. } => "guest-panic",
             Self::GuestEnded { .. } => "guest-ended",
             Self::AgentSilent { .. } => "agent-silent",
+            Self::Cancelled => "start-cancelled",
             Self::Qmp(error) => error.code(),
             Self::Guest(error) => error.code(),
         }
@@ -145,6 +149,7 @@ impl Explain for MachineError {
             Self::GuestEnded { .. } | Self::AgentSilent { .. } => {
                 "Check image and kernel, and that the accelerator works (`bulkhead doctor`).".into()
             }
+            Self::Cancelled => "Start it again.".into(),
             Self::Qmp(error) => error.remedy(),
             Self::Guest(error) => error.remedy(),
         }

@@ -374,6 +374,17 @@ fn bring_back(
     brought
 }
 
+/// Program and arguments of a command, its script in its place in the guest.
+pub(super) fn argv(command: &crate::spec::Command) -> Vec<String> {
+    let mut argv = Vec::new();
+    if let Some(script) = &command.script {
+        argv.extend(script.interpreter.iter().cloned());
+        argv.push(format!("{INPUT}/{}", script.name));
+    }
+    argv.extend(command.argv.iter().cloned());
+    argv
+}
+
 fn put(path: &str, spec: &Spec, track: bool) -> Request {
     Request::Put {
         path: path.into(),

@@ -14,7 +14,6 @@ use super::capture::Capture;
 use super::outcome::Captured;
 use super::runner::{Io, Signal};
 use crate::guest::{Input, Output, Stream};
-use crate::spec::Spec;
 
 /// How long a killed command may take to end before the machine is killed.
 pub(super) const KILL_GRACE: Duration = Duration::from_secs(2);
@@ -45,16 +44,22 @@ pub(super) async fn drive(
     stream: &mut Stream,
     sinks: &mut [Sink; 2],
     signals: &mut mpsc::Receiver<Signal>,
-    limit: Duration,
+    limit: Option<Duration>,
 ) -> Result<Ending, RunError> {
     let control = stream.input();
     // Apart from each other: a reader of the output that is slow, or a guest
     // that does not read, stops neither the clock nor the signals.
     let mut follow = pin!(follow(stream, sinks));
+    let over = async {
+        match limit {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         exit = &mut follow => return Ok(Ending::Exit(exit?)),
         never = forward(signals, &control) => match never {},
-        () = tokio::time::sleep(limit) => {}
+        () = over => {}
     }
     let end = async {
         let _ = control.control(&Control::Kill).await;
@@ -106,11 +111,11 @@ impl Sink {
         to: Option<Box<dyn AsyncWrite + Send + Unpin>>,
         name: &'static str,
         io: &Io,
-        spec: &Spec,
+        owner: &str,
     ) -> Self {
         match to {
             Some(to) => Self::Pass { to, name },
-            None => Self::Collect(Capture::new(io.spill.join(format!("{}.{name}", spec.id)))),
+            None => Self::Collect(Capture::new(io.spill.join(format!("{owner}.{name}")))),
         }
     }
 

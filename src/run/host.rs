@@ -94,20 +94,34 @@ impl Host {
         share: Option<&HostDir>,
     ) -> Result<(Image, Machine), RunError> {
         let (image, plan) = self.plan(spec)?;
-        if spec.accel == Accel::Kvm {
-            let verdict = prove::kvm(self, &plan.qemu, &image, prove::Earlier::Any).await?;
-            if !verdict.usable {
-                return Err(RunError::NoKvm {
-                    reason: verdict.reason,
-                });
-            }
-        }
+        self.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         let mut machine = self
             .start_unproved(spec, plan, self.boot_timeout, share)
             .await?;
         machine.hold(lock);
         Ok((image, machine))
+    }
+
+    /// Proves that the accelerator asked for works.
+    ///
+    /// # Errors
+    /// It does not.
+    pub(crate) async fn prove(
+        &self,
+        spec: &Spec,
+        image: &Image,
+        plan: &Plan,
+    ) -> Result<(), RunError> {
+        if spec.accel == Accel::Kvm {
+            let verdict = prove::kvm(self, &plan.qemu, image, prove::Earlier::Any).await?;
+            if !verdict.usable {
+                return Err(RunError::NoKvm {
+                    reason: verdict.reason,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Starts a planned machine, whatever is known of the accelerator.
@@ -120,12 +134,23 @@ impl Host {
     ) -> Result<Machine, RunError> {
         let record = Record::create(&self.dirs, spec, &plan)?;
         let options = StartOptions {
-            cache: self.dirs.cache(),
             boot_timeout,
-            die_with_thread: self.die_with_thread,
             share: share.cloned(),
+            ..self.options(&plan, &record)
         };
         Ok(Machine::start(plan, record, &options).await?)
+    }
+
+    /// What a machine of this host is started with.
+    pub(crate) fn options(&self, plan: &Plan, record: &Record) -> StartOptions {
+        StartOptions {
+            cache: self.dirs.cache(),
+            boot_timeout: self.boot_timeout,
+            die_with_thread: self.die_with_thread && !plan.adoptable,
+            share: None,
+            disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
+            sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
+        }
     }
 }
 

@@ -1,8 +1,6 @@
 //! A running VMM process with its leases, its monitor and its guest channel.
 
-use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,15 +9,16 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use super::console::ConsoleLog;
+use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::record::{Record, RecordError};
 use crate::guest::archive::HostDir;
 use crate::guest::{Channel, GuestError, connect_vsock};
-use crate::host::{probe, sys};
-use crate::image::{Lock, scratch};
-use crate::plan::{self, Descriptor, Plan};
+use crate::host::fault;
+use crate::host::lease::Lease;
+use crate::image::Lock;
+use crate::plan::{self, Plan};
 use crate::qmp::Monitor;
-use crate::spec::fill_random;
 use crate::vmm::{ExitStatus, Spawn, VmmProcess};
 
 /// What starting a machine needs besides its plan.
@@ -35,6 +34,10 @@ pub struct StartOptions {
     /// The plan's share, already open; opened by its path when absent. Whoever
     /// may rename it must not choose what the guest sees.
     pub share: Option<HostDir>,
+    /// The plan's writable disk, where it outlives the VMM; made when missing.
+    pub disk: Option<PathBuf>,
+    /// Where the machine's sockets are, where it can outlive its owner.
+    pub sockets: Option<PathBuf>,
 }
 
 /// When the phases of a start were over, in microseconds since its beginning.
@@ -74,17 +77,6 @@ struct Live {
     phases: Phases,
 }
 
-/// Our ends of the descriptors QEMU is given.
-#[derive(Debug, Default)]
-struct Ends {
-    qmp: Option<UnixStream>,
-    serial: Option<UnixStream>,
-    console: Option<UnixStream>,
-    qga: Option<UnixStream>,
-    agent: Option<UnixStream>,
-    cid: Option<u32>,
-}
-
 impl Machine {
     /// Starts the VMM and waits until the guest agent answers. On failure
     /// nothing is left behind but what the error says.
@@ -93,21 +85,42 @@ impl Machine {
     /// See [`MachineError`].
     pub async fn start(
         plan: Plan,
-        mut record: Record,
+        record: Record,
         options: &StartOptions,
     ) -> Result<Self, MachineError> {
-        match Self::bring_up(plan, &mut record, options).await {
-            Ok(live) => Ok(Self {
-                live,
-                record,
-                image: None,
-            }),
-            Err(error) => {
+        match Self::launch(plan, record, options, std::future::pending()).await {
+            Ok(machine) => Ok(machine),
+            Err((error, record)) => {
                 for leak in record.close() {
                     tracing::warn!("{leak}");
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// As [`Machine::start`], unless `cancelled` comes first; on failure the
+    /// record comes back, and with it the leases to be released.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub async fn launch(
+        plan: Plan,
+        mut record: Record,
+        options: &StartOptions,
+        cancelled: impl Future<Output = ()>,
+    ) -> Result<Self, (MachineError, Record)> {
+        let live = tokio::select! {
+            live = Self::bring_up(plan, &mut record, options) => live,
+            () = cancelled => Err(MachineError::Cancelled),
+        };
+        match live {
+            Ok(live) => Ok(Self {
+                live,
+                record,
+                image: None,
+            }),
+            Err(error) => Err((error, record)),
         }
     }
 
@@ -118,7 +131,13 @@ impl Machine {
     ) -> Result<Live, MachineError> {
         let begin = Instant::now();
         let mut ends = Ends::default();
-        let descriptors = descriptors(&plan, record.dir(), options, &mut ends)?;
+        if let Some(dir) = &options.sockets {
+            let lease = Lease::Dir { path: dir.clone() };
+            record.lease(lease).map_err(RecordError::from)?;
+            super::dirs::make_private(dir).map_err(io_error("make", dir))?;
+        }
+        let descriptors = ends::descriptors(&plan, record.dir(), options, &mut ends)?;
+        plan.cid = ends.cid;
         if let Some(cid) = ends.cid {
             for word in &mut plan.args {
                 if word.starts_with("vhost-vsock") {
@@ -130,7 +149,7 @@ impl Machine {
         // Through us, because a guest can make QEMU complain without end.
         let log_path = record.dir().join("qemu.log");
         let mut words = None;
-        let log = socket(&mut words, &plan.qemu)?;
+        let log = ends::pair(&mut words).map_err(io_error("make a socket for", &plan.qemu))?;
         let words = words.ok_or(MachineError::Missing { what: "QEMU's log" })?;
         let words =
             ConsoleLog::start(words, &log_path).map_err(io_error("make QEMU's log", &log_path))?;
@@ -142,66 +161,79 @@ impl Machine {
             die_with_thread: options.die_with_thread,
         };
         let process = spawn.run(|process| record.lease(process.lease()))?;
-        let mut phases = Phases {
-            spawned_us: since(begin),
-            ..Phases::default()
-        };
-
-        let missing = |what| MachineError::Missing { what };
-        let serial = ends.serial.take().ok_or(missing("the serial port"))?;
+        fault::at("spawned").map_err(io_error("start", &plan.qemu))?;
         let console_path = record.dir().join("console.log");
+        let serial = ends.serial.take().ok_or(missing("the serial port"))?;
         let console = ConsoleLog::start(serial, &console_path)
             .map_err(io_error("make the console's log", &console_path))?;
-        let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
-        let monitor = async {
-            let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
-            Ok::<_, MachineError>((monitor, since(begin)))
-        };
-        let agent = ends.agent.take();
-        let channel = async {
-            let connected = match (agent, ends.cid) {
-                (Some(stream), _) => Channel::connect(stream).await,
-                (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
-                    Ok(stream) => Channel::connect(stream).await,
-                    Err(source) => Err(GuestError::Io {
-                        action: "connecting over vsock",
-                        source: source.into(),
-                    }),
-                },
-                (None, None) => return Err(missing("a channel to the guest agent")),
-            };
-            let (channel, hello) = connected?;
-            Ok::<_, MachineError>((channel, hello, since(begin)))
-        };
-        let ready = async { tokio::try_join!(monitor, channel) };
-        let ready = tokio::select! {
-            // An end of QEMU explains a lost monitor or channel better than they do.
-            biased;
-            status = process.wait() => Err(Ended::Process(status)),
-            ready = ready => ready.map_err(Ended::Setup),
-            () = tokio::time::sleep(options.boot_timeout) => Err(Ended::Silent),
-        };
-        let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
-            Ok(ready) => ready,
-            Err(ended) => {
-                return Err(explain_end(ended, &plan, &process, &console, &words, options).await);
-            }
-        };
-        phases.qmp_us = qmp_us;
-        phases.agent_us = agent_us;
-        tracing::debug!(id = %plan.id, agent = hello.program, ?phases, "machine is up");
-        Ok(Live {
+        let spawned_us = since(begin);
+        let parts = Parts {
             plan,
             process,
-            monitor,
-            channel,
-            hello,
             console,
             words,
-            emergency: ends.console,
-            qga: ends.qga,
-            phases,
-        })
+        };
+        parts.connect(ends, options, begin, spawned_us).await
+    }
+
+    /// Takes over a running machine whose owner died.
+    ///
+    /// # Errors
+    /// Its VMM is gone, or monitor or guest agent do not answer. The record
+    /// comes back with its leases as they are: they are the caller's to release.
+    pub async fn take_over(
+        plan: Plan,
+        record: Record,
+        options: &StartOptions,
+    ) -> Result<Self, (MachineError, Record)> {
+        match Self::find(plan, &record, options).await {
+            Ok(live) => Ok(Self {
+                live,
+                record,
+                image: None,
+            }),
+            Err(error) => Err((error, record)),
+        }
+    }
+
+    async fn find(
+        plan: Plan,
+        record: &Record,
+        options: &StartOptions,
+    ) -> Result<Live, MachineError> {
+        let begin = Instant::now();
+        let qemu = plan.qemu.clone();
+        let process = record.leases().iter().find_map(|lease| match lease {
+            Lease::Process {
+                pid, start_time, ..
+            } if lease.is_live_process() => Some((*pid, *start_time)),
+            _ => None,
+        });
+        let (pid, start_time) = process.ok_or(missing("a living VMM"))?;
+        let process = VmmProcess::take_over(pid, start_time).map_err(io_error("watch", &qemu))?;
+        let sockets = options.sockets.as_ref();
+        let sockets = sockets.ok_or(missing("sockets that can be taken over"))?;
+        let mut ends = Ends::reconnect(&plan, sockets)
+            .await
+            .map_err(io_error("connect to the sockets in", sockets))?;
+        let console_path = record.dir().join("console.log");
+        let serial = ends.serial.take().ok_or(missing("the serial port"))?;
+        let console = ConsoleLog::resume(serial, &console_path)
+            .map_err(io_error("open the console's log", &console_path))?;
+        // What QEMU says went to its first owner.
+        let mut words = None;
+        drop(ends::pair(&mut words).map_err(io_error("make a socket for", &qemu))?);
+        let log_path = record.dir().join("qemu.log");
+        let words = words.ok_or(missing("QEMU's log"))?;
+        let words =
+            ConsoleLog::resume(words, &log_path).map_err(io_error("open QEMU's log", &log_path))?;
+        let parts = Parts {
+            plan,
+            process,
+            console,
+            words,
+        };
+        parts.connect(ends, options, begin, 0).await
     }
 
     /// Its plan, with everything that was leased at start filled in.
@@ -277,8 +309,26 @@ impl Machine {
     ///
     /// # Errors
     /// The journal cannot be written; the resource must not be made.
-    pub fn lease(&mut self, lease: crate::host::lease::Lease) -> Result<(), RecordError> {
+    pub fn lease(&mut self, lease: Lease) -> Result<(), RecordError> {
         Ok(self.record.lease(lease)?)
+    }
+
+    /// Stands still: no processor runs until [`Machine::resume`].
+    ///
+    /// # Errors
+    /// QEMU refuses.
+    pub async fn pause(&self) -> Result<(), MachineError> {
+        self.live.monitor.execute(qapi::qmp::stop {}).await?;
+        Ok(())
+    }
+
+    /// Goes on after [`Machine::pause`].
+    ///
+    /// # Errors
+    /// QEMU refuses.
+    pub async fn resume(&self) -> Result<(), MachineError> {
+        self.live.monitor.execute(qapi::qmp::cont {}).await?;
+        Ok(())
     }
 
     /// Powers the guest off, kills the VMM if that takes longer than `grace`,
@@ -287,6 +337,13 @@ impl Machine {
     /// # Errors
     /// The leases that could not be released; they stay for `bulkhead gc`.
     pub async fn stop(self, grace: Duration) -> Result<(), Vec<RecordError>> {
+        self.power_off(grace).await;
+        self.kill().await
+    }
+
+    /// Asks the guest to power off, and waits until it has or `grace` is over.
+    /// Gives whether it has.
+    pub async fn power_off(&self, grace: Duration) -> bool {
         let powered_off = async {
             let ask = self
                 .live
@@ -296,8 +353,7 @@ impl Machine {
             let _ = ask.await;
             self.live.process.wait().await
         };
-        let _ = tokio::time::timeout(grace, powered_off).await;
-        self.kill().await
+        matches!(tokio::time::timeout(grace, powered_off).await, Ok(Ok(_)))
     }
 
     /// Ends the VMM at once and releases every lease.
@@ -305,15 +361,109 @@ impl Machine {
     /// # Errors
     /// The leases that could not be released; they stay for `bulkhead gc`.
     pub async fn kill(self) -> Result<(), Vec<RecordError>> {
-        let _ = self.live.process.kill();
-        let _ = self.live.process.wait().await;
-        let errors = self.record.close();
+        let (record, mut errors) = self.end().await;
+        if errors.is_empty() {
+            errors = record.close();
+        }
         if errors.is_empty() {
             Ok(())
         } else {
             Err(errors)
         }
     }
+
+    /// Ends the VMM at once and releases every lease, but keeps the record,
+    /// still locked. The errors are the leases that could not be released.
+    pub async fn end(mut self) -> (Record, Vec<RecordError>) {
+        let _ = fault::at("end VMM");
+        let _ = self.live.process.kill();
+        let _ = self.live.process.wait().await;
+        let errors = self.record.release();
+        (self.record, errors)
+    }
+}
+
+/// What a machine has before its monitor and its agent answer.
+struct Parts {
+    plan: Plan,
+    process: VmmProcess,
+    console: ConsoleLog,
+    words: ConsoleLog,
+}
+
+impl Parts {
+    /// Waits until monitor and agent answer.
+    async fn connect(
+        self,
+        mut ends: Ends,
+        options: &StartOptions,
+        begin: Instant,
+        spawned_us: u64,
+    ) -> Result<Live, MachineError> {
+        let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
+        let monitor = async {
+            let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
+            Ok::<_, MachineError>((monitor, since(begin)))
+        };
+        let (agent, cid) = (ends.agent.take(), self.plan.cid);
+        let channel = async {
+            let connected = match (agent, cid) {
+                (Some(stream), _) => Channel::connect(stream).await,
+                (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
+                    Ok(stream) => Channel::connect(stream).await,
+                    Err(source) => Err(GuestError::Io {
+                        action: "connecting over vsock",
+                        source: source.into(),
+                    }),
+                },
+                (None, None) => return Err(missing("a channel to the guest agent")),
+            };
+            let (channel, hello) = connected?;
+            Ok::<_, MachineError>((channel, hello, since(begin)))
+        };
+        let ready = async { tokio::try_join!(monitor, channel) };
+        let ready = tokio::select! {
+            // An end of QEMU explains a lost monitor or channel better than they do.
+            biased;
+            status = self.process.wait() => Err(Ended::Process(status)),
+            ready = ready => ready.map_err(Ended::Setup),
+            () = tokio::time::sleep(options.boot_timeout) => Err(Ended::Silent),
+        };
+        let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
+            Ok(ready) => ready,
+            Err(ended) => {
+                let Self {
+                    plan,
+                    process,
+                    console,
+                    words,
+                } = &self;
+                return Err(explain_end(ended, plan, process, console, words, options).await);
+            }
+        };
+        let phases = Phases {
+            spawned_us,
+            qmp_us,
+            agent_us,
+        };
+        tracing::debug!(id = %self.plan.id, agent = hello.program, ?phases, "machine is up");
+        Ok(Live {
+            plan: self.plan,
+            process: self.process,
+            monitor,
+            channel,
+            hello,
+            console: self.console,
+            words: self.words,
+            emergency: ends.console,
+            qga: ends.qga,
+            phases,
+        })
+    }
+}
+
+fn missing(what: &'static str) -> MachineError {
+    MachineError::Missing { what }
 }
 
 /// Why a start came to nothing.
@@ -327,105 +477,16 @@ fn since(begin: Instant) -> u64 {
     u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
+pub(super) fn io_error(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> MachineError {
     let path = path.to_owned();
     move |source| MachineError::Io {
         action,
         path,
         source,
     }
-}
-
-/// Opens what QEMU is given, in the plan's order.
-fn descriptors(
-    plan: &Plan,
-    dir: &Path,
-    options: &StartOptions,
-    ends: &mut Ends,
-) -> Result<Vec<OwnedFd>, MachineError> {
-    let socket = |end: &mut Option<UnixStream>| socket(end, &plan.qemu);
-    plan.descriptors
-        .iter()
-        .map(|descriptor| match descriptor {
-            Descriptor::Qmp => socket(&mut ends.qmp),
-            Descriptor::Serial => socket(&mut ends.serial),
-            Descriptor::Console => socket(&mut ends.console),
-            Descriptor::Qga => socket(&mut ends.qga),
-            Descriptor::Agent => socket(&mut ends.agent),
-            Descriptor::Root => Ok(File::open(&plan.root)
-                .map_err(io_error("open", &plan.root))?
-                .into()),
-            Descriptor::Share => share(plan, dir, options),
-            Descriptor::Scratch => scratch_disk(plan, dir, options),
-            Descriptor::Vsock => {
-                let (vhost, cid) = claim_cid()?;
-                ends.cid = Some(cid);
-                Ok(vhost)
-            }
-        })
-        .collect()
-}
-
-/// A pair of sockets: one end for us, the other for QEMU.
-fn socket(end: &mut Option<UnixStream>, qemu: &Path) -> Result<OwnedFd, MachineError> {
-    let mut pair = || {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-        ours.set_nonblocking(true)?;
-        *end = Some(UnixStream::from_std(ours)?);
-        Ok(OwnedFd::from(theirs))
-    };
-    pair().map_err(io_error("make a socket for", qemu))
-}
-
-/// The shared workspace.
-fn share(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<OwnedFd, MachineError> {
-    let missing = MachineError::Missing {
-        what: "the shared workspace",
-    };
-    let path = &plan.share.as_ref().ok_or(missing)?.dir;
-    let open = || {
-        let share = match &options.share {
-            Some(share) => share.clone(),
-            None => HostDir::open(path)?,
-        };
-        super::share::record(dir, &share)?;
-        share.as_fd().try_clone_to_owned()
-    };
-    open().map_err(io_error("share", path))
-}
-
-/// A fresh disk that exists only for as long as QEMU holds it.
-fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<OwnedFd, MachineError> {
-    let template = scratch::template(&options.cache, plan.scratch.0)?;
-    let path = dir.join("scratch.img");
-    scratch::copy(&template, &path)?;
-    let disk = File::options()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(io_error("open", &path))?;
-    fs::remove_file(&path).map_err(io_error("unlink", &path))?;
-    Ok(disk.into())
-}
-
-/// Claims a free vsock address. It is free again when the descriptor closes.
-fn claim_cid() -> Result<(OwnedFd, u32), MachineError> {
-    let path = Path::new("/dev/vhost-vsock");
-    let vhost = probe::vhost_vsock().map_err(io_error("open", path))?;
-    for _ in 0..64 {
-        let mut bytes = [0; 4];
-        fill_random(&mut bytes);
-        // 0 to 2 are the hypervisor, this host and its loopback; the last is "any".
-        let cid = u32::from_le_bytes(bytes).clamp(3, u32::MAX - 1);
-        match sys::set_guest_cid(vhost.as_fd(), u64::from(cid)) {
-            Ok(()) => return Ok((vhost.into(), cid)),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-            Err(error) => return Err(io_error("claim a vsock address on", path)(error)),
-        }
-    }
-    Err(io_error("claim a vsock address on", path)(
-        io::ErrorKind::AddrInUse.into(),
-    ))
 }
 
 async fn explain_end(

@@ -1,10 +1,13 @@
 //! From a plan to an outcome.
 
 mod capture;
+mod command;
 mod console;
 mod control;
+pub(crate) mod detached;
 mod dirs;
 pub mod doctor;
+mod ends;
 mod error;
 mod exchange;
 mod follow;
@@ -17,12 +20,15 @@ mod record;
 mod recovery;
 mod runner;
 mod share;
+mod state;
 mod transfer;
 pub mod workspace;
 
 use std::path::PathBuf;
 
+pub use command::{Commanded, command};
 pub use console::ConsoleLog;
+pub(crate) use control::{Asked, Desk, listen};
 pub use control::{ControlError, Controller};
 pub use dirs::Dirs;
 pub use error::MachineError;
@@ -31,8 +37,11 @@ pub use machine::{Machine, Phases, StartOptions};
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
 pub use provision::provision;
 pub use record::{Record, RecordError};
+pub(crate) use recovery::look;
 pub use recovery::{Found, recover};
 pub use runner::{Io, Progress, Signal, run};
+pub(crate) use state::now_ms;
+pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;

@@ -69,10 +69,10 @@ pub async fn provision(
             exchange,
         };
         let done = session.run(&mut io).await?;
-        if done.exit_code != 0 {
+        if done.command.exit_code != 0 {
             return Err(RunError::Script {
-                code: done.exit_code,
-                timed_out: done.timed_out,
+                code: done.command.exit_code,
+                timed_out: done.command.timed_out,
             });
         }
         let export = export(host, &machine, &from, name);

@@ -8,8 +8,11 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::dirs::{Dirs, make_private};
 use super::recovery::{self, Found};
+use super::state::{ImageUse, StateError, StateFile};
 use crate::error::Explain;
+use crate::host::fault;
 use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
+use crate::image::Image;
 use crate::plan::Plan;
 use crate::spec::{Spec, VmId};
 
@@ -50,6 +53,21 @@ pub enum RecordError {
     /// A lease could not be journalled.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// No machine of that name.
+    #[error("there is no machine named {id}")]
+    NotFound {
+        /// The name.
+        id: VmId,
+    },
+    /// A machine of that name exists and can be started.
+    #[error("a machine named {id} exists already")]
+    Exists {
+        /// The name.
+        id: VmId,
+    },
+    /// Its state could not be read or written.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 impl Explain for RecordError {
@@ -61,6 +79,9 @@ impl Explain for RecordError {
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "state-dir-unusable",
             Self::Lease(error) => error.code(),
+            Self::NotFound { .. } => "machine-not-found",
+            Self::Exists { .. } => "name-in-use",
+            Self::State(error) => error.code(),
         }
     }
 
@@ -82,6 +103,11 @@ impl Explain for RecordError {
                     .into()
             }
             Self::Lease(error) => error.remedy(),
+            Self::NotFound { .. } => "See `bulkhead ls` for the machines there are.".into(),
+            Self::Exists { id } => {
+                format!("Choose another --name, or remove it with `bulkhead rm {id}`.")
+            }
+            Self::State(error) => error.remedy(),
         }
     }
 }
@@ -95,11 +121,21 @@ pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Err
     }
 }
 
-/// The directory of a run, locked by its owner for as long as this lives.
+/// Files of a run's directory.
+pub(super) const SPEC: &str = "spec.json";
+pub(super) const PLAN: &str = "plan.json";
+pub(super) const LEASES: &str = "leases.json";
+/// What a detached machine holds also while it does not run.
+pub(super) const KEPT: &str = "kept.json";
+
+/// The directory of a run or of a detached machine, locked by its owner for as
+/// long as this lives.
 #[derive(Debug)]
 pub struct Record {
     dir: PathBuf,
     journal: Journal,
+    /// The directory outlives this.
+    kept: bool,
     /// Not inherited by QEMU: free as soon as the owner is gone.
     _lock: Flock<File>,
 }
@@ -110,55 +146,17 @@ impl Record {
     /// # Errors
     /// The name is taken by a live machine, or the disk refuses.
     pub fn create(dirs: &Dirs, spec: &Spec, plan: &Plan) -> Result<Self, RecordError> {
-        let socket = dirs.control_socket(&spec.id);
-        // sun_path of sockaddr_un (unix(7)), with its zero byte.
-        if socket.as_os_str().len() > 107 {
-            return Err(RecordError::SocketPath { path: socket });
-        }
-        let runs = dirs.runs();
-        make_private(&runs).map_err(io_error("make", &runs))?;
-        make_private(&dirs.runtime).map_err(io_error("make", &dirs.runtime))?;
-        // Nobody recovers while a directory has no lock yet.
-        let _runs_lock = lock_runs(&runs)?;
-        let dir = runs.join(spec.id.as_str());
-        if dir.exists() {
-            let id = spec.id.clone();
-            match recovery::recover_one(&dir) {
-                Found::Alive { .. } => return Err(RecordError::InUse { id }),
-                Found::Dead { errors, .. } => {
-                    if let Some(error) = errors.first() {
-                        let why = format!("{}: {}", error.what, error.cause);
-                        return Err(RecordError::Stale { id, why });
-                    }
-                }
-            }
-        }
-        // Two state directories may share one runtime directory.
-        if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
-            return Err(RecordError::InUse {
-                id: spec.id.clone(),
-            });
-        }
-        make_private(&dir).map_err(io_error("make", &dir))?;
-        let lock = lock_run(&dir)?.ok_or_else(|| RecordError::InUse {
-            id: spec.id.clone(),
-        })?;
+        let (dir, lock) = make_dir(dirs, spec)?;
         let made = || {
-            for (name, text) in [
-                ("spec.json", serde_json::to_vec_pretty(spec)),
-                ("plan.json", serde_json::to_vec_pretty(plan)),
-            ] {
-                let path = dir.join(name);
-                text.map_err(io::Error::from)
-                    .and_then(|text| fs::write(&path, text))
-                    .map_err(io_error("write", &path))?;
-            }
-            Ok(Journal::create(dir.join("leases.json"))?)
+            write_json(&dir.join(SPEC), spec)?;
+            write_json(&dir.join(PLAN), plan)?;
+            Ok(Journal::create(dir.join(LEASES))?)
         };
         match made() {
             Ok(journal) => Ok(Self {
                 dir,
                 journal,
+                kept: false,
                 _lock: lock,
             }),
             Err(error) => {
@@ -166,6 +164,61 @@ impl Record {
                 Err(error)
             }
         }
+    }
+
+    /// Makes `runs/<id>/` of a detached machine that is not started yet. The
+    /// caller holds the image's lock.
+    ///
+    /// # Errors
+    /// The name is taken, or the disk refuses; nothing is left then.
+    pub fn keep(dirs: &Dirs, spec: &Spec, image: &Image, name: &str) -> Result<(), RecordError> {
+        let (dir, _lock) = make_dir(dirs, spec)?;
+        let mut kept = None;
+        let mut make = || {
+            write_json(&dir.join(SPEC), spec)?;
+            let journal = kept.insert(Journal::create(dir.join(KEPT))?);
+            // Two state directories may share their images.
+            let path = image.use_file(&format!("{}-{}", spec.id, VmId::random()));
+            journal.add(Lease::File { path: path.clone() })?;
+            let make = || {
+                make_private(path.parent().unwrap_or(&path))?;
+                fs::write(&path, dir.to_string_lossy().as_bytes())
+            };
+            make().map_err(io_error("make", &path))?;
+            // The machine exists with this file, and not before.
+            let image = ImageUse {
+                name: name.to_owned(),
+                id: image.id.clone(),
+            };
+            StateFile::create(&dir, &spec.id, image)?;
+            Ok(())
+        };
+        make().inspect_err(|_: &RecordError| {
+            let _ = kept.as_mut().map(Journal::release_all);
+            let _ = fs::remove_dir_all(&dir);
+        })
+    }
+
+    /// Takes a detached machine over, to start it or to clear it away.
+    ///
+    /// # Errors
+    /// No such machine, or somebody else has it.
+    pub fn open(dirs: &Dirs, id: &VmId) -> Result<(Self, Spec, StateFile), RecordError> {
+        let dir = dirs.run(id);
+        if !StateFile::is_in(&dir) {
+            return Err(RecordError::NotFound { id: id.clone() });
+        }
+        let lock = lock_soon(&dir)?.ok_or_else(|| RecordError::InUse { id: id.clone() })?;
+        let state = StateFile::open(&dir, id)?;
+        let spec = read_json(&dir.join(SPEC))?;
+        let journal = Journal::open(dir.join(LEASES))?;
+        let record = Self {
+            dir,
+            journal,
+            kept: true,
+            _lock: lock,
+        };
+        Ok((record, spec, state))
     }
 
     /// The run's directory.
@@ -192,17 +245,67 @@ impl Record {
             .map_err(io_error("write", &path))
     }
 
-    /// Releases every lease and removes the directory. What could not be
-    /// released stays written down for `bulkhead gc`.
+    /// What is leased at present.
+    pub fn leases(&self) -> &[Lease] {
+        self.journal.leases()
+    }
+
+    /// The plan of the machine that runs, or ran last.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn plan(&self) -> Result<Plan, RecordError> {
+        read_json(&self.dir.join(PLAN))
+    }
+
+    /// Releases every lease, and removes the directory of a run; that of a
+    /// detached machine stays. What could not be released stays written down
+    /// for `bulkhead gc`.
     pub fn close(mut self) -> Vec<RecordError> {
+        let mut errors = self.release();
+        if errors.is_empty()
+            && !self.kept
+            && let Err(error) = self.remove()
+        {
+            errors.push(error);
+        }
+        errors
+    }
+
+    /// Releases every lease of the running machine.
+    pub(crate) fn release(&mut self) -> Vec<RecordError> {
         let mut errors: Vec<_> = self
             .journal
             .release_all()
             .into_iter()
             .map(Into::into)
             .collect();
-        if errors.is_empty()
-            && let Err(error) = self.remove()
+        // The directory of a run goes as a whole.
+        if self.kept
+            && let Err(error) = self.journal.save()
+        {
+            errors.push(error.into());
+        }
+        errors
+    }
+
+    /// Removes a detached machine for good: its leases, its disk, its record.
+    pub fn destroy(mut self) -> Vec<RecordError> {
+        let mut errors = self.release();
+        match Journal::open(self.dir.join(KEPT)) {
+            Ok(mut kept) => errors.extend(kept.release_all().into_iter().map(Into::into)),
+            Err(error) => errors.push(error.into()),
+        }
+        if !errors.is_empty() {
+            return errors;
+        }
+        // Without this file it is what a dead owner left: whatever ends us from
+        // here on, recovery finishes the work.
+        let state = self.dir.join(StateFile::NAME);
+        let removed = fault::at("remove state.json").and_then(|()| fs::remove_file(&state));
+        if let Err(error) = removed
+            .map_err(io_error("remove", &state))
+            .and_then(|()| self.remove())
         {
             errors.push(error);
         }
@@ -218,6 +321,7 @@ impl Record {
         // Without it somebody else would see a directory whose lock is gone
         // already, and take it for a dead run's.
         let _runs = self.dir.parent().map(lock_runs).transpose()?;
+        fault::at("remove run").map_err(io_error("remove", &self.dir))?;
         let mut tries = 0;
         loop {
             match fs::remove_dir_all(&self.dir) {
@@ -230,6 +334,79 @@ impl Record {
             }
         }
     }
+}
+
+/// Makes and locks `runs/<id>/` where the name is free.
+fn make_dir(dirs: &Dirs, spec: &Spec) -> Result<(PathBuf, Flock<File>), RecordError> {
+    let socket = dirs.control_socket(&spec.id);
+    // sun_path of sockaddr_un (unix(7)), with its zero byte.
+    if socket.as_os_str().len() > 107 {
+        return Err(RecordError::SocketPath { path: socket });
+    }
+    let runs = dirs.runs();
+    make_private(&runs).map_err(io_error("make", &runs))?;
+    make_private(&dirs.runtime).map_err(io_error("make", &dirs.runtime))?;
+    // Nobody recovers while a directory has no lock yet.
+    let _runs_lock = lock_runs(&runs)?;
+    let dir = dirs.run(&spec.id);
+    let id = || spec.id.clone();
+    if dir.exists() {
+        match recovery::recover_one(&dir) {
+            Found::Alive { .. } => return Err(RecordError::InUse { id: id() }),
+            Found::Kept { .. } | Found::Survivor { .. } => {
+                return Err(RecordError::Exists { id: id() });
+            }
+            Found::Dead { errors, .. } => {
+                if let Some(error) = errors.first() {
+                    let why = format!("{}: {}", error.what, error.cause);
+                    return Err(RecordError::Stale { id: id(), why });
+                }
+                // What was lost of a detached machine is cleared away, not the machine.
+                if StateFile::is_in(&dir) {
+                    return Err(RecordError::Exists { id: id() });
+                }
+            }
+        }
+    }
+    // Two state directories may share one runtime directory.
+    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+        return Err(RecordError::InUse { id: id() });
+    }
+    fault::at("make run").map_err(io_error("make", &dir))?;
+    make_private(&dir).map_err(io_error("make", &dir))?;
+    match lock_run(&dir) {
+        Ok(Some(lock)) => Ok((dir, lock)),
+        Ok(None) => Err(RecordError::InUse { id: id() }),
+        Err(error) => {
+            let _ = fs::remove_dir_all(&dir);
+            Err(error)
+        }
+    }
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), RecordError> {
+    serde_json::to_vec_pretty(value)
+        .map_err(io::Error::from)
+        .and_then(|text| fs::write(path, text))
+        .map_err(io_error("write", path))
+}
+
+pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
+    fs::read(path)
+        .and_then(|text| Ok(serde_json::from_slice(&text)?))
+        .map_err(io_error("read", path))
+}
+
+/// Takes a machine's lock, or `None` when somebody keeps it: whoever only looks
+/// at a machine has it for a moment.
+fn lock_soon(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
+    for _ in 0..40 {
+        if let Some(lock) = lock_run(dir)? {
+            return Ok(Some(lock));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    Ok(None)
 }
 
 /// Keeps others from making or recovering runs for the moment.

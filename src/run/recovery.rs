@@ -6,12 +6,14 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::dirs::Dirs;
-use super::record::{RecordError, io_error, lock_run, lock_runs};
+use super::record::{KEPT, LEASES, RecordError, SPEC, io_error, lock_run, lock_runs, read_json};
 use super::share;
+use super::state::{Ended, State, StateFile, now_ms};
 use crate::error::{Explain, Report};
 use crate::guest::archive::HostDir;
+use crate::host::fault;
 use crate::host::lease::{Journal, Lease};
-use crate::spec::{Spec, WorkspaceMode};
+use crate::spec::{Spec, Survivors, VmId, WorkspaceMode};
 
 /// What was found in one run's directory.
 #[derive(Debug, Clone, Serialize)]
@@ -30,6 +32,17 @@ pub enum Found {
         leases: Vec<Lease>,
         /// What could not be released.
         errors: Vec<Report>,
+    },
+    /// A detached machine that does not run, in order.
+    Kept {
+        /// Name of the machine.
+        id: String,
+    },
+    /// A detached machine that runs on without a supervisor, as it was asked
+    /// to: it needs a new one.
+    Survivor {
+        /// Name of the machine.
+        id: String,
     },
 }
 
@@ -69,15 +82,89 @@ fn look(dir: &Path) -> Found {
     let id = name(dir);
     match lock_run(dir) {
         Ok(None) => Found::Alive { id },
-        Ok(Some(_lock)) => match Journal::open(dir.join("leases.json")) {
-            Ok(journal) => Found::Dead {
-                id,
-                leases: journal.leases().to_vec(),
-                errors: Vec::new(),
-            },
-            Err(error) => dead(id, Vec::new(), &[&error]),
-        },
+        Ok(Some(_lock)) => examine(dir, id).map_or_else(|found| found, |kept| kept.found()),
         Err(error) => dead(id, Vec::new(), &[&error]),
+    }
+}
+
+/// What stands in the directory of a run that has no owner.
+struct Ownerless {
+    id: String,
+    journal: Journal,
+    /// Of a detached machine.
+    state: Option<(StateFile, Spec)>,
+}
+
+/// Reads the directory of a run whose lock the caller holds.
+fn examine(dir: &Path, id: String) -> Result<Ownerless, Found> {
+    let bad = |error: &dyn Explain| dead(id.clone(), Vec::new(), &[error]);
+    let journal = Journal::open(dir.join(LEASES)).map_err(|error| bad(&error))?;
+    let mut state = None;
+    if StateFile::is_in(dir) {
+        let vm: VmId = id
+            .parse()
+            .map_err(|error| bad(&crate::spec::SpecError::from(error)))?;
+        let file = StateFile::open(dir, &vm).map_err(|error| bad(&error))?;
+        let spec = read_json(&dir.join(SPEC)).map_err(|error| bad(&error))?;
+        state = Some((file, spec));
+    }
+    Ok(Ownerless { id, journal, state })
+}
+
+impl Ownerless {
+    /// What it is, before anything is done about it.
+    fn found(&self) -> Found {
+        let id = self.id.clone();
+        match &self.state {
+            Some(_) if self.survives() => Found::Survivor { id },
+            Some((file, _)) if !self.is_lost(file) && self.journal.leases().is_empty() => {
+                Found::Kept { id }
+            }
+            _ => dead(id, self.journal.leases().to_vec(), &[]),
+        }
+    }
+
+    fn is_lost(&self, file: &StateFile) -> bool {
+        file.status().state.is_live() || file.status().state == State::Lost
+    }
+
+    /// Whether its VMM runs on and may.
+    fn survives(&self) -> bool {
+        let Some((file, spec)) = &self.state else {
+            return false;
+        };
+        spec.lifetime.survivors == Survivors::Adopt
+            && matches!(
+                file.status().state,
+                State::Running | State::Paused | State::Lost
+            )
+            && self.journal.leases().iter().any(Lease::is_live_process)
+    }
+
+    /// Says on disk that nothing of it is left on the host.
+    fn note_cleared(&mut self) -> Result<(), super::StateError> {
+        let Some((file, _)) = &mut self.state else {
+            return Ok(());
+        };
+        if file.status().state != State::Lost {
+            return Ok(());
+        }
+        let rebooted = file
+            .status()
+            .supervisor
+            .as_ref()
+            .is_some_and(super::state::Owner::is_of_earlier_boot);
+        file.update(|status| {
+            status.ended = Some(Ended {
+                exit_code: super::FAILED,
+                at_ms: now_ms(),
+            });
+        })?;
+        let reason = file.status().reason.clone();
+        match rebooted {
+            true => file.advance(State::Stopped, &reason),
+            false => file.advance(State::Failed, &reason),
+        }
     }
 }
 
@@ -118,6 +205,42 @@ fn settle_share(run: &Path) {
     }
 }
 
+/// Says on disk that the supervisor of a live machine is gone.
+fn lose(file: &mut StateFile) -> Result<(), super::StateError> {
+    if !file.status().state.is_live() {
+        return Ok(());
+    }
+    let reason = match &file.status().supervisor {
+        Some(owner) if owner.is_of_earlier_boot() => "the host was started again".to_owned(),
+        Some(owner) => format!("its supervisor (process {}) died", owner.pid),
+        None => "its supervisor died".to_owned(),
+    };
+    file.advance(State::Lost, &reason)
+}
+
+/// Looking at one machine without changing anything but what it says of itself.
+pub(crate) mod look {
+    use super::*;
+
+    /// Whether the run in `dir` has an owner.
+    pub(crate) fn is_owned(dir: &Path) -> Result<bool, RecordError> {
+        Ok(lock_run(dir)?.is_none())
+    }
+
+    /// What was asked for.
+    pub(crate) fn spec(dir: &Path) -> Result<Spec, RecordError> {
+        read_json(&dir.join(SPEC))
+    }
+
+    /// Writes down that the supervisor of a detached machine is gone, if it is.
+    pub(crate) fn note_loss(dir: &Path, id: &VmId) -> Result<(), crate::run::StateError> {
+        let Ok(Some(_lock)) = lock_run(dir) else {
+            return Ok(());
+        };
+        lose(&mut StateFile::open(dir, id)?)
+    }
+}
+
 /// Releases one run if its owner is dead. The caller holds the lock on all runs.
 pub(super) fn recover_one(dir: &Path) -> Found {
     let id = name(dir);
@@ -127,18 +250,45 @@ pub(super) fn recover_one(dir: &Path) -> Found {
         Ok(None) => return Found::Alive { id },
         Err(error) => return dead(id, Vec::new(), &[&error]),
     };
-    let mut journal = match Journal::open(dir.join("leases.json")) {
-        Ok(journal) => journal,
-        Err(error) => return dead(id, Vec::new(), &[&error]),
+    let mut run = match examine(dir, id.clone()) {
+        Ok(run) => run,
+        Err(found) => return found,
     };
-    let leases = journal.leases().to_vec();
-    let errors = journal.release_all();
+    let found = run.found();
+    if matches!(found, Found::Kept { .. }) {
+        return found;
+    }
+    let leases = run.journal.leases().to_vec();
+    if let Some((file, _)) = &mut run.state
+        && let Err(error) = lose(file)
+    {
+        return dead(id, leases, &[&error]);
+    }
+    if matches!(found, Found::Survivor { .. }) {
+        return found;
+    }
+    let mut errors = run.journal.release_all();
+    if run.state.is_none() {
+        // A machine that was not finished, or was being removed.
+        match Journal::open(dir.join(KEPT)) {
+            Ok(mut kept) => errors.extend(kept.release_all()),
+            Err(error) => errors.push(error),
+        }
+    } else if let Err(error) = run.journal.save() {
+        errors.push(error);
+    }
     if !errors.is_empty() {
         let errors: Vec<&dyn Explain> = errors.iter().map(|error| error as &dyn Explain).collect();
         return dead(id, leases, &errors);
     }
     settle_share(dir);
-    match fs::remove_dir_all(dir) {
+    if run.state.is_some() {
+        return match run.note_cleared() {
+            Ok(()) => dead(id, leases, &[]),
+            Err(error) => dead(id, leases, &[&error]),
+        };
+    }
+    match fault::at("remove run").and_then(|()| fs::remove_dir_all(dir)) {
         Ok(()) => dead(id, leases, &[]),
         Err(source) => {
             let error = io_error("remove", dir)(source);

@@ -2,16 +2,17 @@
 
 use std::time::{Duration, Instant};
 
-use bulkhead_agent::{Configure, Exec, Exit, FailureKind, Request, Size};
+use bulkhead_agent::{Configure, Exec, Request, Size};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 
+use super::command::{Commanded, command};
 use super::control;
 use super::exchange::Exchange;
-use super::follow::{Ending, KILL_GRACE, Sink, drive, pump};
+use super::follow::KILL_GRACE;
 use super::host::Host;
 use super::machine::Machine;
-use super::outcome::{FAILED, Outcome, Resources, TIMED_OUT, Times};
+use super::outcome::{FAILED, Outcome, Resources, Times};
 use super::share;
 use super::transfer::joined;
 use super::{MachineError, RunError};
@@ -151,19 +152,19 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         network: spec.network,
         exit_code: match done.failed {
             Some(_) => FAILED,
-            None => done.exit_code,
+            None => done.command.exit_code,
         },
         failed: done.failed,
-        signal: done.exit.signal,
-        timed_out: done.timed_out,
-        refused: done.refused,
-        stdout: done.stdout,
-        stderr: done.stderr,
+        signal: done.command.exit.signal,
+        timed_out: done.command.timed_out,
+        refused: done.command.refused,
+        stdout: done.command.stdout,
+        stderr: done.command.stderr,
         changes: done.changes,
         artifacts: done.artifacts,
         resources: Resources {
-            command_cpu_us: done.exit.cpu_us,
-            command_rss_kib: done.exit.max_rss_kib,
+            command_cpu_us: done.command.exit.cpu_us,
+            command_rss_kib: done.command.exit.max_rss_kib,
             vmm_cpu_ms,
             vmm_rss_kib,
         },
@@ -228,15 +229,8 @@ pub(super) async fn unless_interrupted<T>(
 /// What a session gives.
 #[derive(Default)]
 pub(super) struct Done {
-    exit: Exit,
-    pub(super) exit_code: i32,
-    pub(super) timed_out: bool,
-    /// It did not end when it was killed: nothing more is to be had of the guest.
-    stuck: bool,
-    refused: Option<Report>,
+    pub(super) command: Commanded,
     failed: Option<Report>,
-    stdout: Option<super::outcome::Captured>,
-    stderr: Option<super::outcome::Captured>,
     changes: Option<super::outcome::Changes>,
     artifacts: Option<Vec<String>>,
     command_us: u64,
@@ -280,11 +274,14 @@ impl Session<'_> {
         let mut warnings = unless_interrupted(&mut io.signals, send).await?;
         (io.progress)(Progress::Running);
         let begin = Instant::now();
-        let mut done = self.command(io).await?;
-        done.command_us = micros(begin);
+        let mut done = Done {
+            command: self.command(io).await?,
+            command_us: micros(begin),
+            ..Done::default()
+        };
         (io.progress)(Progress::Fetching);
         let fetch = async {
-            if done.stuck {
+            if done.command.stuck {
                 let what = "send anything after the time limit".into();
                 return Err(GuestError::Timeout {
                     what,
@@ -306,81 +303,29 @@ impl Session<'_> {
                 done.failed = fetched.failed;
             }
             // That it ran out of time is what the user has to know.
-            Err(RunError::Machine(MachineError::Guest(error))) if done.timed_out => {
+            Err(RunError::Machine(MachineError::Guest(error))) if done.command.timed_out => {
                 if self.exchange.wants_something() {
                     warnings.push(format!("nothing was brought back: {error}"));
                 }
             }
             Err(error) => return Err(error),
         }
-        warnings.append(&mut done.warnings);
         done.warnings = warnings;
         Ok(done)
     }
 
-    async fn command(&self, io: &mut Io) -> Result<Done, RunError> {
+    async fn command(&self, io: &mut Io) -> Result<Commanded, RunError> {
         let exec = self.exec(io);
         let what = format!("run {}", exec.argv.first().map_or("", String::as_str));
-        let mut stream = self.machine.channel().open(&Request::Exec(exec)).await?;
-        let mut done = Done::default();
-        match tokio::time::timeout(ANSWER, stream.started(&what)).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return refusal(error, done),
-            Err(_) => {
-                return Err(GuestError::Timeout {
-                    what,
-                    after: ANSWER,
-                }
-                .into());
-            }
-        }
-        let pump = io
-            .stdin
-            .take()
-            .map(|stdin| tokio::spawn(pump(stdin, stream.input())));
-        let mut sinks = [
-            Sink::new(io.stdout.take(), "stdout", io, self.spec),
-            Sink::new(io.stderr.take(), "stderr", io, self.spec),
-        ];
+        let stream = self.machine.channel().open(&Request::Exec(exec)).await?;
         let limit = self.spec.limits.timeout.0;
-        let result = drive(&mut stream, &mut sinks, &mut io.signals, limit).await;
-        if let Some(pump) = pump {
-            pump.abort();
-        }
-        let ending = result?;
-        done.timed_out = !matches!(ending, Ending::Exit(_));
-        done.stuck = matches!(ending, Ending::Stuck);
-        done.exit = match ending {
-            Ending::Exit(exit) | Ending::TimedOut(exit) => exit,
-            Ending::Stuck => Exit::default(),
-        };
-        done.exit_code = match &done.exit {
-            _ if done.timed_out => TIMED_OUT,
-            Exit {
-                code: Some(code), ..
-            } => code & 0xff,
-            Exit {
-                signal: Some(signal),
-                ..
-            } => 128 + (signal & 0x7f),
-            exit => return Err(no_status(what, exit)),
-        };
-        let [stdout, stderr] = sinks;
-        done.stdout = stdout.finish().await?;
-        done.stderr = stderr.finish().await?;
-        Ok(done)
+        command(stream, what, io, self.spec.id.as_str(), Some(limit)).await
     }
 
     fn exec(&self, io: &Io) -> Exec {
         let command = &self.spec.command;
-        let mut argv = Vec::new();
-        if let Some(script) = &command.script {
-            argv.extend(script.interpreter.iter().cloned());
-            argv.push(format!("{}/{}", super::exchange::INPUT, script.name));
-        }
-        argv.extend(command.argv.iter().cloned());
         Exec {
-            argv,
+            argv: super::exchange::argv(command),
             env: command.env.clone(),
             cwd: Some(
                 command
@@ -396,7 +341,7 @@ impl Session<'_> {
 }
 
 /// Host name, machine id, clock and entropy of a machine of this spec.
-fn identity(spec: &Spec) -> Configure {
+pub(super) fn identity(spec: &Spec) -> Configure {
     let hex = |bytes: &[u8]| {
         bytes
             .iter()
@@ -418,26 +363,4 @@ fn identity(spec: &Spec) -> Configure {
 /// Whether an error says that the other end is gone.
 fn is_loss(error: &GuestError) -> bool {
     matches!(error, GuestError::Closed | GuestError::Io { .. })
-}
-
-/// The guest says that the command is over, but not how.
-fn no_status(what: String, exit: &Exit) -> RunError {
-    match exit.failure.clone() {
-        Some(failure) => GuestError::Refused { what, failure }.into(),
-        None => GuestError::Protocol("an Exit without code or signal".into()).into(),
-    }
-}
-
-/// A command that could not be run is an outcome, as in a shell; all else is an error.
-fn refusal(error: GuestError, mut done: Done) -> Result<Done, RunError> {
-    let GuestError::Refused { failure, .. } = &error else {
-        return Err(error.into());
-    };
-    done.exit_code = match failure.kind {
-        FailureKind::NotFound => 127,
-        FailureKind::NotExecutable => 126,
-        _ => return Err(error.into()),
-    };
-    done.refused = Some(Report::of(&error));
-    Ok(done)
 }

@@ -61,6 +61,9 @@ pub enum SpecError {
     /// Nothing to run.
     #[error("no command was given")]
     NoCommand,
+    /// A value of the wrong form.
+    #[error(transparent)]
+    Malformed(#[from] super::Malformed),
 }
 
 impl Explain for SpecError {
@@ -69,6 +72,7 @@ impl Explain for SpecError {
             Self::Read { .. } => "config-unreadable",
             Self::Parse { .. } => "config-invalid",
             Self::Value { .. } => "value-invalid",
+            Self::Malformed(error) => error.code(),
             Self::Script { .. } => "script-invalid",
             Self::Clash { .. } => "flags-clash",
             Self::NoCommand => "no-command",
@@ -82,6 +86,7 @@ impl Explain for SpecError {
             }
             Self::Parse { path, .. } => format!("Correct {} at the line shown.", path.display()),
             Self::Value { what, .. } => format!("Give another value for {what}."),
+            Self::Malformed(error) => error.remedy(),
             Self::Script { .. } => {
                 "Start it with a `#!` line, or name it .py, .js, .sh, .bash or .pl.".into()
             }
@@ -227,7 +232,7 @@ impl Request {
         if self.command.is_empty() && self.script.is_none() {
             return Err(SpecError::NoCommand);
         }
-        self.resolve_machine()
+        self.check(false)
     }
 
     /// Fills in the defaults and checks the whole, for a detached machine: it
@@ -236,6 +241,16 @@ impl Request {
     /// # Errors
     /// Values out of range and wishes that exclude each other.
     pub fn resolve_machine(self) -> Result<Spec, SpecError> {
+        if self.apply == Some(true) || self.diff == Some(true) || self.artifacts.is_some() {
+            return Err(SpecError::Clash {
+                first: "--apply, --diff or --artifacts",
+                second: "a detached machine, whose files `bulkhead cp` brings back",
+            });
+        }
+        self.check(true)
+    }
+
+    fn check(self, detached: bool) -> Result<Spec, SpecError> {
         let profile = self.profile.unwrap_or_default();
         let mut limits = profile.limits();
         limits.vcpus = self.cpus.unwrap_or(limits.vcpus);
@@ -316,6 +331,7 @@ impl Request {
             machine: self.machine.unwrap_or_default(),
             channel: self.channel.unwrap_or_default(),
             workspace,
+            detached,
             lifetime,
             labels: self.labels,
             command: Command {

@@ -41,6 +41,9 @@ pub struct Spec {
     pub channel: ChannelKind,
     /// What is exchanged with a host directory.
     pub workspace: Workspace,
+    /// Whether the machine outlives the command that makes it.
+    #[serde(default)]
+    pub detached: bool,
     /// How long a detached machine lives. A run ends with its command.
     #[serde(default)]
     pub lifetime: Lifetime,

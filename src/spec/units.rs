@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::Explain;
+
 /// A value that does not have the form it must have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{value:?} is not {expected}")]
@@ -14,6 +16,16 @@ pub struct Malformed {
     pub value: String,
     /// The form it should have, with an example.
     pub expected: &'static str,
+}
+
+impl Explain for Malformed {
+    fn code(&self) -> &'static str {
+        "value-invalid"
+    }
+
+    fn remedy(&self) -> String {
+        format!("Give {}.", self.expected)
+    }
 }
 
 fn malformed(value: &str, expected: &'static str) -> Malformed {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
@@ -23,10 +24,13 @@ pub struct ExitStatus {
     pub signal: Option<i32>,
 }
 
-/// A child process. Dropping it kills it and waits for its end.
+/// A VMM process: a child, or one that was taken over from a dead owner.
+/// Dropping it kills it and waits for its end.
 #[derive(Debug)]
 pub struct VmmProcess {
     pid: i32,
+    /// Somebody else's child has no status for us.
+    child: bool,
     start_time: u64,
     pidfd: AsyncFd<OwnedFd>,
     /// Set once the process was reaped: its id is free for others from then on.
@@ -44,6 +48,7 @@ impl VmmProcess {
             let start_time = host_process::start_time(pid).ok_or(io::ErrorKind::NotFound)?;
             Ok(Self {
                 pid,
+                child: true,
                 start_time,
                 pidfd,
                 ended: Mutex::new(None),
@@ -54,6 +59,25 @@ impl VmmProcess {
             // Our own child, not yet waited for: the id cannot be another's.
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGKILL);
             let _ = nix::sys::wait::waitpid(pid, None);
+        })
+    }
+
+    /// Takes over the process that started at `start_time`, whose owner died.
+    ///
+    /// # Errors
+    /// It is gone (`NotFound`), or no descriptor left.
+    pub fn take_over(pid: i32, start_time: u64) -> io::Result<Self> {
+        let pidfd = sys::pidfd_open(pid)?;
+        // Read after the pidfd was opened: from here on it is this process or none.
+        if !host_process::is_same(pid, start_time) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        Ok(Self {
+            pid,
+            child: false,
+            start_time,
+            pidfd: sys::watch(pidfd, Interest::READABLE)?,
+            ended: Mutex::new(None),
         })
     }
 
@@ -124,7 +148,15 @@ impl VmmProcess {
             .ended
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
-        if ended.is_none() {
+        if ended.is_none() && !self.child {
+            // Its new parent reaps it; a pidfd is readable from the end on.
+            let mut set = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
+            let over = poll(&mut set, PollTimeout::ZERO)? > 0;
+            *ended = over.then_some(ExitStatus {
+                code: None,
+                signal: None,
+            });
+        } else if ended.is_none() {
             *ended = match waitid(
                 Id::PIDFd(self.pidfd.get_ref().as_fd()),
                 WaitPidFlag::WEXITED | flag,
@@ -148,7 +180,7 @@ impl VmmProcess {
 
 impl Drop for VmmProcess {
     fn drop(&mut self) {
-        if matches!(self.try_wait(), Ok(None)) && self.kill().is_ok() {
+        if matches!(self.try_wait(), Ok(None)) && self.kill().is_ok() && self.child {
             let pid = nix::unistd::Pid::from_raw(self.pid);
             let _ = nix::sys::wait::waitpid(pid, None);
         }

@@ -222,6 +222,11 @@ pub enum Request {
         /// The same path as in the `Put`.
         path: String,
     },
+    /// What is at `path`, links followed; answered with [`Reply::Stat`].
+    Stat {
+        /// Absolute path in the guest.
+        path: String,
+    },
     /// Make a directory (and its parents) owned by `user`.
     Mkdir {
         /// Absolute path in the guest.
@@ -308,10 +313,27 @@ pub enum Reply {
         /// Process id in the guest; 0 for transfers.
         pid: u32,
     },
+    /// Answer to [`Request::Stat`].
+    Stat {
+        /// What is there.
+        kind: FileKind,
+    },
     /// Answer to [`Request::Info`].
     Info(Info),
     /// Refused or failed before anything ran; an `Exit` follows.
     Refused(Failure),
+}
+
+/// What is at a path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    /// Nothing.
+    Absent,
+    /// A directory.
+    Directory,
+    /// Anything else.
+    File,
 }
 
 /// Why the guest could not do something.

@@ -9,7 +9,7 @@ mod unpack;
 use std::future::Future;
 use std::sync::Arc;
 
-use bulkhead_agent::{DEFAULT_USER, Exit, Kind, Reply};
+use bulkhead_agent::{DEFAULT_USER, Exit, FileKind, Kind, Reply};
 use nix::mount::{MsFlags, mount};
 
 pub(crate) use self::track::Tracked;
@@ -86,6 +86,20 @@ pub(crate) fn changes(
         }
         side.finish()
     })
+}
+
+/// Says what is at a path.
+pub(crate) fn stat(path: &str) -> Result<Reply> {
+    if !path.starts_with('/') {
+        return Err(invalid(format!("{path} is not an absolute path")));
+    }
+    let kind = match std::fs::metadata(path) {
+        Ok(meta) if meta.is_dir() => FileKind::Directory,
+        Ok(_) => FileKind::File,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => FileKind::Absent,
+        Err(error) => return Err(error).context(|| format!("cannot examine {path}")),
+    };
+    Ok(Reply::Stat { kind })
 }
 
 /// Makes a directory that belongs to `user`.

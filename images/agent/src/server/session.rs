@@ -217,6 +217,7 @@ impl Session {
                 let (server, own) = (Arc::clone(&self.server), Arc::clone(stream));
                 self.follow(stream, None, files::changes(server, own, path));
             }
+            Request::Stat { path } => answer(stream, &files::stat(&path)?),
             Request::Mkdir { path, user } => {
                 files::mkdir(&path, user.as_deref())?;
                 answer(stream, &Reply::Done);

@@ -1,0 +1,103 @@
+//! Named points at which a test stops this program or makes it fail.
+//!
+//! Every lease, every durable write and every step of a machine's life passes
+//! through [`at`], so `cargo xtask probe faults` finds the points by running
+//! the program once and listing what it passed: a new step is covered without
+//! anybody adding it. Without the feature `faults` there is nothing here.
+//!
+//! `BULKHEAD_FAULT` says what to do: `record=FILE` appends each point to a
+//! file, `stop=ROLE POINT N` stops the program (SIGSTOP) at the N-th passing of
+//! a point, `ERRNO=ROLE POINT N` makes it fail there.
+
+/// Which of our programs this is, for telling the same point apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A command of the user.
+    Cli,
+    /// The supervisor of a machine.
+    Supervisor,
+}
+
+#[cfg(not(feature = "faults"))]
+mod inner {
+    use super::Role;
+
+    /// Says which program this is.
+    pub fn role(_: Role) {}
+
+    /// Passes a point.
+    ///
+    /// # Errors
+    /// The error a test wants here.
+    #[inline]
+    pub fn at(_: &str) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(feature = "faults")]
+mod inner {
+    use std::collections::HashMap;
+    use std::io::{self, Write};
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{LazyLock, Mutex, PoisonError};
+
+    use nix::errno::Errno;
+    use nix::sys::signal::{Signal, raise};
+
+    use super::Role;
+
+    static SUPERVISOR: AtomicBool = AtomicBool::new(false);
+    static PASSED: LazyLock<Mutex<HashMap<String, u32>>> = LazyLock::new(Mutex::default);
+    static WANTED: LazyLock<Option<(String, String)>> = LazyLock::new(|| {
+        let text = std::env::var("BULKHEAD_FAULT").ok()?;
+        let (what, of) = text.split_once('=')?;
+        Some((what.to_owned(), of.to_owned()))
+    });
+
+    /// Says which program this is.
+    pub fn role(role: Role) {
+        SUPERVISOR.store(role == Role::Supervisor, Ordering::Relaxed);
+    }
+
+    /// Passes a point.
+    ///
+    /// # Errors
+    /// The error a test wants here.
+    pub fn at(point: &str) -> io::Result<()> {
+        let Some((what, of)) = &*WANTED else {
+            return Ok(());
+        };
+        let role = match SUPERVISOR.load(Ordering::Relaxed) {
+            true => "supervisor",
+            false => "cli",
+        };
+        let count = {
+            let mut passed = PASSED.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = passed.entry(point.to_owned()).or_default();
+            *count += 1;
+            *count
+        };
+        let here = format!("{role} {point} {count}");
+        match what.as_str() {
+            "record" => {
+                let mut file = std::fs::File::options()
+                    .append(true)
+                    .create(true)
+                    .open(of)?;
+                writeln!(file, "{here}")
+            }
+            _ if *of != here => Ok(()),
+            // The test does what it wants to whom it wants, then lets us go on.
+            "stop" => Ok(raise(Signal::SIGSTOP)?),
+            "ENOSPC" => Err(Errno::ENOSPC.into()),
+            "EMFILE" => Err(Errno::EMFILE.into()),
+            "EPERM" => Err(Errno::EPERM.into()),
+            other => Err(io::Error::other(format!(
+                "BULKHEAD_FAULT={other} is unknown"
+            ))),
+        }
+    }
+}
+
+pub use inner::{at, role};

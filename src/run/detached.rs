@@ -1,0 +1,178 @@
+//! Bringing up, and to its end, a machine that outlives its command.
+
+use std::path::PathBuf;
+
+use bulkhead_agent::{Exec, Request, Size};
+
+use super::exchange::{self, Exchange};
+use super::host::Host;
+use super::machine::{Machine, StartOptions};
+use super::record::Record;
+use super::runner::{ANSWER, identity};
+use super::share;
+use super::transfer::joined;
+use super::{MachineError, RunError};
+use crate::guest::archive::HostDir;
+use crate::spec::{Spec, Workspace, WorkspaceMode};
+
+/// A detached machine that is up.
+pub(crate) struct Detached {
+    /// The machine.
+    pub(crate) machine: Machine,
+    /// What the user should know.
+    pub(crate) warnings: Vec<String>,
+    /// The shared workspace, to be settled when the machine is gone.
+    share: Option<HostDir>,
+}
+
+/// Starts the machine of `record`. `first` is its first start: what is only
+/// sent once is sent then. `machine_id` is what the guest knows it by.
+///
+/// # Errors
+/// See [`RunError`]. The record comes back, and with it the leases to release.
+pub(crate) async fn boot(
+    host: &Host,
+    spec: &Spec,
+    record: Record,
+    first: bool,
+    machine_id: String,
+    cancelled: impl Future<Output = ()>,
+) -> Result<Detached, (RunError, Record)> {
+    let prepared = async {
+        let exchange = Exchange::prepare(&spec.workspace)?;
+        let (image, plan) = host.plan(spec)?;
+        host.prove(spec, &image, &plan).await?;
+        let lock = image.lock()?;
+        record.update_plan(&plan)?;
+        Ok::<_, RunError>((exchange, plan, lock))
+    };
+    let mut cancelled = std::pin::pin!(cancelled);
+    let prepared = tokio::select! {
+        prepared = prepared => prepared,
+        () = &mut cancelled => Err(MachineError::Cancelled.into()),
+    };
+    let (mut exchange, plan, lock) = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => return Err((error, record)),
+    };
+    let options = StartOptions {
+        share: exchange.dir().cloned(),
+        ..host.options(&plan, &record)
+    };
+    let mut machine = match Machine::launch(plan, record, &options, &mut cancelled).await {
+        Ok(machine) => machine,
+        Err((error, record)) => return Err((error.into(), record)),
+    };
+    machine.hold(lock);
+    let settle = async {
+        let channel = machine.channel().clone();
+        let mut configure = identity(spec);
+        configure.machine_id = Some(machine_id);
+        let identity = Request::Configure(configure);
+        channel.ask("take its identity", &identity, ANSWER).await?;
+        match first || spec.workspace.mode == WorkspaceMode::Share {
+            true => exchange.send(&channel, spec).await,
+            false => Ok(Vec::new()),
+        }
+    };
+    let settled = tokio::select! {
+        settled = settle => settled,
+        () = &mut cancelled => Err(MachineError::Cancelled.into()),
+    };
+    match settled {
+        Ok(warnings) => Ok(Detached {
+            warnings,
+            share: shared(spec, &exchange),
+            machine,
+        }),
+        Err(error) => {
+            let (record, _) = machine.end().await;
+            Err((error, record))
+        }
+    }
+}
+
+/// Takes over the running machine of `record`, whose supervisor died.
+///
+/// # Errors
+/// It is gone or does not answer. The record comes back.
+pub(crate) async fn take_over(
+    host: &Host,
+    spec: &Spec,
+    record: Record,
+) -> Result<Detached, (RunError, Record)> {
+    let prepared = || {
+        let plan = record.plan()?;
+        let image = host.images().inspect(&spec.image)?;
+        let share = Exchange::prepare(&spec.workspace)?;
+        Ok::<_, RunError>((plan, image.lock()?, shared(spec, &share)))
+    };
+    let (plan, lock, share) = match prepared() {
+        Ok(prepared) => prepared,
+        Err(error) => return Err((error, record)),
+    };
+    let options = host.options(&plan, &record);
+    match Machine::take_over(plan, record, &options).await {
+        Ok(mut machine) => {
+            machine.hold(lock);
+            Ok(Detached {
+                machine,
+                warnings: Vec::new(),
+                share,
+            })
+        }
+        Err((error, record)) => Err((error.into(), record)),
+    }
+}
+
+/// Checks the host directories of a workspace, and gives it with their full paths.
+///
+/// # Errors
+/// One of them cannot be used.
+pub(crate) fn resolve(workspace: &Workspace) -> Result<Workspace, RunError> {
+    Ok(Exchange::prepare(workspace)?.workspace().clone())
+}
+
+fn shared(spec: &Spec, exchange: &Exchange) -> Option<HostDir> {
+    let writable = spec.workspace.mode == WorkspaceMode::Share && !spec.workspace.read_only;
+    exchange.dir().filter(|_| writable).cloned()
+}
+
+impl Detached {
+    /// Ends the VMM and releases every lease. Gives the record, still locked,
+    /// and what was left behind.
+    pub(crate) async fn end(self) -> (Record, Vec<String>) {
+        let (record, errors) = self.machine.end().await;
+        let mut left: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        if let Some(dir) = self.share {
+            let settle = tokio::task::spawn_blocking(move || share::settle(&dir));
+            if let Err(error) = joined(settle.await) {
+                left.push(format!("the shared workspace keeps QEMU's owners: {error}"));
+            }
+        }
+        (record, left)
+    }
+}
+
+/// The main command of a detached machine; `None` for none.
+pub(crate) fn main_command(spec: &Spec, size: Size) -> Option<Exec> {
+    let argv = exchange::argv(&spec.command);
+    (!argv.is_empty()).then(|| Exec {
+        argv,
+        env: spec.command.env.clone(),
+        cwd: Some(
+            spec.command
+                .workdir
+                .clone()
+                .unwrap_or_else(|| exchange::WORK.into()),
+        ),
+        user: spec.command.user.clone(),
+        terminal: spec.command.terminal.then_some(size),
+        stdin: false,
+    })
+}
+
+/// Directory with the logs of a machine's commands.
+pub(crate) fn logs(record: &std::path::Path) -> PathBuf {
+    record.join("logs")
+}

@@ -1,0 +1,365 @@
+//! The machines of one host: made, found, compared with what lives, removed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+use super::client::Client;
+use super::error::SuperviseError;
+use super::launch::Launcher;
+use super::log::ExecLog;
+use super::supervisor::{Start, save_spec};
+use super::view::{Kind, View};
+use super::wire::{ExecInfo, Settings};
+use crate::run::{
+    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, detached, look, recover,
+};
+use crate::spec::{Spec, Timeout, VmId};
+
+/// How long the end of a machine is waited for after its supervisor died.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// The machines of one host.
+#[derive(Debug, Clone)]
+pub struct Machines {
+    host: Host,
+}
+
+impl Machines {
+    /// Those of `host`.
+    pub fn new(host: Host) -> Self {
+        Self { host }
+    }
+
+    fn dirs(&self) -> &Dirs {
+        &self.host.dirs
+    }
+
+    /// Reaches the supervisor of a machine.
+    pub fn client(&self, id: &VmId) -> Client {
+        Client::new(self.dirs(), id.clone())
+    }
+
+    /// Writes a machine down. Everything that can be checked before its start
+    /// is checked; nothing runs yet.
+    ///
+    /// # Errors
+    /// The name is taken, or something the machine needs is not there.
+    pub async fn create(&self, spec: &Spec) -> Result<(), SuperviseError> {
+        let name = spec.image.clone();
+        let workspace = detached::resolve(&spec.workspace)?;
+        let (image, plan) = self.host.plan(spec)?;
+        self.host.prove(spec, &image, &plan).await?;
+        let _lock = image.lock().map_err(crate::run::RunError::from)?;
+        let spec = Spec {
+            // Its disk fits no other image, whatever the name stands for later.
+            image: image.id.clone(),
+            workspace,
+            ..spec.clone()
+        };
+        Ok(Record::keep(self.dirs(), &spec, &image, &name)?)
+    }
+
+    /// Starts a machine and waits until its guest agent answers.
+    ///
+    /// # Errors
+    /// It is not in a state to be started, or it does not come up.
+    pub async fn start(&self, id: &VmId, launcher: &Launcher) -> Result<(), SuperviseError> {
+        self.clear(launcher).await;
+        let view = self.look(id).await?;
+        if !view.state.may_start() {
+            return Err(wrong_state(&view, "started"));
+        }
+        launcher.launch(self.dirs(), id, Start::Boot).await
+    }
+
+    /// Releases what dead owners left, and gives machines that run on without a
+    /// supervisor a new one. Failing at that stops nobody.
+    pub async fn clear(&self, launcher: &Launcher) {
+        match recover(self.dirs(), false) {
+            Ok(found) => {
+                self.adopt(&found, launcher).await;
+            }
+            Err(error) => tracing::debug!("recovery: {error}"),
+        }
+    }
+
+    /// Gives those among `found` that run on without a supervisor a new one;
+    /// gives what could not be.
+    pub async fn adopt(&self, found: &[Found], launcher: &Launcher) -> Vec<SuperviseError> {
+        let mut errors = Vec::new();
+        for one in found {
+            let Found::Survivor { id } = one else {
+                continue;
+            };
+            let Ok(id) = id.parse::<VmId>() else { continue };
+            let launched = launcher.launch(self.dirs(), &id, Start::TakeOver).await;
+            if let Err(error) = launched {
+                tracing::warn!("{id} could not be taken over: {error}");
+                errors.push(error);
+            }
+        }
+        errors
+    }
+
+    /// Stops a machine and waits until it has ended.
+    ///
+    /// # Errors
+    /// It does not run, or could not be stopped.
+    pub async fn stop(
+        &self,
+        id: &VmId,
+        grace: Option<Timeout>,
+        force: bool,
+    ) -> Result<(), SuperviseError> {
+        let view = self.look(id).await?;
+        if !view.state.is_live() {
+            return Err(wrong_state(&view, "stopped"));
+        }
+        let stopped = self.client(id).stop(grace, force).await;
+        self.unless_over(id, stopped).await
+    }
+
+    /// Waits until a machine has ended, and gives what it is then.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn wait(&self, id: &VmId) -> Result<View, SuperviseError> {
+        let view = self.look(id).await?;
+        if view.state.is_live() {
+            let waited = self.client(id).wait().await;
+            self.unless_over(id, waited).await?;
+            return self.look(id).await;
+        }
+        Ok(view)
+    }
+
+    /// A supervisor that dies while it is waited for has ended its machine too.
+    async fn unless_over(
+        &self,
+        id: &VmId,
+        result: Result<(), SuperviseError>,
+    ) -> Result<(), SuperviseError> {
+        match result {
+            Err(SuperviseError::Control(error)) => {
+                tokio::time::sleep(SETTLE).await;
+                match self.look(id).await?.state.is_live() {
+                    true => Err(error.into()),
+                    false => Ok(()),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// Changes limits: of the running machine, or of its next start.
+    ///
+    /// # Errors
+    /// There is no such machine, or it cannot be so.
+    pub async fn set(&self, id: &VmId, settings: Settings) -> Result<(), SuperviseError> {
+        if self.look(id).await?.state.is_live() {
+            return self.client(id).set(settings).await;
+        }
+        let (record, mut spec, _) = Record::open(self.dirs(), id)?;
+        settings.apply(&mut spec);
+        save_spec(record.dir(), &spec)
+    }
+
+    /// Removes a machine, its disk and its logs; with `force` also one that
+    /// runs, or whose record is damaged.
+    ///
+    /// # Errors
+    /// There is none, it runs, or something of it stays.
+    pub async fn remove(&self, id: &VmId, force: bool) -> Result<(), SuperviseError> {
+        let view = match self.look(id).await {
+            Err(SuperviseError::State(_) | SuperviseError::Run(_))
+                if force && self.dirs().run(id).exists() =>
+            {
+                return self.remove_damaged(id);
+            }
+            other => other?,
+        };
+        if view.kind == Kind::Run {
+            return Err(wrong_state(
+                &view,
+                "removed: it is that of a `bulkhead run`",
+            ));
+        }
+        if view.state.is_live() {
+            if !force {
+                return Err(wrong_state(&view, "removed"));
+            }
+            match self.stop(id, None, true).await {
+                // It ended by itself meanwhile.
+                Err(SuperviseError::WrongState { .. }) => {}
+                other => other?,
+            }
+        }
+        let (record, ..) = Record::open(self.dirs(), id)?;
+        let errors = record.destroy();
+        match errors[..] {
+            [] => Ok(()),
+            _ => Err(leaked(id, &errors)),
+        }
+    }
+
+    /// Without its state it is what a dead owner left.
+    fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
+        let path = self.dirs().run(id).join(StateFile::NAME);
+        fs::remove_file(&path).map_err(|source| RecordError::Io {
+            action: "remove",
+            path,
+            source,
+        })?;
+        for found in recover(self.dirs(), false)? {
+            match found {
+                Found::Dead {
+                    id: dead, errors, ..
+                } if dead == id.as_str() => {
+                    if let Some(error) = errors.into_iter().next() {
+                        return Err(SuperviseError::Told(error));
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A machine as it is now: what is on disk, compared with what lives.
+    ///
+    /// # Errors
+    /// There is none of that name, or its record cannot be read.
+    pub async fn look(&self, id: &VmId) -> Result<View, SuperviseError> {
+        let dir = self.dirs().run(id);
+        if !dir.exists() {
+            return Err(RecordError::NotFound { id: id.clone() }.into());
+        }
+        let owned = look::is_owned(&dir)?;
+        let spec: Spec = look::spec(&dir)?;
+        if !StateFile::is_in(&dir) {
+            return Ok(of_run(&dir, &spec, owned));
+        }
+        if !owned {
+            look::note_loss(&dir, id)?;
+        }
+        let status = StateFile::open(&dir, id)?.status().clone();
+        let mut view = View {
+            reason: status.reason,
+            since_ms: status.since_ms,
+            created_ms: status.created_ms,
+            started_ms: status.started_ms,
+            deadline_ms: status.deadline_ms,
+            supervisor: status.supervisor,
+            ended: status.ended,
+            history: status.history,
+            ..View::of(&spec, Kind::Machine, status.state, status.image)
+        };
+        if owned && view.state.is_live() {
+            view.live = self.client(id).status().await.ok();
+        }
+        Ok(view)
+    }
+
+    /// All machines, by name. Those that cannot be read are told apart.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub async fn list(&self) -> Result<(Vec<View>, Vec<SuperviseError>), SuperviseError> {
+        let runs = self.dirs().runs();
+        let mut names: Vec<VmId> = match fs::read_dir(&runs) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            Err(source) => {
+                return Err(RecordError::Io {
+                    action: "read",
+                    path: runs,
+                    source,
+                }
+                .into());
+            }
+            Ok(entries) => entries
+                .flatten()
+                .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+                .collect(),
+        };
+        names.sort();
+        let mut tasks = tokio::task::JoinSet::new();
+        for id in names {
+            let machines = self.clone();
+            // A supervisor that does not answer holds the others up no longer
+            // than itself.
+            tasks.spawn(async move {
+                let looked = machines.look(&id).await;
+                (id, looked)
+            });
+        }
+        let (mut views, mut errors) = (Vec::new(), Vec::new());
+        for (id, looked) in tasks.join_all().await {
+            match looked {
+                Ok(view) => views.push(view),
+                // Removed meanwhile.
+                Err(_) if !self.dirs().run(&id).exists() => {}
+                Err(error) => errors.push(error),
+            }
+        }
+        views.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok((views, errors))
+    }
+
+    /// Directory with the logs of a machine's commands.
+    pub fn logs(&self, id: &VmId) -> PathBuf {
+        detached::logs(&self.dirs().run(id))
+    }
+
+    /// The serial console's log of a machine.
+    pub fn console_log(&self, id: &VmId) -> PathBuf {
+        self.dirs().run(id).join("console.log")
+    }
+
+    /// Commands of a machine that have logs, oldest first.
+    pub fn execs(&self, id: &VmId) -> Vec<ExecInfo> {
+        ExecLog::list(&self.logs(id))
+    }
+}
+
+/// The machine of a `bulkhead run`.
+fn of_run(dir: &Path, spec: &Spec, owned: bool) -> View {
+    let image = ImageUse {
+        name: spec.image.clone(),
+        id: String::new(),
+    };
+    let state = match owned {
+        true => State::Running,
+        false => State::Lost,
+    };
+    let made = fs::metadata(dir).and_then(|meta| meta.modified()).ok();
+    let made = made.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+    let made = made.map_or(0, |at| u64::try_from(at.as_millis()).unwrap_or(0));
+    View {
+        reason: match owned {
+            true => "a `bulkhead run`".into(),
+            false => "its `bulkhead run` died".into(),
+        },
+        since_ms: made,
+        created_ms: made,
+        started_ms: Some(made),
+        ..View::of(spec, Kind::Run, state, image)
+    }
+}
+
+fn wrong_state(view: &View, what: &'static str) -> SuperviseError {
+    SuperviseError::WrongState {
+        id: view.id.clone(),
+        state: view.state,
+        reason: view.reason.clone(),
+        what,
+    }
+}
+
+fn leaked(id: &VmId, errors: &[RecordError]) -> SuperviseError {
+    let told: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    SuperviseError::Leaked {
+        id: id.clone(),
+        why: told.join("; "),
+    }
+}
