@@ -4,8 +4,9 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::Global;
+use super::machine_args::word;
 use super::message::Failure;
-use super::run::{self, word};
+use super::run;
 use crate::image::{AgentBinary, Builder, Image, KernelSource, Recipe, Result, Summary};
 use crate::run::{Io, provision};
 use crate::spec::{Accel, Bytes, Profile, Request, Timeout};

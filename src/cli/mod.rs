@@ -5,6 +5,7 @@ mod doctor;
 mod gc;
 mod image;
 mod inspect;
+mod machine_args;
 mod message;
 mod run;
 mod terminal;
