@@ -13,6 +13,7 @@ pub trait Explain: std::error::Error {
 
 /// An [`Explain`] error as plain data.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Report {
     /// Stable identifier.
     pub code: String,

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, LabelName, MachineType, NetworkMode, Profile, Request, Survivors,
-    Timeout, WorkspaceMode,
+    Accel, Bytes, ChannelKind, LabelName, MachineType, NetworkName, ProfileName, Request,
+    Survivors, Timeout, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -19,8 +19,8 @@ pub(super) struct MachineArgs {
     #[arg(long)]
     kernel: Option<String>,
     /// Set of limits [default: standard].
-    #[arg(long, short, value_parser = word::<Profile>)]
-    profile: Option<Profile>,
+    #[arg(long, short)]
+    profile: Option<ProfileName>,
     /// Virtual CPUs [default: the profile's].
     #[arg(long)]
     cpus: Option<u32>,
@@ -33,11 +33,11 @@ pub(super) struct MachineArgs {
     /// How long the command may run, such as 90s or 5m [default: the profile's].
     #[arg(long)]
     timeout: Option<Timeout>,
-    /// Network mode; this version gives machines no network [default: isolated].
-    #[arg(long, value_parser = word::<NetworkMode>)]
-    network: Option<NetworkMode>,
+    /// Name of a network; this version gives machines none [default: isolated].
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// kvm, or tcg: software emulation, slow and no isolation by hardware [default: kvm].
-    #[arg(long, env = "BULKHEAD_ACCEL", value_parser = word::<Accel>)]
+    #[arg(long, value_parser = word::<Accel>)]
     accel: Option<Accel>,
     /// Machine type: microvm or q35 [default: microvm].
     #[arg(long, value_parser = word::<MachineType>)]
@@ -103,7 +103,6 @@ pub(super) struct LifetimeArgs {
     stop_grace: Option<Timeout>,
 }
 
-#[expect(dead_code, reason = "the verbs that flatten it come next")]
 impl LifetimeArgs {
     /// `request` with these options.
     pub(super) fn into_request(self, request: Request) -> Request {

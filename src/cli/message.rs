@@ -86,7 +86,11 @@ pub(super) fn visible(text: &str) -> String {
 /// Prints a value as JSON to stdout.
 pub(super) fn print_json(value: &impl serde::Serialize) {
     if let Ok(text) = serde_json::to_string_pretty(value) {
-        // A reader that went away is no failure of ours.
-        let _ = writeln!(std::io::stdout(), "{text}");
+        print_text(&format!("{text}\n"));
     }
+}
+
+/// Prints text to stdout. A reader that went away is no failure of ours.
+pub(super) fn print_text(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }

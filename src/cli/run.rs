@@ -56,9 +56,7 @@ impl Args {
     fn request(self) -> Result<Request, SpecError> {
         let script = self.script.as_deref().map(read_script).transpose()?;
         let set = |flag: bool| flag.then_some(true);
-        let spec = self.machine.spec.as_deref();
-        let below = spec.map(Request::load).transpose()?;
-        let flags = Request {
+        Ok(Request {
             name: self.name,
             artifacts: self.artifacts,
             apply: set(self.apply),
@@ -68,8 +66,7 @@ impl Args {
             command: self.command,
             script,
             ..self.workspace.into_request(self.machine.request())
-        };
-        Ok(flags.over(below.unwrap_or_default()))
+        })
     }
 }
 
@@ -99,8 +96,10 @@ pub(super) fn read_script(path: &Path) -> Result<Script, SpecError> {
 /// Runs the command and gives its exit code.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let script_on_stdin = args.script.as_deref() == Some(Path::new("-"));
-    let spec = args.request()?.resolve()?;
-    let host = global.host();
+    let spec_file = args.machine.spec.clone();
+    let settings = global.settings()?;
+    let spec = settings.spec(args.request()?, spec_file.as_deref())?;
+    let host = settings.host();
     // Every start clears away what dead runs left; failing at that stops nobody.
     if let Err(error) = crate::run::recover(&host.dirs, false) {
         tracing::debug!("recovery: {error}");

@@ -12,7 +12,7 @@ use bulkhead::guest::{Channel, Output};
 use bulkhead::image::scratch;
 use bulkhead::plan::Plan;
 use bulkhead::run::{Dirs, Host};
-use bulkhead::spec::{Accel, ChannelKind, MachineType, Request as Wish, Spec};
+use bulkhead::spec::{Accel, Catalog, ChannelKind, MachineType, Request as Wish, Spec};
 use bulkhead_agent::{Exec, Reply, Request};
 use tokio::net::UnixStream;
 
@@ -101,7 +101,7 @@ async fn measure(args: Args) -> Result<()> {
             command: vec!["true".into()],
             ..Wish::default()
         };
-        wish.resolve().map_err(explain)
+        wish.resolve(&Catalog::default()).map_err(explain)
     };
     let (image, plan) = host.plan(&wish()?).map_err(explain)?;
     let (mut ours, mut floor) = (Vec::new(), Vec::new());
