@@ -25,6 +25,14 @@ pub struct Report {
     pub remedy: String,
 }
 
+/// What a verb with `--json` prints on stderr when it fails.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Failed {
+    /// What failed, and why.
+    pub error: Report,
+}
+
 impl Report {
     /// Flattens an error and its sources.
     pub fn of(error: &dyn Explain) -> Self {

@@ -16,22 +16,22 @@ pub(super) struct MachineArgs {
     #[arg(long, short)]
     image: Option<String>,
     /// Kernel other than the image's: a name such as `tuned`, or a path.
-    #[arg(long)]
+    #[arg(long, value_name = "NAME|PATH")]
     kernel: Option<String>,
     /// Set of limits [default: standard].
-    #[arg(long, short)]
+    #[arg(long, short, value_name = "NAME")]
     profile: Option<ProfileName>,
     /// Virtual CPUs [default: the profile's].
-    #[arg(long)]
+    #[arg(long, value_name = "N")]
     cpus: Option<u32>,
     /// Guest memory, such as 512M or 2G [default: the profile's].
-    #[arg(long, short)]
+    #[arg(long, short, value_name = "SIZE")]
     memory: Option<Bytes>,
     /// Size of the writable disk [default: the profile's].
-    #[arg(long)]
+    #[arg(long, value_name = "SIZE")]
     disk: Option<Bytes>,
     /// How long the command may run, such as 90s or 5m [default: the profile's].
-    #[arg(long)]
+    #[arg(long, value_name = "TIME")]
     timeout: Option<Timeout>,
     /// Name of a network; this version gives machines none [default: isolated].
     #[arg(long, value_name = "NAME")]
@@ -40,10 +40,10 @@ pub(super) struct MachineArgs {
     #[arg(long, value_parser = word::<Accel>)]
     accel: Option<Accel>,
     /// Machine type: microvm or q35 [default: microvm].
-    #[arg(long, value_parser = word::<MachineType>)]
+    #[arg(long, value_name = "TYPE", value_parser = word::<MachineType>)]
     machine: Option<MachineType>,
     /// How the guest agent is reached: auto, vsock or serial [default: auto].
-    #[arg(long, value_parser = word::<ChannelKind>)]
+    #[arg(long, value_name = "KIND", value_parser = word::<ChannelKind>)]
     channel: Option<ChannelKind>,
     /// Set NAME=VALUE in the command's environment, or pass NAME on.
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
@@ -90,16 +90,16 @@ impl MachineArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct LifetimeArgs {
     /// Stop the machine so long after its start, such as 8h [default: never].
-    #[arg(long)]
+    #[arg(long, value_name = "TIME")]
     ttl: Option<Timeout>,
     /// Stop it when nothing happened in it for so long [default: never].
-    #[arg(long)]
+    #[arg(long, value_name = "TIME")]
     idle_timeout: Option<Timeout>,
     /// What happens to it when its supervisor dies: kill or adopt [default: kill].
-    #[arg(long, value_parser = word::<Survivors>)]
+    #[arg(long, value_name = "WHAT", value_parser = word::<Survivors>)]
     survivors: Option<Survivors>,
     /// How long the guest may take to power off [default: 10s].
-    #[arg(long)]
+    #[arg(long, value_name = "TIME")]
     stop_grace: Option<Timeout>,
 }
 

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 
-use crate::error::{Explain, Report};
+use crate::error::{Explain, Failed, Report};
 use crate::guest::archive::printable;
 use crate::run::FAILED;
 
@@ -38,8 +38,8 @@ impl Failure {
 /// Prints a report to stderr.
 pub(super) fn print_report(report: &Report, json: bool) {
     if json {
-        let error = serde_json::json!({ "error": report });
-        say(&error.to_string());
+        let error = report.clone();
+        say(&serde_json::to_string(&Failed { error }).unwrap_or_default());
         return;
     }
     let Report {

@@ -21,39 +21,44 @@ pub struct Request {
     pub name: Option<VmId>,
     /// Name or id of the image.
     pub image: Option<String>,
-    /// Another kernel.
+    /// Kernel other than the image's: the name of an installed one such as
+    /// `tuned`, or a path.
     pub kernel: Option<String>,
-    /// The profile.
+    /// Name of the profile: a set of limits.
     pub profile: Option<ProfileName>,
-    /// Virtual CPUs.
+    /// Virtual CPUs, 1 to 64; the profile's when absent.
     pub cpus: Option<u32>,
-    /// Guest memory.
+    /// Guest memory, 64M to 1T; the profile's when absent.
     pub memory: Option<Bytes>,
-    /// Disk.
+    /// Size of the disk that takes what the guest writes; the profile's when
+    /// absent.
     pub disk: Option<Bytes>,
-    /// How long the command may run.
+    /// How long the command may run; the profile's when absent.
     pub timeout: Option<Timeout>,
-    /// How long after its start a detached machine is stopped.
+    /// How long after its start a detached machine is stopped; never when
+    /// absent.
     pub ttl: Option<Timeout>,
-    /// How long nothing may happen in a detached machine.
+    /// After how long without anything happening a detached machine is stopped;
+    /// never when absent.
     pub idle_timeout: Option<Timeout>,
     /// What happens to a detached machine whose supervisor dies.
     pub survivors: Option<Survivors>,
-    /// How long the guest may take to power off.
+    /// How long the guest may take to power off before it is killed.
     pub stop_grace: Option<Timeout>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
-    /// Name of the network.
+    /// Name of the network: a mode, or one of `[network.NAME]`.
     pub network: Option<NetworkName>,
     /// The network where neither `network` nor the profile says one: what
     /// layers below the profile's asked for. Not part of files.
     #[serde(skip)]
     pub network_below: Option<NetworkName>,
-    /// Accelerator.
+    /// What executes the guest's instructions: `kvm`, or `tcg`, software
+    /// emulation, slow and no isolation by hardware.
     pub accel: Option<Accel>,
-    /// Machine type.
+    /// QEMU machine type.
     pub machine: Option<MachineType>,
-    /// Guest channel.
+    /// How host and guest agent reach each other.
     pub channel: Option<ChannelKind>,
     /// Host directory to exchange.
     pub workspace: Option<PathBuf>,
@@ -69,11 +74,12 @@ pub struct Request {
     pub force: Option<bool>,
     /// Show changes.
     pub diff: Option<bool>,
-    /// Added environment.
+    /// Variables in the command's environment.
     pub env: BTreeMap<String, String>,
-    /// Working directory in the guest.
+    /// Working directory in the guest; `/workspace/work` when absent.
     pub workdir: Option<String>,
-    /// User in the guest.
+    /// User in the guest, by name or number; the image's unprivileged user when
+    /// absent.
     pub user: Option<String>,
     /// On a terminal.
     pub terminal: Option<bool>,

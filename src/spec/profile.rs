@@ -101,6 +101,11 @@ impl Default for Catalog {
 }
 
 impl Catalog {
+    /// All profiles, by name.
+    pub fn profiles(&self) -> impl Iterator<Item = (&ProfileName, &Profile)> {
+        self.profiles.iter()
+    }
+
     /// The profile of this name.
     ///
     /// # Errors

@@ -16,6 +16,8 @@ use bulkhead::spec::{Accel, Catalog, ChannelKind, MachineType, Request as Wish, 
 use bulkhead_agent::{Exec, Reply, Request};
 use tokio::net::UnixStream;
 
+use crate::setup;
+
 use super::stats::{self, Ratio, Report, Row};
 
 const OURS: &str = "bulkhead";
@@ -57,7 +59,7 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     /// Where images are kept.
-    #[arg(long, env = "BULKHEAD_STATE_DIR", default_value = "/var/lib/bulkhead")]
+    #[arg(long, env = "BULKHEAD_STATE_DIR", default_value_os_t = setup::usual_state_dir())]
     state_dir: PathBuf,
 }
 
