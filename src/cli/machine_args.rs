@@ -177,7 +177,86 @@ pub(super) fn label(text: &str) -> Result<(LabelName, String), String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
     use super::*;
+    use crate::spec::{Config, Layer, MACHINE_KEYS, Spec, merge};
+
+    #[derive(clap::Parser)]
+    struct All {
+        #[command(flatten)]
+        machine: MachineArgs,
+        #[command(flatten)]
+        lifetime: LifetimeArgs,
+    }
+
+    /// Every key of `[machine]`: as a file has it, and as it is typed.
+    const SAME: [(&str, &[&str]); 19] = [
+        ("image = \"i\"", &["--image", "i"]),
+        ("kernel = \"tuned\"", &["--kernel", "tuned"]),
+        ("profile = \"light\"", &["--profile", "light"]),
+        ("cpus = 3", &["--cpus", "3"]),
+        ("memory = \"3G\"", &["--memory", "3072M"]),
+        ("disk = \"30G\"", &["--disk", "30G"]),
+        ("timeout = \"2m\"", &["--timeout", "120s"]),
+        ("ttl = \"2h\"", &["--ttl", "120m"]),
+        ("idle_timeout = \"5m\"", &["--idle-timeout", "5m"]),
+        ("survivors = \"adopt\"", &["--survivors", "adopt"]),
+        ("stop_grace = \"3s\"", &["--stop-grace", "3"]),
+        ("network = \"off\"", &["--network", "off"]),
+        ("accel = \"tcg\"", &["--accel", "tcg"]),
+        ("machine = \"q35\"", &["--machine", "q35"]),
+        ("channel = \"serial\"", &["--channel", "serial"]),
+        ("user = \"u\"", &["--user", "u"]),
+        ("workdir = \"/w\"", &["--workdir", "/w"]),
+        (
+            "env = { A = \"1\", B = \"=\" }",
+            &["--env", "A=1", "-e", "B=="],
+        ),
+        ("labels = { \"a/b\" = \"c\" }", &["--label", "a/b=c"]),
+    ];
+
+    /// The spec of a layer, with a network defined below it.
+    fn spec(layer: Layer) -> Spec {
+        let below = "[network.off]\nmode = \"isolated\"\n";
+        let below = Layer::file(Path::new("below.toml"), below).unwrap();
+        let mut merged = merge(&[below, layer]).unwrap();
+        merged.config.machine.name = Some("vm".parse().unwrap());
+        merged.resolve_machine().unwrap()
+    }
+
+    fn typed(words: &[&str]) -> Spec {
+        let All { machine, lifetime } =
+            All::try_parse_from([&["bulkhead"], words].concat()).unwrap();
+        spec(Layer::flags(Config {
+            machine: lifetime.into_request(machine.request()),
+            ..Config::default()
+        }))
+    }
+
+    fn filed(keys: &str) -> Spec {
+        let text = format!("[machine]\n{keys}\n");
+        spec(Layer::file(Path::new("config.toml"), &text).unwrap())
+    }
+
+    #[test]
+    fn flags_and_files_give_the_same_spec() {
+        let nothing = typed(&[]);
+        for ((key, words), name) in SAME.into_iter().zip(MACHINE_KEYS) {
+            assert!(
+                key.starts_with(&format!("{name} = ")),
+                "{key} is not {name}"
+            );
+            assert_eq!(filed(key), typed(words), "{key}");
+            // The one network mode is also the default.
+            assert!(filed(key) != nothing || name == "network", "{key}");
+        }
+        let keys = SAME.map(|(key, _)| key).join("\n");
+        let words: Vec<&str> = SAME.iter().flat_map(|(_, words)| *words).copied().collect();
+        assert_eq!(filed(&keys), typed(&words));
+    }
 
     #[test]
     fn words_are_read_as_in_files() {

@@ -161,6 +161,7 @@ impl Layer {
         let get = |key: &str| lookup(&variable(key)).filter(|value| !value.is_empty());
         let path = |key: &str| get(key).map(PathBuf::from);
         let mut machine = Request::default();
+        let mut table = toml::Table::new();
         for key in MACHINE_KEYS.into_iter().filter(|key| !MAPS.contains(key)) {
             let Some(value) = get(key) else { continue };
             let refuse = |why: String| SpecError::Variable {
@@ -174,9 +175,10 @@ impl Layer {
                 Ok(number) if key == "cpus" => toml::Value::Integer(number),
                 _ => toml::Value::String(text),
             };
-            let one = toml::Table::from_iter([(key.to_owned(), value)]);
-            let one = Request::deserialize(one).map_err(|error| refuse(error.message().into()))?;
-            machine = one.over(machine);
+            table.insert(key.to_owned(), value);
+            // Up to here it made sense: this variable is the one to blame.
+            machine = Request::deserialize(table.clone())
+                .map_err(|error| refuse(error.message().into()))?;
         }
         let config = Config {
             state_dir: path("state_dir"),

@@ -307,20 +307,3 @@ fn a_file_means_the_same_wherever_it_is_used() {
     }
     file(SYSTEM, "[machine]\nkernel = \"tuned\"\n");
 }
-
-/// What cloud-hypervisor tests of its flags and its API: two ways, one result.
-#[test]
-fn a_file_and_a_request_say_the_same() {
-    let text = "image = \"i\"\nkernel = \"k\"\nprofile = \"light\"\ncpus = 3\nmemory = \"3G\"\n\
-                disk = \"3G\"\ntimeout = \"3s\"\nttl = \"3h\"\nidle_timeout = \"3m\"\n\
-                survivors = \"adopt\"\nstop_grace = \"3s\"\nnetwork = \"isolated\"\n\
-                accel = \"tcg\"\nmachine = \"q35\"\nchannel = \"serial\"\nuser = \"u\"\n\
-                workdir = \"/w\"\nenv = { A = \"1\" }\nlabels = { b = \"2\" }\n";
-    let request: Request = toml::from_str(text).unwrap();
-    for name in MACHINE_KEYS {
-        assert!(text.contains(&format!("{name} = ")), "{name}");
-    }
-    let from_file = merge(&[file(SYSTEM, &format!("[machine]\n{text}"))]).unwrap();
-    let from_flags = merge(&[flags(request)]).unwrap();
-    assert_eq!(from_file.config, from_flags.config);
-}
