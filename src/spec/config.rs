@@ -319,16 +319,11 @@ pub fn merge<'l>(layers: impl IntoIterator<Item = &'l Layer>) -> Result<Merged, 
     let mut origins = BTreeMap::new();
     for layer in layers {
         let above = &layer.config;
-        // As `over` does: a profile replaces what was said of its limits, and a
-        // definition all of the definition of that name.
-        origins.retain(
-            |key: &Key, _| match key.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-                ["machine", limit] => above.machine.profile.is_none() || !LIMITS.contains(&limit),
-                ["profile", name, ..] => above.profile.keys().all(|other| other.as_str() != name),
-                ["network", name, ..] => above.network.keys().all(|other| other.as_str() != name),
-                _ => true,
-            },
-        );
+        // As `over` does: a profile replaces what was said of its limits.
+        origins.retain(|key: &Key, _| {
+            above.machine.profile.is_none()
+                || !matches!(&key[..], [table, limit] if table == "machine" && LIMITS.contains(&limit.as_str()))
+        });
         for key in above.values().into_keys() {
             let origin = layer.origin(&key);
             origins.insert(key, origin);

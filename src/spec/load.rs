@@ -345,19 +345,21 @@ mod tests {
 
     #[test]
     fn a_profile_named_above_sets_all_limits() {
-        let file = parse("memory = \"1G\"\ncpus = 3\nprofile = \"light\"\n").unwrap();
-        let flags = Request {
-            profile: Some("intensive".parse().unwrap()),
-            cpus: Some(8),
-            ..Request::default()
+        let file =
+            "cpus = 3\nmemory = \"1G\"\ndisk = \"1G\"\ntimeout = \"1s\"\nprofile = \"light\"\n";
+        let ask = |cpus| {
+            let flags = Request {
+                profile: Some("intensive".parse().unwrap()),
+                cpus,
+                ..Request::default()
+            };
+            let request = flags.over(parse(file).unwrap());
+            request.resolve_machine(&Catalog::default()).unwrap().limits
         };
-        let spec = flags.over(file).resolve_machine(&Catalog::default());
-        let spec = spec.unwrap();
-        assert_eq!(spec.profile.as_str(), "intensive");
-        assert_eq!(
-            (spec.limits.vcpus, spec.limits.memory, spec.limits.timeout),
-            (8, Bytes::gib(4), Timeout::secs(600))
-        );
+        let catalog = Catalog::default();
+        let intensive = catalog.profile(&"intensive".parse().unwrap()).unwrap();
+        assert_eq!(ask(None), intensive.limits);
+        assert_eq!(ask(Some(8)).vcpus, 8);
     }
 
     /// Nobody loses a network they were denied by naming a profile for its
