@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use bulkhead::error::Report;
 use bulkhead::run::{Dirs, Host, Io, RunError, run};
-use bulkhead::spec::{Accel, Request};
+use bulkhead::spec::{Accel, Catalog, Request};
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 async fn one(host: Host, request: Request) -> Result<(String, i32), RunError> {
-    let spec = request.resolve()?;
+    let spec = request.resolve(&Catalog::default())?;
     let io = Io::collecting(host.dirs.state.join("output"));
     let outcome = run(&host, &spec, io).await?;
     let output = outcome.stdout.map(|captured| captured.text);

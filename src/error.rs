@@ -13,6 +13,7 @@ pub trait Explain: std::error::Error {
 
 /// An [`Explain`] error as plain data.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Report {
     /// Stable identifier.
     pub code: String,
@@ -22,6 +23,14 @@ pub struct Report {
     pub cause: String,
     /// What to do next.
     pub remedy: String,
+}
+
+/// What a verb with `--json` prints on stderr when it fails.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Failed {
+    /// What failed, and why.
+    pub error: Report,
 }
 
 impl Report {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead::error::Explain as _;
 use bulkhead::guest::Output;
 use bulkhead::run::{Dirs, Host};
-use bulkhead::spec::{Accel, Request as Wish, Spec};
+use bulkhead::spec::{Accel, Catalog, Request as Wish, Spec};
 use bulkhead_agent::{Exec, Request};
 use nix::pty::{Winsize, openpty};
 use rustix::termios::tcsetwinsize;
@@ -36,7 +36,7 @@ fn spec() -> Spec {
         command: vec!["true".into()],
         ..Wish::default()
     };
-    wish.resolve().unwrap()
+    wish.resolve(&Catalog::default()).unwrap()
 }
 
 #[tokio::test]

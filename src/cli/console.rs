@@ -20,7 +20,7 @@ pub(super) struct Args {
 
 /// Connects the terminal to the emergency console.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
-    let console = Controller::new(&global.host().dirs, args.vm)
+    let console = Controller::new(&global.host()?.dirs, args.vm)
         .console()
         .await?;
     let _raw = RawMode::enter();

@@ -10,7 +10,7 @@ pub(super) struct Args {}
 
 /// Says what this host can do. The exit code is 1 when something needed is missing.
 pub(super) async fn run(_args: &Args, global: &Global) -> Result<i32, Failure> {
-    let checks = doctor::examine(&global.host()).await;
+    let checks = doctor::examine(&global.host()?).await;
     let code = i32::from(checks.iter().any(|check| check.status == Status::Missing));
     if global.json {
         print_json(&checks);

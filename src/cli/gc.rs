@@ -14,7 +14,7 @@ pub(super) struct Args {
 
 /// Releases what dead runs left.
 pub(super) fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
-    let found = recover(&global.host().dirs, args.dry_run)?;
+    let found = recover(&global.host()?.dirs, args.dry_run)?;
     if global.json {
         print_json(&found);
     }

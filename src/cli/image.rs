@@ -4,11 +4,12 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::Global;
+use super::machine_args::word;
 use super::message::Failure;
-use super::run::{self, word};
+use super::run;
 use crate::image::{AgentBinary, Builder, Image, KernelSource, Recipe, Result, Summary};
 use crate::run::{Io, provision};
-use crate::spec::{Accel, Bytes, Profile, Request, Timeout};
+use crate::spec::{Accel, Bytes, ProfileName, Request, Timeout};
 
 /// Options of `bulkhead image`.
 #[derive(Debug, clap::Args)]
@@ -60,8 +61,8 @@ pub(crate) struct Build {
     #[arg(long, value_name = "FILE", requires = "from")]
     run: Option<PathBuf>,
     /// Limits of the provisioning machine [default: standard]
-    #[arg(long, requires = "from", value_parser = word::<Profile>)]
-    profile: Option<Profile>,
+    #[arg(long, requires = "from")]
+    profile: Option<ProfileName>,
     /// Its memory [default: the profile's]
     #[arg(long, requires = "from")]
     memory: Option<Bytes>,
@@ -72,7 +73,7 @@ pub(crate) struct Build {
     #[arg(long, requires = "from")]
     timeout: Option<Timeout>,
     /// kvm or tcg [default: kvm]
-    #[arg(long, env = "BULKHEAD_ACCEL", value_parser = word::<Accel>)]
+    #[arg(long, value_parser = word::<Accel>)]
     accel: Option<Accel>,
     /// Recipe of your own
     #[arg(long, value_name = "FILE", requires = "name")]
@@ -90,7 +91,7 @@ pub(crate) struct Build {
 
 /// Runs the verb. Progress goes to stderr, results to stdout.
 pub(super) async fn run(args: Args, global: &Global) -> std::result::Result<(), Failure> {
-    let (store, json) = (global.host().images(), global.json);
+    let (store, json) = (global.host()?.images(), global.json);
     let builder = Builder::new(&store).with_progress(|text| eprintln!("bulkhead: {text}"));
     match args.verb {
         Verb::Build(build) => match (&build.from, &build.run) {
@@ -130,7 +131,7 @@ impl Build {
     ) -> std::result::Result<Image, Failure> {
         let request = Request {
             image: Some(from.to_owned()),
-            profile: self.profile,
+            profile: self.profile.clone(),
             memory: self.memory,
             disk: self.disk,
             timeout: Some(self.timeout.unwrap_or(Timeout::secs(30 * 60))),
@@ -139,7 +140,8 @@ impl Build {
             script: Some(run::read_script(script)?),
             ..Request::default()
         };
-        let host = global.host();
+        let spec = global.settings()?.spec(request, None)?;
+        let host = global.host()?;
         let io = Io {
             // The result is all that belongs on stdout.
             stdout: Some(Box::new(tokio::io::stderr())),
@@ -148,7 +150,7 @@ impl Build {
             ..Io::collecting(host.dirs.state.join("output"))
         };
         let name = self.name.as_deref().unwrap_or_default();
-        Ok(provision(&host, &request.resolve()?, name, io).await?)
+        Ok(provision(&host, &spec, name, io).await?)
     }
 
     fn run(&self, builder: &Builder<'_>) -> Result<Image> {

@@ -20,7 +20,7 @@ pub(super) struct Args {
 
 /// Shows a running machine.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
-    let controller = Controller::new(&global.host().dirs, args.vm);
+    let controller = Controller::new(&global.host()?.dirs, args.vm);
     if args.qga {
         print_json(&controller.qga().await?);
         return Ok(0);

@@ -2,7 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 
-use crate::error::{Explain, Report};
+use crate::error::{Explain, Failed, Report};
 use crate::guest::archive::printable;
 use crate::run::FAILED;
 
@@ -38,8 +38,8 @@ impl Failure {
 /// Prints a report to stderr.
 pub(super) fn print_report(report: &Report, json: bool) {
     if json {
-        let error = serde_json::json!({ "error": report });
-        say(&error.to_string());
+        let error = report.clone();
+        say(&serde_json::to_string(&Failed { error }).unwrap_or_default());
         return;
     }
     let Report {
@@ -86,7 +86,11 @@ pub(super) fn visible(text: &str) -> String {
 /// Prints a value as JSON to stdout.
 pub(super) fn print_json(value: &impl serde::Serialize) {
     if let Ok(text) = serde_json::to_string_pretty(value) {
-        // A reader that went away is no failure of ours.
-        let _ = writeln!(std::io::stdout(), "{text}");
+        print_text(&format!("{text}\n"));
     }
+}
+
+/// Prints text to stdout. A reader that went away is no failure of ours.
+pub(super) fn print_text(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }

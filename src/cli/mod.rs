@@ -1,21 +1,29 @@
 //! The command line: one file for each verb.
 
+mod completions;
+mod config;
 mod console;
 mod doctor;
 mod gc;
 mod image;
 mod inspect;
+mod machine_args;
+mod man;
 mod message;
 mod run;
+mod settings;
 mod terminal;
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::run::{Dirs, FAILED, Host};
+use crate::run::{FAILED, Host};
+use crate::spec::SpecError;
 use message::Failure;
+use settings::Settings;
 
 /// Run coding agents, or any command, in disposable QEMU/KVM microVMs.
 #[derive(Debug, Parser)]
@@ -29,33 +37,41 @@ struct Cli {
 
 /// Options of every verb.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every verb")]
 struct Global {
-    /// Where images and runs are kept.
-    #[arg(long, global = true, env = "BULKHEAD_STATE_DIR", value_name = "DIR", default_value = Dirs::STATE)]
-    state_dir: PathBuf,
-    /// Where sockets and this boot's verdicts are kept.
-    #[arg(long, global = true, env = "BULKHEAD_RUNTIME_DIR", value_name = "DIR", default_value = Dirs::RUNTIME)]
-    runtime_dir: PathBuf,
-    /// The QEMU binary [default: qemu-system-x86_64 in PATH].
-    #[arg(long, global = true, env = "BULKHEAD_QEMU", value_name = "FILE")]
+    /// Configuration file instead of /etc/bulkhead/config.toml and
+    /// ~/.config/bulkhead/config.toml, or none [env: BULKHEAD_CONFIG].
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where images and runs are kept [env: BULKHEAD_STATE_DIR].
+    #[arg(long, global = true, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Where sockets and this boot's verdicts are kept [env: BULKHEAD_RUNTIME_DIR].
+    #[arg(long, global = true, value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// The QEMU binary [env: BULKHEAD_QEMU] [default: qemu-system-x86_64 in PATH].
+    #[arg(long, global = true, value_name = "FILE")]
     qemu: Option<PathBuf>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,
+    #[arg(skip)]
+    settings: OnceCell<Settings>,
 }
 
 impl Global {
-    fn host(&self) -> Host {
-        let dirs = Dirs {
-            state: self.state_dir.clone(),
-            runtime: self.runtime_dir.clone(),
-        };
-        // The one thread of this program lives as long as its machines.
-        Host {
-            qemu: self.qemu.clone(),
-            die_with_thread: true,
-            ..Host::new(dirs)
+    /// What is configured; read at the first call.
+    fn settings(&self) -> Result<&Settings, SpecError> {
+        if let Some(settings) = self.settings.get() {
+            return Ok(settings);
         }
+        let settings = Settings::load(self)?;
+        Ok(self.settings.get_or_init(|| settings))
+    }
+
+    /// The host that is configured.
+    fn host(&self) -> Result<Host, SpecError> {
+        Ok(self.settings()?.host())
     }
 }
 
@@ -64,7 +80,7 @@ enum Verb {
     /// Run a command in a machine of its own.
     Run(Box<run::Args>),
     /// Build, import and keep images.
-    Image(image::Args),
+    Image(Box<image::Args>),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
     /// Show a running machine.
@@ -73,6 +89,17 @@ enum Verb {
     Console(console::Args),
     /// Release what dead runs left behind.
     Gc(gc::Args),
+    /// Show what is configured.
+    Config(config::Args),
+    /// Print completions for a shell.
+    Completions(completions::Args),
+    /// Print the manual page.
+    Man(man::Args),
+}
+
+/// The command with all verbs and options, for what is generated from it.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Parses the arguments, runs the verb, and gives its exit code.
@@ -108,11 +135,14 @@ pub fn main() -> ExitCode {
     let result = runtime.block_on(async {
         match verb {
             Verb::Run(args) => run::run(*args, &global).await,
-            Verb::Image(args) => image::run(args, &global).await.map(|()| 0),
+            Verb::Image(args) => image::run(*args, &global).await.map(|()| 0),
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
             Verb::Console(args) => console::run(args, &global).await,
             Verb::Gc(args) => gc::run(&args, &global),
+            Verb::Config(args) => config::run(args, &global),
+            Verb::Completions(args) => completions::run(&args),
+            Verb::Man(args) => man::run(&args),
         }
     });
     // A thread may wait for input that never comes.

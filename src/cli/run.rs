@@ -7,13 +7,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Global;
+use super::machine_args::{MachineArgs, WorkspaceArgs};
 use super::message::{Failure, print_json, print_report, say, visible};
 use super::terminal::{self, RawMode};
 use crate::run::{Io, Outcome, Progress, RunError, Signal};
-use crate::spec::{
-    Accel, Bytes, ChannelKind, MachineType, NetworkMode, Profile, Request, Script, SpecError,
-    Timeout, VmId, WorkspaceMode,
-};
+use crate::spec::{Request, Script, SpecError, VmId};
 
 /// Signals that are the command's, not ours.
 const FORWARDED: [i32; 7] = {
@@ -27,46 +25,10 @@ pub(super) struct Args {
     /// Name of the machine [default: random].
     #[arg(long)]
     name: Option<VmId>,
-    /// Image to run in [default: default].
-    #[arg(long, short)]
-    image: Option<String>,
-    /// Kernel other than the image's: a name such as `tuned`, or a path.
-    #[arg(long)]
-    kernel: Option<String>,
-    /// Set of limits [default: standard].
-    #[arg(long, short, value_parser = word::<Profile>)]
-    profile: Option<Profile>,
-    /// Virtual CPUs [default: the profile's].
-    #[arg(long)]
-    cpus: Option<u32>,
-    /// Guest memory, such as 512M or 2G [default: the profile's].
-    #[arg(long, short)]
-    memory: Option<Bytes>,
-    /// Size of the writable disk [default: the profile's].
-    #[arg(long)]
-    disk: Option<Bytes>,
-    /// How long the command may run, such as 90s or 5m [default: the profile's].
-    #[arg(long)]
-    timeout: Option<Timeout>,
-    /// Network mode; this version gives machines no network [default: isolated].
-    #[arg(long, value_parser = word::<NetworkMode>)]
-    network: Option<NetworkMode>,
-    /// kvm, or tcg: software emulation, slow and no isolation by hardware [default: kvm].
-    #[arg(long, env = "BULKHEAD_ACCEL", value_parser = word::<Accel>)]
-    accel: Option<Accel>,
-    /// Machine type: microvm or q35 [default: microvm].
-    #[arg(long, value_parser = word::<MachineType>)]
-    machine: Option<MachineType>,
-    /// How the guest agent is reached: auto, vsock or serial [default: auto].
-    #[arg(long, value_parser = word::<ChannelKind>)]
-    channel: Option<ChannelKind>,
-    /// Directory to work on in the guest, at /workspace/work.
-    #[arg(long, short, value_name = "DIR")]
-    workspace: Option<PathBuf>,
-    /// copy (nothing on the host changes unless asked), share (live; `share:ro`
-    /// cannot be written) or none [default: copy].
-    #[arg(long, value_name = "MODE", value_parser = share_mode)]
-    workspace_mode: Option<(WorkspaceMode, bool)>,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    workspace: WorkspaceArgs,
     /// Bring changed files back into the workspace.
     #[arg(long)]
     apply: bool,
@@ -79,88 +41,32 @@ pub(super) struct Args {
     /// Where what the guest leaves in /workspace/output goes.
     #[arg(long, value_name = "DIR")]
     artifacts: Option<PathBuf>,
-    /// Set NAME=VALUE in the command's environment, or pass NAME on.
-    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
-    env: Vec<(String, String)>,
-    /// Working directory in the guest [default: /workspace/work].
-    #[arg(long, value_name = "DIR")]
-    workdir: Option<String>,
-    /// User in the guest: a name, a number, or root [default: agent].
-    #[arg(long, short)]
-    user: Option<String>,
     /// Run on a terminal.
     #[arg(long, short)]
     tty: bool,
     /// Run this script (`-`: from stdin); its `#!` line or extension says how.
     #[arg(long, value_name = "FILE")]
     script: Option<PathBuf>,
-    /// Take everything not given here from a TOML file.
-    #[arg(long, value_name = "FILE")]
-    spec: Option<PathBuf>,
     /// Program and arguments.
     #[arg(last = true)]
     command: Vec<String>,
 }
 
-/// Parses a word as the configuration file does, so that the two agree.
-pub(super) fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
-    use serde::de::IntoDeserializer;
-    let text: serde::de::value::StrDeserializer<'_, serde::de::value::Error> =
-        text.into_deserializer();
-    T::deserialize(text).map_err(|error| error.to_string())
-}
-
-fn share_mode(text: &str) -> Result<(WorkspaceMode, bool), String> {
-    match text.strip_suffix(":ro") {
-        Some(mode) => Ok((word(mode)?, true)),
-        None => Ok((word(text)?, false)),
-    }
-}
-
-fn variable(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((name, value)) => Ok((name.into(), value.into())),
-        None => std::env::var(text)
-            .map(|value| (text.into(), value))
-            .map_err(|_| format!("{text} is not set here; give it as {text}=VALUE")),
-    }
-}
-
 impl Args {
     fn request(self) -> Result<Request, SpecError> {
         let script = self.script.as_deref().map(read_script).transpose()?;
-        let (workspace_mode, read_only) = self.workspace_mode.unzip();
         let set = |flag: bool| flag.then_some(true);
-        let flags = Request {
+        Ok(Request {
             name: self.name,
-            image: self.image,
-            kernel: self.kernel,
-            profile: self.profile,
-            cpus: self.cpus,
-            memory: self.memory,
-            disk: self.disk,
-            timeout: self.timeout,
-            network: self.network,
-            accel: self.accel,
-            machine: self.machine,
-            channel: self.channel,
-            workspace: self.workspace,
-            workspace_mode,
-            read_only: read_only.filter(|yes| *yes),
             artifacts: self.artifacts,
             apply: set(self.apply),
             force: set(self.force),
             diff: set(self.diff),
-            env: self.env.into_iter().collect(),
-            workdir: self.workdir,
-            user: self.user,
             terminal: set(self.tty),
             command: self.command,
             script,
-            ..Request::default()
-        };
-        let below = self.spec.as_deref().map(Request::load).transpose()?;
-        Ok(flags.over(below.unwrap_or_default()))
+            ..self.workspace.into_request(self.machine.request())
+        })
     }
 }
 
@@ -190,8 +96,10 @@ pub(super) fn read_script(path: &Path) -> Result<Script, SpecError> {
 /// Runs the command and gives its exit code.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let script_on_stdin = args.script.as_deref() == Some(Path::new("-"));
-    let spec = args.request()?.resolve()?;
-    let host = global.host();
+    let spec_file = args.machine.spec.clone();
+    let settings = global.settings()?;
+    let spec = settings.spec(args.request()?, spec_file.as_deref())?;
+    let host = settings.host();
     // Every start clears away what dead runs left; failing at that stops nobody.
     if let Err(error) = crate::run::recover(&host.dirs, false) {
         tracing::debug!("recovery: {error}");

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::image::{Agent, File, Kernel, Manifest};
-use crate::spec::Request;
+use crate::spec::{Catalog, Request};
 
 fn image() -> Image {
     let file = |name: &str| File {
@@ -36,7 +36,10 @@ fn image() -> Image {
 
 fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
     let text = format!("name = \"vm1\"\ncommand = [\"true\"]\n{request}");
-    let spec = toml::from_str::<Request>(&text).unwrap().resolve().unwrap();
+    let spec = toml::from_str::<Request>(&text)
+        .unwrap()
+        .resolve(&Catalog::default())
+        .unwrap();
     let facts = HostFacts {
         qemu: "/usr/bin/qemu".into(),
         tsc_khz: Some(2_400_000),

@@ -1,5 +1,6 @@
 //! Where Bulkhead keeps things.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// The places a host gives to Bulkhead. Injected, never looked up inside.
@@ -12,10 +13,38 @@ pub struct Dirs {
 }
 
 impl Dirs {
-    /// Default of [`Dirs::state`].
-    pub const STATE: &'static str = "/var/lib/bulkhead";
-    /// Default of [`Dirs::runtime`].
-    pub const RUNTIME: &'static str = "/run/bulkhead";
+    /// The places of the user: those given, else root's `/var/lib/bulkhead` and
+    /// `/run/bulkhead`, or what the XDG base directory specification gives
+    /// others: `$XDG_STATE_HOME/bulkhead` (`~/.local/state/bulkhead`) and
+    /// `$XDG_RUNTIME_DIR/bulkhead` (`run` in the state directory). `variable`
+    /// looks up the environment. None when no variable tells a place.
+    pub fn usual(
+        is_root: bool,
+        state: Option<PathBuf>,
+        runtime: Option<PathBuf>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Option<Self> {
+        if is_root {
+            return Some(Self {
+                state: state.unwrap_or_else(|| "/var/lib/bulkhead".into()),
+                runtime: runtime.unwrap_or_else(|| "/run/bulkhead".into()),
+            });
+        }
+        // The specification ignores relative paths.
+        let dir = |name| {
+            variable(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_absolute())
+        };
+        let state = state.or_else(|| {
+            let home = || Some(dir("HOME")?.join(".local/state"));
+            Some(dir("XDG_STATE_HOME").or_else(home)?.join("bulkhead"))
+        })?;
+        let runtime = runtime
+            .or_else(|| Some(dir("XDG_RUNTIME_DIR")?.join("bulkhead")))
+            .unwrap_or_else(|| state.join("run"));
+        Some(Self { state, runtime })
+    }
 
     /// Records of runs.
     pub fn runs(&self) -> PathBuf {
@@ -60,4 +89,62 @@ pub(crate) fn make_private(path: &Path) -> std::io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usual(is_root: bool, variables: &[(&str, &str)]) -> Option<(String, String)> {
+        let variable = |name: &str| {
+            let found = variables.iter().find(|(known, _)| *known == name);
+            found.map(|(_, value)| OsString::from(value))
+        };
+        let dirs = Dirs::usual(is_root, None, None, variable)?;
+        let text = |path: PathBuf| path.to_str().unwrap().to_owned();
+        Some((text(dirs.state), text(dirs.runtime)))
+    }
+
+    fn places(state: &str, runtime: &str) -> Option<(String, String)> {
+        Some((state.to_owned(), runtime.to_owned()))
+    }
+
+    #[test]
+    fn root_has_the_systems_places() {
+        let variables = [("XDG_STATE_HOME", "/s"), ("XDG_RUNTIME_DIR", "/r")];
+        assert_eq!(
+            usual(true, &variables),
+            places("/var/lib/bulkhead", "/run/bulkhead")
+        );
+    }
+
+    #[test]
+    fn others_have_places_of_their_own() {
+        assert_eq!(
+            usual(
+                false,
+                &[
+                    ("HOME", "/h"),
+                    ("XDG_STATE_HOME", "/s"),
+                    ("XDG_RUNTIME_DIR", "/r")
+                ]
+            ),
+            places("/s/bulkhead", "/r/bulkhead")
+        );
+        let home = "/h/.local/state/bulkhead";
+        for variables in [
+            &[("HOME", "/h")][..],
+            &[("HOME", "/h"), ("XDG_STATE_HOME", "relative")],
+        ] {
+            let expected = places(home, &format!("{home}/run"));
+            assert_eq!(usual(false, variables), expected);
+        }
+        assert_eq!(usual(false, &[]), None);
+    }
+
+    #[test]
+    fn what_is_given_wins() {
+        let given = Dirs::usual(false, Some("/s".into()), None, |_| None);
+        assert_eq!(given.unwrap().runtime, Path::new("/s/run"));
+    }
 }

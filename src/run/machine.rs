@@ -42,6 +42,7 @@ pub struct StartOptions {
 
 /// When the phases of a start were over, in microseconds since its beginning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Phases {
     /// QEMU executes.
     pub spawned_us: u64,

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::machine::Phases;
 use crate::error::Report;
-use crate::spec::{Accel, ChannelKind, MachineType, NetworkMode, Profile, VmId};
+use crate::spec::{Accel, ChannelKind, MachineType, NetworkMode, ProfileName, VmId};
 
 /// Exit code when the command ran out of time.
 pub const TIMED_OUT: i32 = 124;
@@ -15,13 +15,14 @@ pub const FAILED: i32 = 125;
 
 /// What came of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Outcome {
     /// Name of the machine.
     pub id: VmId,
     /// Id of the image.
     pub image: String,
     /// The profile.
-    pub profile: Profile,
+    pub profile: ProfileName,
     /// What executed the guest's instructions.
     pub accel: Accel,
     /// Whether the guest was isolated by hardware: never under emulation.
@@ -67,6 +68,7 @@ pub struct Outcome {
 
 /// Collected output: its beginning here, all of it in a file when it was long.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Captured {
     /// Size in bytes of all of it.
     pub bytes: u64,
@@ -86,6 +88,7 @@ impl Captured {
 
 /// What changed in the workspace.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Changes {
     /// New and changed paths.
     pub changed: Vec<String>,
@@ -100,6 +103,7 @@ pub struct Changes {
 
 /// What was used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Resources {
     /// CPU time of the command as the guest tells it, in microseconds.
     pub command_cpu_us: u64,
@@ -113,6 +117,7 @@ pub struct Resources {
 
 /// How long the phases took, in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Times {
     /// Phases of the start.
     #[serde(flatten)]

@@ -21,7 +21,7 @@ use crate::host::lease::write_durably;
 use crate::host::process;
 use crate::image::Image;
 use crate::plan::{KernelChoice, Plan};
-use crate::spec::{Accel, Bytes, Request, Spec, VmId};
+use crate::spec::{Accel, Bytes, Catalog, Request, Spec, VmId};
 
 /// How long a small guest may take under KVM. Real hardware needs less than
 /// two seconds with the slowest kernel here.
@@ -141,7 +141,7 @@ fn proof_spec(image: &str) -> Result<Spec, RunError> {
         command: vec!["true".into()],
         ..Request::default()
     };
-    Ok(request.resolve()?)
+    Ok(request.resolve(&Catalog::default())?)
 }
 
 /// One file for each boot of the host, kernel and QEMU build.

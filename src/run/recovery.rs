@@ -103,7 +103,7 @@ fn examine(dir: &Path, id: String) -> Result<Ownerless, Found> {
     if StateFile::is_in(dir) {
         let vm: VmId = id
             .parse()
-            .map_err(|error| bad(&crate::spec::SpecError::from(error)))?;
+            .map_err(|error: crate::spec::Malformed| bad(&error))?;
         let file = StateFile::open(dir, &vm).map_err(|error| bad(&error))?;
         let spec = read_json(&dir.join(SPEC)).map_err(|error| bad(&error))?;
         state = Some((file, spec));

@@ -144,7 +144,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     Ok(Outcome {
         id: spec.id.clone(),
         image: image.id,
-        profile: spec.profile,
+        profile: spec.profile.clone(),
         accel: spec.accel,
         hardware_isolation: spec.accel == Accel::Kvm,
         machine: spec.machine,

@@ -34,6 +34,7 @@ impl Default for Lifetime {
 
 /// What happens to a machine whose supervisor died.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Survivors {
     /// The kernel ends it with its supervisor.
@@ -46,6 +47,8 @@ pub enum Survivors {
 /// Name of a label: 1 to 63 of letters, digits, `.`, `_`, `/` and `-`, starting
 /// with a letter or digit.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = "^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$")))]
 #[serde(try_from = "String", into = "String")]
 pub struct LabelName(String);
 

@@ -6,134 +6,59 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkMode, Profile,
-    Script, Spec, Survivors, Timeout, VmId, Workspace, WorkspaceMode,
+    Accel, Bytes, Catalog, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkName,
+    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, VmId, Workspace,
+    WorkspaceMode,
 };
-use crate::error::Explain;
-
-/// Asked for something that cannot be.
-#[derive(Debug, thiserror::Error)]
-pub enum SpecError {
-    /// The file could not be read.
-    #[error("cannot read {path}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The file is not what it should be; the source names line and key.
-    #[error("cannot use {path}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
-    /// A value that cannot be.
-    #[error("{what} cannot be {value}: {why}")]
-    Value {
-        /// Which value.
-        what: &'static str,
-        /// What was asked for.
-        value: String,
-        /// The rule it breaks.
-        why: &'static str,
-    },
-    /// A script that cannot be run.
-    #[error("cannot run the script {name}: {why}")]
-    Script {
-        /// Its name.
-        name: String,
-        /// Why.
-        why: String,
-    },
-    /// Two wishes that exclude each other.
-    #[error("{first} does not go with {second}")]
-    Clash {
-        /// One.
-        first: &'static str,
-        /// The other.
-        second: &'static str,
-    },
-    /// Nothing to run.
-    #[error("no command was given")]
-    NoCommand,
-    /// A value of the wrong form.
-    #[error(transparent)]
-    Malformed(#[from] super::Malformed),
-}
-
-impl Explain for SpecError {
-    fn code(&self) -> &'static str {
-        match self {
-            Self::Read { .. } => "config-unreadable",
-            Self::Parse { .. } => "config-invalid",
-            Self::Value { .. } => "value-invalid",
-            Self::Malformed(error) => error.code(),
-            Self::Script { .. } => "script-invalid",
-            Self::Clash { .. } => "flags-clash",
-            Self::NoCommand => "no-command",
-        }
-    }
-
-    fn remedy(&self) -> String {
-        match self {
-            Self::Read { path, .. } => {
-                format!("Check that {} exists and can be read.", path.display())
-            }
-            Self::Parse { path, .. } => format!("Correct {} at the line shown.", path.display()),
-            Self::Value { what, .. } => format!("Give another value for {what}."),
-            Self::Malformed(error) => error.remedy(),
-            Self::Script { .. } => {
-                "Start it with a `#!` line, or name it .py, .js, .sh, .bash or .pl.".into()
-            }
-            Self::Clash { first, second } => format!("Leave out {first} or {second}."),
-            Self::NoCommand => "Put it after `--`: bulkhead run -- python3 -V".into(),
-        }
-    }
-}
 
 /// A run as asked for: what is absent takes the profile's or the built-in
 /// default. Flags and files both become this, so they cannot differ.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct Request {
     /// Name of the machine.
     pub name: Option<VmId>,
     /// Name or id of the image.
     pub image: Option<String>,
-    /// Another kernel.
+    /// Kernel other than the image's: the name of an installed one such as
+    /// `tuned`, or a path.
     pub kernel: Option<String>,
-    /// The profile.
-    pub profile: Option<Profile>,
-    /// Virtual CPUs.
+    /// Name of the profile: a set of limits.
+    pub profile: Option<ProfileName>,
+    /// Virtual CPUs, 1 to 64; the profile's when absent.
     pub cpus: Option<u32>,
-    /// Guest memory.
+    /// Guest memory, 64M to 1T; the profile's when absent.
     pub memory: Option<Bytes>,
-    /// Disk.
+    /// Size of the disk that takes what the guest writes; the profile's when
+    /// absent.
     pub disk: Option<Bytes>,
-    /// How long the command may run.
+    /// How long the command may run; the profile's when absent.
     pub timeout: Option<Timeout>,
-    /// How long after its start a detached machine is stopped.
+    /// How long after its start a detached machine is stopped; never when
+    /// absent.
     pub ttl: Option<Timeout>,
-    /// How long nothing may happen in a detached machine.
+    /// After how long without anything happening a detached machine is stopped;
+    /// never when absent.
     pub idle_timeout: Option<Timeout>,
     /// What happens to a detached machine whose supervisor dies.
     pub survivors: Option<Survivors>,
-    /// How long the guest may take to power off.
+    /// How long the guest may take to power off before it is killed.
     pub stop_grace: Option<Timeout>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
-    /// Network mode.
-    pub network: Option<NetworkMode>,
-    /// Accelerator.
+    /// Name of the network: a mode, or one of `[network.NAME]`.
+    pub network: Option<NetworkName>,
+    /// The network where neither `network` nor the profile says one: what
+    /// layers below the profile's asked for. Not part of files.
+    #[serde(skip)]
+    pub network_below: Option<NetworkName>,
+    /// What executes the guest's instructions: `kvm`, or `tcg`, software
+    /// emulation, slow and no isolation by hardware.
     pub accel: Option<Accel>,
-    /// Machine type.
+    /// QEMU machine type.
     pub machine: Option<MachineType>,
-    /// Guest channel.
+    /// How host and guest agent reach each other.
     pub channel: Option<ChannelKind>,
     /// Host directory to exchange.
     pub workspace: Option<PathBuf>,
@@ -149,11 +74,12 @@ pub struct Request {
     pub force: Option<bool>,
     /// Show changes.
     pub diff: Option<bool>,
-    /// Added environment.
+    /// Variables in the command's environment.
     pub env: BTreeMap<String, String>,
-    /// Working directory in the guest.
+    /// Working directory in the guest; `/workspace/work` when absent.
     pub workdir: Option<String>,
-    /// User in the guest.
+    /// User in the guest, by name or number; the image's unprivileged user when
+    /// absent.
     pub user: Option<String>,
     /// On a terminal.
     pub terminal: Option<bool>,
@@ -174,14 +100,25 @@ impl Request {
             path: path.to_owned(),
             source,
         })?;
-        toml::from_str(&text).map_err(|source| SpecError::Parse {
-            path: path.to_owned(),
-            source: Box::new(source),
-        })
+        super::config::from_toml(path, &text)
     }
 
-    /// This request with everything absent taken from `below`.
+    /// This request with everything absent taken from `below`. Who names a
+    /// profile means all of its limits: those below do not count then, and a
+    /// network below counts only where the profile has none.
     pub fn over(self, below: Self) -> Self {
+        let below = match &self.profile {
+            None => below,
+            Some(_) => Self {
+                cpus: None,
+                memory: None,
+                disk: None,
+                timeout: None,
+                network: None,
+                network_below: below.network.or(below.network_below),
+                ..below
+            },
+        };
         let mut env = below.env;
         env.extend(self.env);
         let mut labels = below.labels;
@@ -201,6 +138,7 @@ impl Request {
             stop_grace: self.stop_grace.or(below.stop_grace),
             labels,
             network: self.network.or(below.network),
+            network_below: self.network_below.or(below.network_below),
             accel: self.accel.or(below.accel),
             machine: self.machine.or(below.machine),
             channel: self.channel.or(below.channel),
@@ -227,50 +165,52 @@ impl Request {
     /// Fills in the defaults and checks the whole, for a run of one command.
     ///
     /// # Errors
-    /// Values out of range, wishes that exclude each other, no command.
-    pub fn resolve(self) -> Result<Spec, SpecError> {
+    /// Values out of range, names that `catalog` does not have, wishes that
+    /// exclude each other, no command.
+    pub fn resolve(self, catalog: &Catalog) -> Result<Spec, SpecError> {
         if self.command.is_empty() && self.script.is_none() {
             return Err(SpecError::NoCommand);
         }
-        self.check(false)
+        self.check(catalog, false)
+    }
+
+    /// Name of the network it gets with this profile.
+    pub(super) fn network_with(&self, profile: &Profile) -> NetworkName {
+        let named = self.network.as_ref();
+        named
+            .or(profile.network.as_ref())
+            .or(self.network_below.as_ref())
+            .cloned()
+            .unwrap_or_default()
     }
 
     /// Fills in the defaults and checks the whole, for a detached machine: it
     /// needs no command.
     ///
     /// # Errors
-    /// Values out of range and wishes that exclude each other.
-    pub fn resolve_machine(self) -> Result<Spec, SpecError> {
+    /// As [`Request::resolve`], but for the command; and what only a run does
+    /// when it is over.
+    pub fn resolve_machine(self, catalog: &Catalog) -> Result<Spec, SpecError> {
         if self.apply == Some(true) || self.diff == Some(true) || self.artifacts.is_some() {
             return Err(SpecError::Clash {
                 first: "--apply, --diff or --artifacts",
                 second: "a detached machine, whose files `bulkhead cp` brings back",
             });
         }
-        self.check(true)
+        self.check(catalog, true)
     }
 
-    fn check(self, detached: bool) -> Result<Spec, SpecError> {
-        let profile = self.profile.unwrap_or_default();
-        let mut limits = profile.limits();
+    fn check(self, catalog: &Catalog, detached: bool) -> Result<Spec, SpecError> {
+        let name = self.profile.clone().unwrap_or_default();
+        let profile = catalog.profile(&name)?;
+        let network = catalog.network(&self.network_with(profile))?;
+        let mut limits = profile.limits;
         limits.vcpus = self.cpus.unwrap_or(limits.vcpus);
         limits.memory = self.memory.unwrap_or(limits.memory);
         limits.disk = self.disk.unwrap_or(limits.disk);
         limits.timeout = self.timeout.unwrap_or(limits.timeout);
+        limits.check()?;
         let value = |what, value: String, why| Err(SpecError::Value { what, value, why });
-        if !(1..=64).contains(&limits.vcpus) {
-            return value("--cpus", limits.vcpus.to_string(), "1 to 64 are possible");
-        }
-        if !(64..=1 << 20).contains(&limits.memory.as_mib()) {
-            return value(
-                "--memory",
-                limits.memory.to_string(),
-                "64M to 1T are possible",
-            );
-        }
-        if !(64..=16 << 20).contains(&limits.disk.as_mib()) {
-            return value("--disk", limits.disk.to_string(), "64M to 16T are possible");
-        }
         if let Some(name) = self
             .env
             .keys()
@@ -324,9 +264,9 @@ impl Request {
             id: self.name.unwrap_or_else(VmId::random),
             image: self.image.unwrap_or_else(|| "default".into()),
             kernel: self.kernel,
-            profile,
+            profile: name,
             limits,
-            network: self.network.unwrap_or_default(),
+            network,
             accel: self.accel.unwrap_or_default(),
             machine: self.machine.unwrap_or_default(),
             channel: self.channel.unwrap_or_default(),
@@ -408,7 +348,7 @@ mod tests {
             command: vec!["b".into()],
             ..Request::default()
         };
-        let spec = flags.over(file).resolve().unwrap();
+        let spec = flags.over(file).resolve(&Catalog::default()).unwrap();
         assert_eq!(spec.limits.vcpus, 4);
         assert_eq!(spec.limits.memory, Bytes::gib(2));
         assert_eq!(spec.limits.timeout, Timeout::secs(60));
@@ -416,15 +356,61 @@ mod tests {
     }
 
     #[test]
+    fn a_profile_named_above_sets_all_limits() {
+        let file =
+            "cpus = 3\nmemory = \"1G\"\ndisk = \"1G\"\ntimeout = \"1s\"\nprofile = \"light\"\n";
+        let ask = |cpus| {
+            let flags = Request {
+                profile: Some("intensive".parse().unwrap()),
+                cpus,
+                ..Request::default()
+            };
+            let request = flags.over(parse(file).unwrap());
+            request.resolve_machine(&Catalog::default()).unwrap().limits
+        };
+        let catalog = Catalog::default();
+        let intensive = catalog.profile(&"intensive".parse().unwrap()).unwrap();
+        assert_eq!(ask(None), intensive.limits);
+        assert_eq!(ask(Some(8)).vcpus, 8);
+    }
+
+    /// Nobody loses a network they were denied by naming a profile for its
+    /// limits; a profile's own network wins over the layers below it.
+    #[test]
+    fn a_profile_keeps_the_network_below_unless_it_has_one() {
+        let network = |name: &str| Some(name.parse().unwrap());
+        let below = Request {
+            network: network("offline"),
+            ..Request::default()
+        };
+        let ask = |profile: &str, own| {
+            let flags = Request {
+                profile: Some(profile.parse().unwrap()),
+                network: own,
+                ..Request::default()
+            };
+            let request = flags.over(below.clone());
+            let catalog = Catalog::default();
+            let profile = catalog.profile(request.profile.as_ref().unwrap()).unwrap();
+            request.network_with(profile).to_string()
+        };
+        assert_eq!(ask("light", None), "offline");
+        assert_eq!(ask("isolated", None), "isolated");
+        assert_eq!(ask("light", network("lan")), "lan");
+    }
+
+    #[test]
     fn impossible_wishes_are_refused() {
         let ask = |text: &str| {
             parse(&format!("command = [\"true\"]\n{text}"))
                 .unwrap()
-                .resolve()
+                .resolve(&Catalog::default())
         };
         assert!(ask("").is_ok());
         for bad in [
             "cpus = 0",
+            "profile = \"huge\"",
+            "network = \"lan\"",
             "workdir = \"src\"",
             "user = \"\"",
             "workspace_mode = \"share\"",
@@ -438,7 +424,7 @@ mod tests {
             assert!(ask(bad).is_err(), "{bad}");
         }
         assert!(matches!(
-            Request::default().resolve(),
+            Request::default().resolve(&Catalog::default()),
             Err(SpecError::NoCommand)
         ));
     }

@@ -1,7 +1,11 @@
 //! What is asked for.
 
+mod config;
+mod error;
 mod lifetime;
 mod load;
+mod network;
+mod origin;
 mod profile;
 mod script;
 mod units;
@@ -11,9 +15,13 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use config::{Config, Layer, MACHINE_KEYS, Merged, Setting, merge};
+pub use error::SpecError;
 pub use lifetime::{LabelName, Lifetime, Survivors};
-pub use load::{Request, SpecError};
-pub use profile::{Limits, Profile};
+pub use load::Request;
+pub use network::{NetworkMode, NetworkName, NetworkPolicy};
+pub use origin::Origin;
+pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
 pub use script::Script;
 pub use units::{Bytes, Malformed, Timeout, VmId};
 
@@ -28,7 +36,7 @@ pub struct Spec {
     /// A kernel other than the image's own: a path, or the name of an installed one.
     pub kernel: Option<String>,
     /// The profile the limits came from.
-    pub profile: Profile,
+    pub profile: ProfileName,
     /// What the machine may use.
     pub limits: Limits,
     /// The network it gets.
@@ -56,6 +64,7 @@ pub struct Spec {
 
 /// What executes the guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Accel {
     /// Hardware virtualization; the only one that counts as isolation.
@@ -77,6 +86,7 @@ impl Accel {
 
 /// QEMU machine type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum MachineType {
     /// Minimal, virtio-mmio only, no PCI, no ACPI.
@@ -86,17 +96,9 @@ pub enum MachineType {
     Q35,
 }
 
-/// The network a machine gets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum NetworkMode {
-    /// No network device at all.
-    #[default]
-    Isolated,
-}
-
 /// How host and guest agent reach each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum ChannelKind {
     /// vsock where the host has it, else a virtio-serial port.
@@ -130,6 +132,7 @@ pub struct Workspace {
 
 /// How a workspace is exchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum WorkspaceMode {
     /// Packed in; changes come back only on request.

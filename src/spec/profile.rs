@@ -1,22 +1,23 @@
-//! Named sets of limits.
+//! Named sets of limits, and the names a request may use.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::units::{Bytes, Timeout};
+use super::error::SpecError;
+use super::network::{NetworkMode, NetworkName, NetworkPolicy};
+use super::units::{Bytes, Timeout, name_type};
 
-/// A named set of limits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Profile {
-    /// 1 vCPU, 1 GiB, 10 GB of disk, 60 s.
-    Light,
-    /// 2 vCPUs, 2 GiB, 20 GB of disk, 300 s.
-    #[default]
-    Standard,
-    /// 4 vCPUs, 4 GiB, 40 GB of disk, 600 s.
-    Intensive,
-    /// As standard, and never a network.
-    Isolated,
+name_type! {
+    /// Name of a profile: 1 to 63 of `a-z`, `0-9`, `_` and `-`, starting with a
+    /// letter or digit.
+    ProfileName, "a profile's name (1 to 63 of a-z, 0-9, _ and -, such as `big`)"
+}
+
+impl Default for ProfileName {
+    fn default() -> Self {
+        Self("standard".into())
+    }
 }
 
 /// What a machine may use.
@@ -33,19 +34,248 @@ pub struct Limits {
     pub timeout: Timeout,
 }
 
-impl Profile {
-    /// The limits of this profile.
-    pub const fn limits(self) -> Limits {
-        let (vcpus, gib, disk, secs) = match self {
-            Self::Light => (1, 1, 10, 60),
-            Self::Standard | Self::Isolated => (2, 2, 20, 300),
-            Self::Intensive => (4, 4, 40, 600),
-        };
-        Limits {
-            vcpus,
-            memory: Bytes::gib(gib),
-            disk: Bytes::gib(disk),
-            timeout: Timeout::secs(secs),
+/// A named set of limits, and the network of its machines where it has one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    /// What a machine may use.
+    pub limits: Limits,
+    /// The network; a request's own when absent.
+    pub network: Option<NetworkName>,
+}
+
+/// A profile as configuration files define it: a built-in one with some limits
+/// changed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct CustomProfile {
+    /// The built-in profile that gives what is absent here.
+    pub base: ProfileName,
+    /// Virtual CPUs, 1 to 64.
+    pub cpus: Option<u32>,
+    /// Guest memory, such as `512M` or `2G`.
+    pub memory: Option<Bytes>,
+    /// Size of the disk that takes what the guest writes.
+    pub disk: Option<Bytes>,
+    /// How long the command may run, such as `90s` or `5m`.
+    pub timeout: Option<Timeout>,
+    /// Name of the network its machines get.
+    pub network: Option<NetworkName>,
+}
+
+/// The built-in profiles: name, vCPUs, GiB of memory, GiB of disk, seconds.
+const BUILT_IN: [(&str, u32, u64, u64, u64); 4] = [
+    ("light", 1, 1, 10, 60),
+    ("standard", 2, 2, 20, 300),
+    ("intensive", 4, 4, 40, 600),
+    // As standard, and never a network.
+    ("isolated", 2, 2, 20, 300),
+];
+
+/// The profiles and networks that can be asked for by name: those built in,
+/// and those a configuration adds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Catalog {
+    profiles: BTreeMap<ProfileName, Profile>,
+    networks: BTreeMap<NetworkName, NetworkMode>,
+}
+
+impl Default for Catalog {
+    fn default() -> Self {
+        let isolated = NetworkName::default();
+        let profiles = BUILT_IN.map(|(name, vcpus, memory, disk, timeout)| {
+            let limits = Limits {
+                vcpus,
+                memory: Bytes::gib(memory),
+                disk: Bytes::gib(disk),
+                timeout: Timeout::secs(timeout),
+            };
+            let network = (name == "isolated").then(|| isolated.clone());
+            (ProfileName(name.into()), Profile { limits, network })
+        });
+        Self {
+            profiles: profiles.into(),
+            networks: [(isolated, NetworkMode::Isolated)].into(),
         }
+    }
+}
+
+impl Catalog {
+    /// All profiles, by name.
+    pub fn profiles(&self) -> impl Iterator<Item = (&ProfileName, &Profile)> {
+        self.profiles.iter()
+    }
+
+    /// The profile of this name.
+    ///
+    /// # Errors
+    /// There is none; the error names those there are.
+    pub fn profile(&self, name: &ProfileName) -> Result<&Profile, SpecError> {
+        self.profiles
+            .get(name)
+            .ok_or_else(|| unknown("profile", name, &self.profiles))
+    }
+
+    /// The network of this name.
+    ///
+    /// # Errors
+    /// There is none; the error names those there are.
+    pub fn network(&self, name: &NetworkName) -> Result<NetworkMode, SpecError> {
+        self.networks
+            .get(name)
+            .copied()
+            .ok_or_else(|| unknown("network", name, &self.networks))
+    }
+
+    /// Adds a profile, or replaces one that was added before.
+    ///
+    /// # Errors
+    /// The name is a built-in one, the base is none, or what it says cannot be.
+    pub fn add_profile(
+        &mut self,
+        name: ProfileName,
+        custom: &CustomProfile,
+    ) -> Result<(), SpecError> {
+        let built_in = Self::default();
+        if built_in.profiles.contains_key(&name) {
+            return Err(SpecError::Taken {
+                kind: "profile",
+                name: name.to_string(),
+            });
+        }
+        let base = built_in.profile(&custom.base)?;
+        let limits = Limits {
+            vcpus: custom.cpus.unwrap_or(base.limits.vcpus),
+            memory: custom.memory.unwrap_or(base.limits.memory),
+            disk: custom.disk.unwrap_or(base.limits.disk),
+            timeout: custom.timeout.unwrap_or(base.limits.timeout),
+        };
+        limits.check()?;
+        let network = custom.network.clone().or_else(|| base.network.clone());
+        if let Some(network) = &network {
+            self.network(network)?;
+        }
+        self.profiles.insert(name, Profile { limits, network });
+        Ok(())
+    }
+
+    /// Adds a network, or replaces one that was added before.
+    ///
+    /// # Errors
+    /// The name is that of a mode.
+    pub fn add_network(
+        &mut self,
+        name: NetworkName,
+        policy: NetworkPolicy,
+    ) -> Result<(), SpecError> {
+        if name.is_mode() {
+            return Err(SpecError::Taken {
+                kind: "network",
+                name: name.to_string(),
+            });
+        }
+        self.networks.insert(name, policy.mode);
+        Ok(())
+    }
+}
+
+fn unknown<N: ToString, T>(kind: &'static str, name: &N, known: &BTreeMap<N, T>) -> SpecError {
+    SpecError::Unknown {
+        kind,
+        name: name.to_string(),
+        known: known.keys().map(N::to_string).collect(),
+    }
+}
+
+impl Limits {
+    /// Says whether they can be.
+    ///
+    /// # Errors
+    /// One is out of range.
+    pub(super) fn check(&self) -> Result<(), SpecError> {
+        let value = |what, value: String, why| Err(SpecError::Value { what, value, why });
+        if !(1..=64).contains(&self.vcpus) {
+            return value("cpus", self.vcpus.to_string(), "1 to 64 are possible");
+        }
+        if !(64..=1 << 20).contains(&self.memory.as_mib()) {
+            return value("memory", self.memory.to_string(), "64M to 1T are possible");
+        }
+        if !(64..=16 << 20).contains(&self.disk.as_mib()) {
+            return value("disk", self.disk.to_string(), "64M to 16T are possible");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> ProfileName {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_custom_profile_changes_what_it_names() {
+        let mut catalog = Catalog::default();
+        let custom = CustomProfile {
+            base: name("intensive"),
+            memory: Some(Bytes::gib(3)),
+            ..CustomProfile::default()
+        };
+        catalog.add_profile(name("big"), &custom).unwrap();
+        let Limits {
+            vcpus,
+            memory,
+            disk,
+            timeout,
+        } = catalog.profile(&name("big")).unwrap().limits;
+        assert_eq!((vcpus, memory), (4, Bytes::gib(3)));
+        assert_eq!((disk, timeout), (Bytes::gib(40), Timeout::secs(600)));
+    }
+
+    #[test]
+    fn an_unknown_profile_lists_those_there_are() {
+        let mut catalog = Catalog::default();
+        catalog
+            .add_profile(name("big"), &CustomProfile::default())
+            .unwrap();
+        let error = catalog.profile(&name("huge")).unwrap_err().to_string();
+        for word in ["huge", "big", "light", "standard", "intensive", "isolated"] {
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn profiles_that_cannot_be_are_refused() {
+        let mut catalog = Catalog::default();
+        let mut add = |text: &str, custom| catalog.add_profile(name(text), &custom).unwrap_err();
+        let plain = CustomProfile::default;
+        assert_eq!(
+            add("light", plain()).to_string(),
+            "the profile `light` is built in"
+        );
+        let base = name("nowhere");
+        let error = add("a", CustomProfile { base, ..plain() });
+        assert!(error.to_string().contains("nowhere"), "{error}");
+        let memory = Some(Bytes::mib(1));
+        let error = add("a", CustomProfile { memory, ..plain() });
+        assert!(error.to_string().contains("memory"), "{error}");
+        let network = Some("lan".parse().unwrap());
+        let error = add("a", CustomProfile { network, ..plain() });
+        assert!(error.to_string().contains("lan"), "{error}");
+    }
+
+    #[test]
+    fn a_network_takes_the_name_of_no_mode() {
+        let mut catalog = Catalog::default();
+        let policy = NetworkPolicy {
+            mode: NetworkMode::Isolated,
+        };
+        let mut add = |text: &str| catalog.add_network(text.parse().unwrap(), policy);
+        assert!(add("offline").is_ok());
+        assert!(add("isolated").is_err() && add("nat-filtered").is_err());
+        let offline = "offline".parse().unwrap();
+        assert_eq!(catalog.network(&offline).unwrap(), NetworkMode::Isolated);
     }
 }

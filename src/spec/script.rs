@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::load::SpecError;
+use super::error::SpecError;
 
 /// A script and what runs it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -55,6 +55,8 @@ macro_rules! as_text {
 /// Name of a machine: 1 to 63 of `a-z`, `0-9` and `-`, starting with a letter
 /// or digit; it is a host name and a directory name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = r"^[a-z0-9][a-z0-9-]{0,62}$")))]
 #[serde(try_from = "String", into = "String")]
 pub struct VmId(String);
 
@@ -95,9 +97,73 @@ impl fmt::Display for VmId {
 
 as_text!(VmId);
 
+/// A name that is a key in configuration files: a text newtype with `FromStr`,
+/// `Display` and serde through them.
+macro_rules! name_type {
+    ($(#[$doc:meta])* $name:ident, $expected:literal) => {
+        $(#[$doc])*
+        #[derive(
+            Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+        )]
+        #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+        #[cfg_attr(
+            feature = "schema",
+            schemars(extend("pattern" = "^[a-z0-9][a-z0-9_-]{0,62}$"))
+        )]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = crate::spec::Malformed;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                let allowed =
+                    |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_-".contains(c);
+                let starts_well = !text.starts_with(['_', '-']);
+                if (1..=63).contains(&text.len()) && starts_well && text.chars().all(allowed) {
+                    Ok(Self(text.to_owned()))
+                } else {
+                    Err(crate::spec::Malformed {
+                        value: text.to_owned(),
+                        expected: $expected,
+                    })
+                }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = crate::spec::Malformed;
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                text.parse()
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+    };
+}
+pub(super) use name_type;
+
 /// An amount of memory or disk, in bytes. Parsed from `512M`, `2G`, `2GiB`,
 /// `1048576`: units are powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = r"^[0-9]+(B|[kKmMgGtT]|[KMGT]iB)?$")))]
 #[serde(try_from = "String", into = "String")]
 pub struct Bytes(pub u64);
 
@@ -155,6 +221,8 @@ as_text!(Bytes);
 
 /// A time limit. Parsed from `30`, `30s`, `500ms`, `5m`, `2h`; never zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[cfg_attr(feature = "schema", schemars(extend("pattern" = r"^[0-9]+(ms|s|m|h)?$")))]
 #[serde(try_from = "String", into = "String")]
 pub struct Timeout(pub Duration);
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Transition};
-use crate::spec::{Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, Profile, Spec, VmId};
+use crate::spec::{Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, VmId};
 
 /// Whether a machine outlives its command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ pub struct View {
     /// Its image.
     pub image: ImageUse,
     /// Its profile.
-    pub profile: Profile,
+    pub profile: ProfileName,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Guest memory.
@@ -108,7 +108,7 @@ impl View {
             started_ms: None,
             deadline_ms: None,
             image,
-            profile: spec.profile,
+            profile: spec.profile.clone(),
             vcpus: spec.limits.vcpus,
             memory: spec.limits.memory,
             disk: spec.limits.disk,

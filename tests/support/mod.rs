@@ -75,6 +75,7 @@ impl Bulkhead {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead"));
         command
             .args(words)
+            .env("BULKHEAD_CONFIG", "none")
             .env("BULKHEAD_STATE_DIR", &self.state)
             .env("BULKHEAD_RUNTIME_DIR", self.runtime.path());
         command

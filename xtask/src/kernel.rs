@@ -12,6 +12,8 @@ use bulkhead::image;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use crate::setup;
+
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
 const SOURCE_ARCHIVE: &str = "/usr/src/linux-source-6.12.tar.xz";
 const PACKAGES: [&str; 9] = [
@@ -46,9 +48,14 @@ pub(crate) struct Args {
     /// Add what Docker-like tools need inside the guest; the kernel is then named `docker`.
     #[arg(long)]
     docker: bool,
-    /// Where Bulkhead keeps its state [default: $BULKHEAD_STATE_DIR, or /var/lib/bulkhead].
-    #[arg(long, value_name = "DIR")]
-    state_dir: Option<PathBuf>,
+    /// Where Bulkhead keeps its state.
+    #[arg(
+        long,
+        env = "BULKHEAD_STATE_DIR",
+        default_value_os_t = setup::usual_state_dir(),
+        value_name = "DIR"
+    )]
+    state_dir: PathBuf,
     /// Compiler processes at once [default: one per processor].
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
@@ -85,7 +92,7 @@ struct Inputs {
 pub(crate) fn ensure(state_dir: &Path, yes: bool) -> anyhow::Result<()> {
     run(Args {
         docker: false,
-        state_dir: Some(state_dir.to_owned()),
+        state_dir: state_dir.to_owned(),
         jobs: None,
         keep_build: false,
         yes,
@@ -101,7 +108,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         source_version: source_version()?,
         fragment_sha256: hex_digest(&[RECIPE.as_bytes(), fragment.as_bytes()].concat()),
     };
-    let kernels = state_dir(args.state_dir).join("kernels");
+    let kernels = args.state_dir.join("kernels");
     fs::create_dir_all(&kernels)
         .with_context(|| format!("cannot make the directory {}", kernels.display()))?;
     sweep(&kernels)?;
@@ -319,12 +326,6 @@ fn fragment(docker: bool) -> anyhow::Result<String> {
         text.push_str(&read("docker.config")?);
     }
     Ok(text)
-}
-
-fn state_dir(given: Option<PathBuf>) -> PathBuf {
-    given
-        .or_else(|| std::env::var_os("BULKHEAD_STATE_DIR").map(PathBuf::from))
-        .unwrap_or_else(|| PathBuf::from("/var/lib/bulkhead"))
 }
 
 fn require_packages(install: bool) -> anyhow::Result<()> {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use bulkhead::error::{Explain as _, Report};
 use bulkhead::image::{AgentBinary, Builder, KernelSource, Recipe, Store};
+use bulkhead::run::Dirs;
 
 use crate::packages;
 
@@ -27,10 +28,17 @@ pub(crate) struct Args {
     #[arg(
         long,
         env = "BULKHEAD_STATE_DIR",
-        default_value = "/var/lib/bulkhead",
+        default_value_os_t = usual_state_dir(),
         value_name = "DIR"
     )]
     state_dir: PathBuf,
+}
+
+/// Where `bulkhead` keeps its state unless told otherwise.
+pub(crate) fn usual_state_dir() -> PathBuf {
+    let is_root = packages::is_root().unwrap_or_default();
+    let dirs = Dirs::usual(is_root, None, None, |name| std::env::var_os(name));
+    dirs.map_or_else(|| "/var/lib/bulkhead".into(), |dirs| dirs.state)
 }
 
 /// What [`ensure`] leaves behind.

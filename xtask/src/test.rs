@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{kernel, qemu10, setup};
+use crate::{docs, kernel, qemu10, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -17,7 +17,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         env = "BULKHEAD_STATE_DIR",
-        default_value = "/var/lib/bulkhead",
+        default_value_os_t = setup::usual_state_dir(),
         value_name = "DIR"
     )]
     state_dir: PathBuf,
@@ -120,6 +120,7 @@ fn static_checks() -> Vec<Check> {
         ("clippy without default features", clippy(&alone)),
         ("clippy with the service only", clippy(&service)),
         ("documentation", cargo(&["doc", "--workspace", "--no-deps"])),
+        ("reference", docs::check()),
     ]
 }
 

@@ -14,7 +14,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         env = "BULKHEAD_STATE_DIR",
-        default_value = "/var/lib/bulkhead",
+        default_value_os_t = setup::usual_state_dir(),
         value_name = "DIR"
     )]
     state_dir: PathBuf,

@@ -12,9 +12,11 @@ use bulkhead::guest::{Channel, Output};
 use bulkhead::image::scratch;
 use bulkhead::plan::Plan;
 use bulkhead::run::{Dirs, Host};
-use bulkhead::spec::{Accel, ChannelKind, MachineType, Request as Wish, Spec};
+use bulkhead::spec::{Accel, Catalog, ChannelKind, MachineType, Request as Wish, Spec};
 use bulkhead_agent::{Exec, Reply, Request};
 use tokio::net::UnixStream;
+
+use crate::setup;
 
 use super::stats::{self, Ratio, Report, Row};
 
@@ -57,7 +59,7 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     /// Where images are kept.
-    #[arg(long, env = "BULKHEAD_STATE_DIR", default_value = "/var/lib/bulkhead")]
+    #[arg(long, env = "BULKHEAD_STATE_DIR", default_value_os_t = setup::usual_state_dir())]
     state_dir: PathBuf,
 }
 
@@ -101,7 +103,7 @@ async fn measure(args: Args) -> Result<()> {
             command: vec!["true".into()],
             ..Wish::default()
         };
-        wish.resolve().map_err(explain)
+        wish.resolve(&Catalog::default()).map_err(explain)
     };
     let (image, plan) = host.plan(&wish()?).map_err(explain)?;
     let (mut ours, mut floor) = (Vec::new(), Vec::new());

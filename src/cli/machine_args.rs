@@ -1,0 +1,282 @@
+//! The options of every verb that makes a machine, and how their values are read.
+
+use std::path::PathBuf;
+
+use serde::de::DeserializeOwned;
+
+use crate::spec::{
+    Accel, Bytes, ChannelKind, LabelName, MachineType, NetworkName, ProfileName, Request,
+    Survivors, Timeout, WorkspaceMode,
+};
+
+/// What the machine is made of, and what runs in it without being told otherwise.
+#[derive(Debug, clap::Args)]
+pub(super) struct MachineArgs {
+    /// Image to run in [default: default].
+    #[arg(long, short)]
+    image: Option<String>,
+    /// Kernel other than the image's: a name such as `tuned`, or a path.
+    #[arg(long, value_name = "NAME|PATH")]
+    kernel: Option<String>,
+    /// Set of limits [default: standard].
+    #[arg(long, short, value_name = "NAME")]
+    profile: Option<ProfileName>,
+    /// Virtual CPUs [default: the profile's].
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Guest memory, such as 512M or 2G [default: the profile's].
+    #[arg(long, short, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Size of the writable disk [default: the profile's].
+    #[arg(long, value_name = "SIZE")]
+    disk: Option<Bytes>,
+    /// How long the command may run, such as 90s or 5m [default: the profile's].
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<Timeout>,
+    /// Name of a network; this version gives machines none [default: isolated].
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
+    /// kvm, or tcg: software emulation, slow and no isolation by hardware [default: kvm].
+    #[arg(long, value_parser = word::<Accel>)]
+    accel: Option<Accel>,
+    /// Machine type: microvm or q35 [default: microvm].
+    #[arg(long, value_name = "TYPE", value_parser = word::<MachineType>)]
+    machine: Option<MachineType>,
+    /// How the guest agent is reached: auto, vsock or serial [default: auto].
+    #[arg(long, value_name = "KIND", value_parser = word::<ChannelKind>)]
+    channel: Option<ChannelKind>,
+    /// Set NAME=VALUE in the command's environment, or pass NAME on.
+    #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
+    env: Vec<(String, String)>,
+    /// Label to find the machine by.
+    #[arg(long = "label", value_name = "NAME=VALUE", value_parser = label)]
+    labels: Vec<(LabelName, String)>,
+    /// Working directory in the guest [default: /workspace/work].
+    #[arg(long, value_name = "DIR")]
+    workdir: Option<String>,
+    /// User in the guest: a name, a number, or root [default: agent].
+    #[arg(long, short)]
+    user: Option<String>,
+    /// Take everything not given here from a TOML file.
+    #[arg(long, value_name = "FILE")]
+    pub(super) spec: Option<PathBuf>,
+}
+
+impl MachineArgs {
+    /// What the options ask for, without the file named by `--spec`.
+    pub(super) fn request(self) -> Request {
+        Request {
+            image: self.image,
+            kernel: self.kernel,
+            profile: self.profile,
+            cpus: self.cpus,
+            memory: self.memory,
+            disk: self.disk,
+            timeout: self.timeout,
+            network: self.network,
+            accel: self.accel,
+            machine: self.machine,
+            channel: self.channel,
+            env: self.env.into_iter().collect(),
+            labels: self.labels.into_iter().collect(),
+            workdir: self.workdir,
+            user: self.user,
+            ..Request::default()
+        }
+    }
+}
+
+/// How long a machine lives that outlives its command.
+#[derive(Debug, clap::Args)]
+pub(super) struct LifetimeArgs {
+    /// Stop the machine so long after its start, such as 8h [default: never].
+    #[arg(long, value_name = "TIME")]
+    ttl: Option<Timeout>,
+    /// Stop it when nothing happened in it for so long [default: never].
+    #[arg(long, value_name = "TIME")]
+    idle_timeout: Option<Timeout>,
+    /// What happens to it when its supervisor dies: kill or adopt [default: kill].
+    #[arg(long, value_name = "WHAT", value_parser = word::<Survivors>)]
+    survivors: Option<Survivors>,
+    /// How long the guest may take to power off [default: 10s].
+    #[arg(long, value_name = "TIME")]
+    stop_grace: Option<Timeout>,
+}
+
+impl LifetimeArgs {
+    /// `request` with these options.
+    pub(super) fn into_request(self, request: Request) -> Request {
+        Request {
+            ttl: self.ttl,
+            idle_timeout: self.idle_timeout,
+            survivors: self.survivors,
+            stop_grace: self.stop_grace,
+            ..request
+        }
+    }
+}
+
+/// The host directory that is exchanged.
+#[derive(Debug, clap::Args)]
+pub(super) struct WorkspaceArgs {
+    /// Directory to work on in the guest, at /workspace/work.
+    #[arg(long, short, value_name = "DIR")]
+    workspace: Option<PathBuf>,
+    /// copy (nothing on the host changes unless asked), share (live; `share:ro`
+    /// cannot be written) or none [default: copy].
+    #[arg(long, value_name = "MODE", value_parser = share_mode)]
+    workspace_mode: Option<(WorkspaceMode, bool)>,
+}
+
+impl WorkspaceArgs {
+    /// `request` with these options.
+    pub(super) fn into_request(self, request: Request) -> Request {
+        let (workspace_mode, read_only) = self.workspace_mode.unzip();
+        Request {
+            workspace: self.workspace,
+            workspace_mode,
+            read_only: read_only.filter(|yes| *yes),
+            ..request
+        }
+    }
+}
+
+/// Parses a word as the configuration file does, so that the two agree.
+pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    use serde::de::IntoDeserializer;
+    let text: serde::de::value::StrDeserializer<'_, serde::de::value::Error> =
+        text.into_deserializer();
+    T::deserialize(text).map_err(|error| error.to_string())
+}
+
+fn share_mode(text: &str) -> Result<(WorkspaceMode, bool), String> {
+    match text.strip_suffix(":ro") {
+        Some(mode) => Ok((word(mode)?, true)),
+        None => Ok((word(text)?, false)),
+    }
+}
+
+/// Parses `NAME=VALUE`, or takes the value of NAME here.
+pub(super) fn variable(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) => Ok((name.into(), value.into())),
+        None => std::env::var(text)
+            .map(|value| (text.into(), value))
+            .map_err(|_| format!("{text} is not set here; give it as {text}=VALUE")),
+    }
+}
+
+/// Parses `NAME=VALUE`.
+pub(super) fn label(text: &str) -> Result<(LabelName, String), String> {
+    let (name, value) = text
+        .split_once('=')
+        .ok_or_else(|| format!("give it as {text}=VALUE"))?;
+    let name = name.parse().map_err(|error| format!("{error}"))?;
+    Ok((name, value.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::spec::{Config, Layer, MACHINE_KEYS, Spec, merge};
+
+    #[derive(clap::Parser)]
+    struct All {
+        #[command(flatten)]
+        machine: MachineArgs,
+        #[command(flatten)]
+        lifetime: LifetimeArgs,
+    }
+
+    /// Every key of `[machine]`: as a file has it, and as it is typed.
+    const SAME: [(&str, &[&str]); 19] = [
+        ("image = \"i\"", &["--image", "i"]),
+        ("kernel = \"tuned\"", &["--kernel", "tuned"]),
+        ("profile = \"light\"", &["--profile", "light"]),
+        ("cpus = 3", &["--cpus", "3"]),
+        ("memory = \"3G\"", &["--memory", "3072M"]),
+        ("disk = \"30G\"", &["--disk", "30G"]),
+        ("timeout = \"2m\"", &["--timeout", "120s"]),
+        ("ttl = \"2h\"", &["--ttl", "120m"]),
+        ("idle_timeout = \"5m\"", &["--idle-timeout", "5m"]),
+        ("survivors = \"adopt\"", &["--survivors", "adopt"]),
+        ("stop_grace = \"3s\"", &["--stop-grace", "3"]),
+        ("network = \"off\"", &["--network", "off"]),
+        ("accel = \"tcg\"", &["--accel", "tcg"]),
+        ("machine = \"q35\"", &["--machine", "q35"]),
+        ("channel = \"serial\"", &["--channel", "serial"]),
+        ("user = \"u\"", &["--user", "u"]),
+        ("workdir = \"/w\"", &["--workdir", "/w"]),
+        (
+            "env = { A = \"1\", B = \"=\" }",
+            &["--env", "A=1", "-e", "B=="],
+        ),
+        ("labels = { \"a/b\" = \"c\" }", &["--label", "a/b=c"]),
+    ];
+
+    /// The spec of a layer, with a network defined below it.
+    fn spec(layer: Layer) -> Spec {
+        let below = "[network.off]\nmode = \"isolated\"\n";
+        let below = Layer::file(Path::new("below.toml"), below).unwrap();
+        let mut merged = merge(&[below, layer]).unwrap();
+        merged.config.machine.name = Some("vm".parse().unwrap());
+        merged.resolve_machine().unwrap()
+    }
+
+    fn typed(words: &[&str]) -> Spec {
+        let All { machine, lifetime } =
+            All::try_parse_from([&["bulkhead"], words].concat()).unwrap();
+        spec(Layer::flags(Config {
+            machine: lifetime.into_request(machine.request()),
+            ..Config::default()
+        }))
+    }
+
+    fn filed(keys: &str) -> Spec {
+        let text = format!("[machine]\n{keys}\n");
+        spec(Layer::file(Path::new("config.toml"), &text).unwrap())
+    }
+
+    #[test]
+    fn flags_and_files_give_the_same_spec() {
+        let nothing = typed(&[]);
+        for ((key, words), name) in SAME.into_iter().zip(MACHINE_KEYS) {
+            assert!(
+                key.starts_with(&format!("{name} = ")),
+                "{key} is not {name}"
+            );
+            assert_eq!(filed(key), typed(words), "{key}");
+            // The one network mode is also the default.
+            assert!(filed(key) != nothing || name == "network", "{key}");
+        }
+        let keys = SAME.map(|(key, _)| key).join("\n");
+        let words: Vec<&str> = SAME.iter().flat_map(|(_, words)| *words).copied().collect();
+        assert_eq!(filed(&keys), typed(&words));
+    }
+
+    #[test]
+    fn words_are_read_as_in_files() {
+        assert_eq!(word("tcg"), Ok(Accel::Tcg));
+        assert!(word::<Accel>("TCG").unwrap_err().contains("kvm"));
+        assert_eq!(share_mode("share:ro"), Ok((WorkspaceMode::Share, true)));
+        assert_eq!(share_mode("copy"), Ok((WorkspaceMode::Copy, false)));
+        assert!(share_mode("share:rw").is_err());
+    }
+
+    #[test]
+    fn pairs_are_split_at_the_first_equals_sign() {
+        let owned = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(variable("A=b=c"), Ok(owned("A", "b=c")));
+        assert!(
+            variable("BULKHEAD_NOT_SET")
+                .unwrap_err()
+                .contains("not set here")
+        );
+        assert_eq!(label("team=a=b").unwrap().1, "a=b");
+        assert!(label("team").is_err() && label("a b=c").is_err());
+    }
+}
