@@ -9,6 +9,11 @@ pub trait Explain: std::error::Error {
     fn code(&self) -> &'static str;
     /// What the user can do next, one imperative sentence.
     fn remedy(&self) -> String;
+    /// What another process of ours told of a failure there, where the error is
+    /// that; it is passed on as it came.
+    fn told(&self) -> Option<&Report> {
+        None
+    }
 }
 
 /// An [`Explain`] error as plain data.
@@ -36,6 +41,9 @@ pub struct Failed {
 impl Report {
     /// Flattens an error and its sources.
     pub fn of(error: &dyn Explain) -> Self {
+        if let Some(report) = error.told() {
+            return report.clone();
+        }
         let mut cause = Vec::new();
         let mut source = error.source();
         while let Some(inner) = source {

@@ -2,7 +2,9 @@
 
 use super::Global;
 use super::message::{Failure, print_json, print_report};
+use crate::error::Report;
 use crate::run::{FAILED, Found, recover};
+use crate::supervise::Machines;
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -12,16 +14,38 @@ pub(super) struct Args {
     dry_run: bool,
 }
 
-/// Releases what dead runs left.
-pub(super) fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
-    let found = recover(&global.host()?.dirs, args.dry_run)?;
+/// Releases what dead owners left, and gives machines that run on without a
+/// supervisor a new one.
+pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
+    let settings = global.settings()?;
+    let host = settings.host();
+    let found = recover(&host.dirs, args.dry_run)?;
     if global.json {
         print_json(&found);
     }
     let mut code = 0;
+    if !args.dry_run {
+        let machines = Machines::new(host);
+        for error in machines.adopt(&found, &settings.launcher()).await {
+            code = FAILED;
+            print_report(&Report::of(&error), global.json);
+        }
+    }
     for one in &found {
-        let Found::Dead { id, leases, errors } = one else {
-            continue;
+        let (id, leases, errors) = match one {
+            Found::Dead { id, leases, errors } => (id, leases, errors),
+            Found::Survivor { id } => {
+                if !global.json {
+                    let verb = if args.dry_run {
+                        "would take over"
+                    } else {
+                        "took over"
+                    };
+                    println!("{verb} {id}");
+                }
+                continue;
+            }
+            Found::Alive { .. } | Found::Kept { .. } => continue,
         };
         if !global.json {
             let verb = if args.dry_run {

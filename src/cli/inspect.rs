@@ -1,32 +1,105 @@
 //! `bulkhead inspect`.
 
 use super::Global;
-use super::message::{Failure, print_json};
+use super::message::{Failure, print_json, print_text, visible};
+use super::table::{age, clock, duration};
 use crate::run::Controller;
 use crate::spec::VmId;
+use crate::supervise::{Machines, View};
 
 /// Options.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Name of a running machine.
+    /// Name of a machine.
     vm: VmId,
-    /// Ask the guest itself: OS, interfaces, processes.
-    #[arg(long, required = true)]
+    /// Ask the guest of a running machine: OS, interfaces, processes.
+    #[arg(long)]
     guest: bool,
     /// Ask qemu-guest-agent instead of Bulkhead's own agent.
     #[arg(long, requires = "guest")]
     qga: bool,
 }
 
-/// Shows a running machine.
+/// Shows a machine.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
-    let controller = Controller::new(&global.host()?.dirs, args.vm);
-    if args.qga {
+    let host = global.host()?;
+    if args.guest {
+        let controller = Controller::new(&host.dirs, args.vm);
+        return guest(&controller, args.qga, global.json).await;
+    }
+    let view = Machines::new(host).look(&args.vm).await?;
+    match global.json {
+        true => print_json(&view),
+        false => show(&view),
+    }
+    Ok(0)
+}
+
+fn show(view: &View) {
+    let line = |name: &str, value: String| print_text(&format!("{name:<12}{}\n", visible(&value)));
+    line("name", view.id.to_string());
+    line(
+        "state",
+        format!("{} for {}", view.state, age(view.since_ms)),
+    );
+    line("reason", view.reason.clone());
+    line("image", format!("{} ({})", view.image.name, view.image.id));
+    line(
+        "limits",
+        format!(
+            "{}: {} CPUs, {} of memory, {} of disk",
+            view.profile, view.vcpus, view.memory, view.disk
+        ),
+    );
+    line("accelerator", view.accel.as_str().to_owned());
+    if !view.command.is_empty() {
+        line("command", view.command.join(" "));
+    }
+    for (name, value) in &view.labels {
+        line("label", format!("{name}={value}"));
+    }
+    if let Some(at) = view.deadline_ms {
+        line("until", clock(at));
+    }
+    if let Some(idle) = view.lifetime.idle {
+        line("idle limit", idle.to_string());
+    }
+    if let Some(owner) = &view.supervisor {
+        let answers = match view.live {
+            Some(_) => "answers",
+            None => "does not answer",
+        };
+        line("supervisor", format!("process {}, {answers}", owner.pid));
+    }
+    if let Some(live) = &view.live {
+        let unknown = || "unknown".to_owned();
+        line("vmm", live.vmm.clone().unwrap_or_else(unknown));
+        line(
+            "guest agent",
+            match live.agent {
+                true => "answers".into(),
+                false => "does not answer".into(),
+            },
+        );
+        line("busy", format!("{} commands and transfers", live.busy));
+        line("idle for", duration(live.idle_ms));
+    }
+    if let Some(ended) = &view.ended {
+        line("exit code", ended.exit_code.to_string());
+    }
+    for change in &view.history {
+        let text = format!("{} {} ({})", clock(change.at_ms), change.to, change.reason);
+        line("history", text);
+    }
+}
+
+async fn guest(controller: &Controller, qga: bool, json: bool) -> Result<i32, Failure> {
+    if qga {
         print_json(&controller.qga().await?);
         return Ok(0);
     }
     let info = controller.guest().await?;
-    if global.json {
+    if json {
         print_json(&info);
         return Ok(0);
     }

@@ -3,15 +3,27 @@
 mod completions;
 mod config;
 mod console;
+mod cp;
+mod create;
 mod doctor;
+mod each;
+mod exec;
 mod gc;
 mod image;
 mod inspect;
+mod logs;
+mod ls;
 mod machine_args;
 mod man;
 mod message;
 mod run;
+mod set;
 mod settings;
+mod start;
+mod stats;
+mod stop;
+mod supervise;
+mod table;
 mod terminal;
 
 use std::cell::OnceCell;
@@ -79,11 +91,45 @@ impl Global {
 enum Verb {
     /// Run a command in a machine of its own.
     Run(Box<run::Args>),
+    /// Make a machine that outlives this command.
+    Create(Box<create::Args>),
+    /// Start machines and wait until they are up.
+    Start(start::Args),
+    /// Stop machines and start them again, with the same disk.
+    Restart(start::Restart),
+    /// Run a command in a running machine.
+    Exec(exec::Args),
+    /// Follow a running command of a machine, and write to it.
+    Attach(exec::Attach),
+    /// Copy files into a machine or out of it.
+    Cp(cp::Args),
+    /// Show what commands of a machine wrote, or its serial console.
+    Logs(logs::Args),
+    /// List machines.
+    Ls(ls::Args),
+    /// Show what machines use.
+    Stats(stats::Args),
+    /// Show what machines use, live.
+    Top(stats::Top),
+    /// Change limits of machines, also while they run.
+    Set(set::Args),
+    /// Make machines stand still.
+    Pause(stop::Names),
+    /// Make paused machines go on.
+    Resume(stop::Names),
+    /// Power machines off.
+    Stop(stop::Stop),
+    /// Wait for the end of a machine and give its command's exit code.
+    Wait(stop::Wait),
+    /// Remove machines with their disks and logs.
+    Rm(stop::Rm),
+    #[command(hide = true)]
+    Supervise(supervise::Args),
     /// Build, import and keep images.
     Image(Box<image::Args>),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
-    /// Show a running machine.
+    /// Show a machine, or ask its guest.
     Inspect(inspect::Args),
     /// Open the emergency console of a running machine: a root shell.
     Console(console::Args),
@@ -139,7 +185,24 @@ pub fn main() -> ExitCode {
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
             Verb::Console(args) => console::run(args, &global).await,
-            Verb::Gc(args) => gc::run(&args, &global),
+            Verb::Gc(args) => gc::run(&args, &global).await,
+            Verb::Create(args) => create::run(*args, &global).await,
+            Verb::Start(args) => start::run(args, &global).await,
+            Verb::Restart(args) => start::restart(args, &global).await,
+            Verb::Exec(args) => exec::run(args, &global).await,
+            Verb::Attach(args) => exec::attach(args, &global).await,
+            Verb::Cp(args) => cp::run(args, &global).await,
+            Verb::Logs(args) => logs::run(args, &global).await,
+            Verb::Ls(args) => ls::run(args, &global).await,
+            Verb::Stats(args) => stats::run(args, &global).await,
+            Verb::Top(args) => stats::top(args, &global).await,
+            Verb::Set(args) => set::run(args, &global).await,
+            Verb::Pause(args) => stop::pause(args, &global).await,
+            Verb::Resume(args) => stop::resume(args, &global).await,
+            Verb::Stop(args) => stop::stop(args, &global).await,
+            Verb::Wait(args) => stop::wait(args, &global).await,
+            Verb::Rm(args) => stop::rm(args, &global).await,
+            Verb::Supervise(args) => supervise::run(args, &global).await,
             Verb::Config(args) => config::run(args, &global),
             Verb::Completions(args) => completions::run(&args),
             Verb::Man(args) => man::run(&args),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::Global;
 use crate::run::{Dirs, Host};
 use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, merge};
+use crate::supervise::Launcher;
 
 /// The system's configuration file.
 const SYSTEM: &str = "/etc/bulkhead/config.toml";
@@ -72,6 +73,25 @@ impl Settings {
             qemu: self.qemu.clone(),
             die_with_thread: true,
             ..Host::new(self.dirs.clone())
+        }
+    }
+
+    /// How a supervisor with these settings is started.
+    pub(super) fn launcher(&self) -> Launcher {
+        let program = std::env::current_exe();
+        let mut args: Vec<OsString> = ["--config", NO_FILE, "--state-dir"].map(Into::into).into();
+        args.push(self.dirs.state.clone().into());
+        args.push("--runtime-dir".into());
+        args.push(self.dirs.runtime.clone().into());
+        if let Some(qemu) = &self.qemu {
+            args.push("--qemu".into());
+            args.push(qemu.clone().into());
+        }
+        args.push("supervise".into());
+        Launcher {
+            // Replaced by an update, it is still this very program.
+            program: program.unwrap_or_else(|_| "/proc/self/exe".into()),
+            args,
         }
     }
 

@@ -88,6 +88,13 @@ pub enum ControlError {
 }
 
 impl Explain for ControlError {
+    fn told(&self) -> Option<&Report> {
+        match self {
+            Self::Refused(report) => Some(report),
+            _ => None,
+        }
+    }
+
     fn code(&self) -> &'static str {
         match self {
             Self::Unreachable { .. } => "machine-not-found",

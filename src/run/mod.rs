@@ -42,6 +42,7 @@ pub use recovery::{Found, recover};
 pub use runner::{Io, Progress, Signal, run};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
+pub(crate) use transfer::{receive, send};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bulkhead_agent::{Failure, Request};
+use bulkhead_agent::Failure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 
@@ -62,14 +62,14 @@ async fn in_all<T>(
 }
 
 /// Sends what `produce` writes, from a thread of its own, as the input of a request.
-pub(super) async fn send<T: Send + 'static>(
+pub(crate) async fn send<T: Send + 'static>(
     channel: &Channel,
-    request: &Request,
+    request: &impl serde::Serialize,
     what: &str,
     produce: impl FnOnce(std::os::unix::net::UnixStream) -> Result<T, archive::Error> + Send + 'static,
 ) -> Result<T, super::RunError> {
     in_all(what, async {
-        let mut stream = channel.open(request).await?;
+        let mut stream = channel.open_with(request).await?;
         in_time(what, stream.started(what)).await?;
         let (mut ours, theirs) = pipe()?;
         let producer = tokio::task::spawn_blocking(move || produce(theirs));
@@ -101,9 +101,9 @@ pub(super) async fn send<T: Send + 'static>(
 
 /// Gives the output of a request to `consume`, which runs in a thread of its
 /// own and only stages it: whether the guest meant it shows at the end.
-pub(super) async fn receive<T: Send + 'static>(
+pub(crate) async fn receive<T: Send + 'static>(
     channel: &Channel,
-    request: &Request,
+    request: &impl serde::Serialize,
     what: &str,
     consume: impl FnOnce(
         std::os::unix::net::UnixStream,
@@ -113,7 +113,7 @@ pub(super) async fn receive<T: Send + 'static>(
     + 'static,
 ) -> Result<T, super::RunError> {
     in_all(what, async {
-        let mut stream = channel.open(request).await?;
+        let mut stream = channel.open_with(request).await?;
         in_time(what, stream.started(what)).await?;
         let (out, out_reader) = pipe()?;
         let (err, err_reader) = pipe()?;

@@ -77,6 +77,16 @@ pub enum SuperviseError {
         #[source]
         source: io::Error,
     },
+    /// A file or directory cannot be copied there.
+    #[error("cannot copy {from} to {to}: {why}")]
+    Copy {
+        /// What.
+        from: String,
+        /// Where to.
+        to: String,
+        /// Why not.
+        why: String,
+    },
     /// The run or its machine failed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -138,6 +148,7 @@ impl Explain for SuperviseError {
             Self::State(error) => error.code(),
             Self::Control(error) => error.code(),
             Self::Log(error) => error.code(),
+            Self::Copy { .. } => "copy-impossible",
         }
     }
 
@@ -167,16 +178,15 @@ impl Explain for SuperviseError {
             Self::State(error) => error.remedy(),
             Self::Control(error) => error.remedy(),
             Self::Log(error) => error.remedy(),
+            Self::Copy { .. } => "Check both paths; a directory ends with `/`.".into(),
         }
     }
-}
 
-impl SuperviseError {
-    /// As plain data; what another process told stays as it told it.
-    pub fn report(&self) -> Report {
+    fn told(&self) -> Option<&Report> {
         match self {
-            Self::Told(report) => report.clone(),
-            error => Report::of(error),
+            Self::Told(report) => Some(report),
+            Self::Control(error) => error.told(),
+            _ => None,
         }
     }
 }

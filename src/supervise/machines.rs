@@ -40,6 +40,49 @@ impl Machines {
         Client::new(self.dirs(), id.clone())
     }
 
+    /// Reaches the supervisor of a machine that runs.
+    ///
+    /// # Errors
+    /// It does not run, or there is none of that name.
+    pub async fn running(&self, id: &VmId) -> Result<Client, SuperviseError> {
+        let dir = self.dirs().run(id);
+        if !dir.exists() {
+            return Err(RecordError::NotFound { id: id.clone() }.into());
+        }
+        // Without asking the supervisor: it is about to be asked anyway.
+        let runs = StateFile::is_in(&dir)
+            && look::is_owned(&dir)?
+            && StateFile::open(&dir, id)?.status().state == State::Running;
+        if !runs {
+            let view = self.look(id).await?;
+            return Err(match view.kind {
+                Kind::Run => crate::run::ControlError::Attached.into(),
+                Kind::Machine => wrong_state(&view, "reached"),
+            });
+        }
+        Ok(self.client(id))
+    }
+
+    /// Makes a running machine stand still.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub async fn pause(&self, id: &VmId) -> Result<(), SuperviseError> {
+        self.running(id).await?.pause().await
+    }
+
+    /// Makes a paused machine go on.
+    ///
+    /// # Errors
+    /// It is not paused.
+    pub async fn resume(&self, id: &VmId) -> Result<(), SuperviseError> {
+        let view = self.look(id).await?;
+        match view.state {
+            State::Paused => self.client(id).resume().await,
+            _ => Err(wrong_state(&view, "resumed")),
+        }
+    }
+
     /// Writes a machine down. Everything that can be checked before its start
     /// is checked; nothing runs yet.
     ///

@@ -7,6 +7,7 @@
 //! each look.
 
 mod client;
+mod copy;
 mod error;
 mod execs;
 mod idle;
@@ -25,4 +26,4 @@ pub use log::{Entry, ExecLog, LogError};
 pub use machines::Machines;
 pub use supervisor::{Start, supervise};
 pub use view::{Filter, Kind, Live, View};
-pub use wire::{ExecEnd, ExecId, ExecInfo, ExecRequest, Settings};
+pub use wire::{ExecEnd, ExecId, ExecInfo, ExecRequest, Limit, Settings};

@@ -132,7 +132,7 @@ impl End {
 
     /// It did not come up.
     fn never(error: SuperviseError) -> Self {
-        let report = error.report();
+        let report = Report::of(&error);
         let reason = match report.cause.as_str() {
             "" => report.what,
             cause => format!("{}: {cause}", report.what),
@@ -559,7 +559,7 @@ impl Supervisor<'_> {
             Ask::Resume => self.not_now("resumed"),
             Ask::Set { settings } => match self.set(up, settings) {
                 Ok(()) => Answer::Done,
-                Err(error) => Answer::Refused(error.report()),
+                Err(error) => Answer::Refused(Report::of(&error)),
             },
             Ask::Execs => Answer::Execs(up.execs.list()),
             Ask::Signal { exec, signal } => match up.execs.signal(exec, signal).await {

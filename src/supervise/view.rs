@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Transition};
-use crate::spec::{Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, VmId};
+use crate::spec::{
+    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, VmId,
+};
 
 /// Whether a machine outlives its command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
