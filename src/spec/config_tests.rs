@@ -1,5 +1,8 @@
 //! Layers: their order, the origin of what they say, and what is refused.
 
+use std::ffi::OsString;
+use std::path::Path;
+
 use super::*;
 use crate::error::Report;
 use crate::spec::{Bytes, Timeout};

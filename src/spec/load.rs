@@ -100,7 +100,7 @@ impl Request {
             path: path.to_owned(),
             source,
         })?;
-        super::config::from_toml(path, &text)
+        super::layer::from_toml(path, &text)
     }
 
     /// This request with everything absent taken from `below`. Who names a

@@ -2,6 +2,7 @@
 
 mod config;
 mod error;
+mod layer;
 mod lifetime;
 mod load;
 mod network;
@@ -15,8 +16,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use config::{Config, Layer, MACHINE_KEYS, Merged, Setting, merge};
+pub use config::{Config, MACHINE_KEYS, Merged, Setting, merge};
 pub use error::SpecError;
+pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::Request;
 pub use network::{NetworkMode, NetworkName, NetworkPolicy};
