@@ -111,6 +111,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
 pub(super) async fn attach(args: Attach, global: &Global) -> Result<i32, Failure> {
     let machines = Machines::new(global.host()?);
     let client = machines.running(&args.vm).await?;
+    machines.exec(&args.vm, args.exec)?;
     let raw = RawMode::enter();
     let (leave, left) = oneshot::channel();
     let stdin: Option<Box<dyn AsyncRead + Send + Unpin>> = match &raw {

@@ -67,6 +67,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         false => execs.last().map(|exec| exec.id),
     };
     let exec = args.exec.or_else(last).unwrap_or(ExecId::MAIN);
+    machines.exec(&args.vm, exec)?;
     let mut printer = Printer {
         times: args.timestamps,
         open: [false; 2],

@@ -10,7 +10,7 @@ use super::launch::Launcher;
 use super::log::ExecLog;
 use super::supervisor::{Start, save_spec};
 use super::view::{Kind, View};
-use super::wire::{ExecInfo, Settings};
+use super::wire::{ExecId, ExecInfo, Settings};
 use crate::run::{
     Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, detached, look, recover,
 };
@@ -362,6 +362,20 @@ impl Machines {
     /// Commands of a machine that have logs, oldest first.
     pub fn execs(&self, id: &VmId) -> Vec<ExecInfo> {
         ExecLog::list(&self.logs(id))
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// There was none of that number.
+    pub fn exec(&self, id: &VmId, exec: ExecId) -> Result<ExecInfo, SuperviseError> {
+        let mut execs = self.execs(id).into_iter();
+        execs
+            .find(|info| info.id == exec)
+            .ok_or_else(|| SuperviseError::NoExec {
+                id: id.clone(),
+                exec,
+            })
     }
 }
 
