@@ -11,9 +11,8 @@ use bulkhead::guest::Output;
 use bulkhead::run::{Dirs, Host};
 use bulkhead::spec::{Accel, Catalog, Request as Wish, Spec};
 use bulkhead_agent::{Exec, Request};
-use nix::pty::{Winsize, openpty};
-use rustix::termios::tcsetwinsize;
 use support::Bulkhead;
+use support::terminal::Terminal;
 
 /// More than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -190,56 +189,22 @@ fn the_emergency_console_is_a_root_shell_again_and_again() {
 
 #[test]
 fn a_terminal_is_a_real_one() {
-    let size = |rows, cols| Winsize {
-        ws_row: rows,
-        ws_col: cols,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    let pty = openpty(&size(40, 120), None).unwrap();
     let script = "stty size; while [ \"$(stty size)\" = '40 120' ]; do sleep 0.1; done; \
                   stty size; echo ask; read x; echo \"got-$x\"; cat";
     let words = [
         "run", "--accel", "tcg", "--image", "base", "-t", "--", "sh", "-c", script,
     ];
-    let end = || Stdio::from(pty.slave.try_clone().unwrap());
-    let mut command: Command = Bulkhead::new().command(&words);
-    let mut child = command
-        .stdin(end())
-        .stdout(end())
-        .stderr(end())
-        .spawn()
-        .unwrap();
-    drop(command);
-    drop(pty.slave);
-    let mut terminal = std::fs::File::from(pty.master);
-    let mut seen = String::new();
-    let mut wait_for = |terminal: &mut std::fs::File, text: &str| {
-        let mut buffer = [0; 1000];
-        while !seen.contains(text) {
-            let count = terminal.read(&mut buffer).unwrap_or(0);
-            assert!(count > 0, "{text} did not come: {seen}");
-            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
-        }
-    };
-    wait_for(&mut terminal, "40 120");
-    let new = rustix::termios::Winsize {
-        ws_row: 50,
-        ws_col: 100,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    tcsetwinsize(&terminal, new).unwrap();
-    // The kernel tells only the terminal's own session.
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGWINCH).unwrap();
-    wait_for(&mut terminal, "50 100");
-    wait_for(&mut terminal, "ask");
-    terminal.write_all(b"words\r").unwrap();
-    wait_for(&mut terminal, "got-words");
+    let bulkhead = Bulkhead::new();
+    let mut terminal = Terminal::start(bulkhead.command(&words), 40, 120);
+    terminal.wait_for("40 120");
+    terminal.resize(50, 100);
+    terminal.wait_for("50 100");
+    terminal.wait_for("ask");
+    terminal.send(b"words\r");
+    terminal.wait_for("got-words");
     // Ctrl-C is a character, and the guest's terminal makes it a signal.
-    terminal.write_all(b"\x03").unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    terminal.send(b"\x03");
+    assert_eq!(terminal.finish().code(), Some(130));
 }
 
 #[test]

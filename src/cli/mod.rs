@@ -119,6 +119,8 @@ enum Verb {
     Resume(stop::Names),
     /// Power machines off.
     Stop(stop::Stop),
+    /// Send a signal to a command of a machine.
+    Kill(stop::Kill),
     /// Wait for the end of a machine and give its command's exit code.
     Wait(stop::Wait),
     /// Remove machines with their disks and logs.
@@ -200,6 +202,7 @@ pub fn main() -> ExitCode {
             Verb::Pause(args) => stop::pause(args, &global).await,
             Verb::Resume(args) => stop::resume(args, &global).await,
             Verb::Stop(args) => stop::stop(args, &global).await,
+            Verb::Kill(args) => stop::kill(args, &global).await,
             Verb::Wait(args) => stop::wait(args, &global).await,
             Verb::Rm(args) => stop::rm(args, &global).await,
             Verb::Supervise(args) => supervise::run(args, &global).await,

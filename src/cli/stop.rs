@@ -1,12 +1,14 @@
-//! `bulkhead stop`, `pause`, `resume`, `rm` and `wait`: what is done to machines
+//! `bulkhead stop`, `pause`, `resume`, `rm`, `kill` and `wait`: what is done to machines
 //! by name.
+
+use nix::sys::signal::Signal;
 
 use super::Global;
 use super::each::each;
 use super::message::{Failure, print_json, print_text};
 use crate::run::FAILED;
 use crate::spec::{Timeout, VmId};
-use crate::supervise::Machines;
+use crate::supervise::{ExecId, Machines};
 
 /// Options of `bulkhead stop`.
 #[derive(Debug, clap::Args)]
@@ -47,6 +49,36 @@ pub(super) struct Rm {
 pub(super) struct Wait {
     /// Name of a machine.
     vm: VmId,
+}
+
+/// Options of `bulkhead kill`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Kill {
+    /// Name of a running machine.
+    vm: VmId,
+    /// The command: main, e1, e2 and so on.
+    #[arg(default_value = "main")]
+    exec: ExecId,
+    /// The signal: a name such as TERM or SIGTERM, or a number.
+    #[arg(long, short, value_name = "SIGNAL", default_value = "TERM", value_parser = signal)]
+    signal: i32,
+}
+
+fn signal(text: &str) -> Result<i32, String> {
+    let number = text.parse().ok().filter(|number| (1..=64).contains(number));
+    let name = text.trim_start_matches("SIG");
+    let named = || format!("SIG{name}").parse::<Signal>().ok();
+    number
+        .or_else(|| named().map(|signal| signal as i32))
+        .ok_or_else(|| "it is neither a signal's name nor a number from 1 to 64".into())
+}
+
+/// Sends a signal to a command of a machine.
+pub(super) async fn kill(args: Kill, global: &Global) -> Result<i32, Failure> {
+    let machines = Machines::new(global.host()?);
+    let client = machines.running(&args.vm).await?;
+    client.signal(args.exec, args.signal).await?;
+    Ok(0)
 }
 
 /// Powers machines off and waits for their end.

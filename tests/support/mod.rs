@@ -1,6 +1,8 @@
 //! The program under test, with directories of its own and the prepared images.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub(crate) mod terminal;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -60,7 +62,9 @@ impl Bulkhead {
     pub(crate) fn with_own_state(self) -> Self {
         let state = self.runtime.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        std::os::unix::fs::symlink(self.state.join("images"), state.join("images")).unwrap();
+        for dir in ["images", "kernels"] {
+            std::os::unix::fs::symlink(self.state.join(dir), state.join(dir)).unwrap();
+        }
         Self { state, ..self }
     }
 
@@ -124,6 +128,113 @@ fn ran(output: std::process::Output) -> Ran {
         stdout: text(output.stdout),
         stderr: text(output.stderr),
         code: output.status.code().unwrap_or(-1),
+    }
+}
+
+/// A detached machine, removed when dropped, also by a failing test.
+pub(crate) struct Detached<'a> {
+    bulkhead: &'a Bulkhead,
+    name: String,
+}
+
+impl Bulkhead {
+    /// `bulkhead create` under emulation with the tuned kernel; options and, after
+    /// `--`, its command.
+    pub(crate) fn create(&self, name: &str, words: &[&str]) -> Detached<'_> {
+        let fixed = [
+            "create", "--accel", "tcg", "--kernel", "tuned", "--image", self.image, "--memory",
+            "256M", "--cpus", "1", "--name", name,
+        ];
+        let made = self.raw(&[&fixed, words].concat());
+        assert_eq!(
+            (made.code, made.stdout),
+            (0, format!("{name}\n")),
+            "{}",
+            made.stderr
+        );
+        Detached {
+            bulkhead: self,
+            name: name.to_owned(),
+        }
+    }
+
+    /// A call that must succeed; gives its stdout.
+    pub(crate) fn must(&self, words: &[&str]) -> String {
+        let ran = self.raw(words);
+        assert_eq!(ran.code, 0, "{words:?}: {ran:?}");
+        ran.stdout
+    }
+
+    /// A call that must fail with this code of ours; gives its stderr.
+    pub(crate) fn must_fail(&self, words: &[&str], code: &str) -> String {
+        let ran = self.raw(words);
+        let told = ran.stderr.contains(&format!("error [{code}]"));
+        assert!(ran.code == 125 && told, "{words:?}: {ran:?}");
+        ran.stderr
+    }
+
+    /// What `bulkhead --json` prints.
+    pub(crate) fn json(&self, words: &[&str]) -> serde_json::Value {
+        let text = self.must(&[&["--json"], words].concat());
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{words:?}: {error}: {text}"))
+    }
+
+    /// Directory with sockets.
+    pub(crate) fn runtime(&self) -> &Path {
+        self.runtime.path()
+    }
+
+    /// Runs in a machine: the command after its name.
+    pub(crate) fn exec(&self, words: &[&str]) -> Ran {
+        self.raw(&[&["exec"], words].concat())
+    }
+}
+
+impl Detached<'_> {
+    pub(crate) fn start(&self) {
+        self.bulkhead.must(&["start", &self.name]);
+    }
+
+    pub(crate) fn inspect(&self) -> serde_json::Value {
+        self.bulkhead.json(&["inspect", &self.name])
+    }
+
+    pub(crate) fn state(&self) -> String {
+        self.inspect()["state"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until it is in this state.
+    pub(crate) fn becomes(&self, state: &str) -> serde_json::Value {
+        let begin = std::time::Instant::now();
+        loop {
+            let seen = self.inspect();
+            if seen["state"] == state {
+                return seen;
+            }
+            let patience = std::time::Duration::from_secs(60);
+            assert!(begin.elapsed() < patience, "not {state}: {seen}");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+
+    pub(crate) fn supervisor(&self) -> nix::unistd::Pid {
+        let pid = self.inspect()["supervisor"]["pid"].as_i64().unwrap();
+        nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap())
+    }
+
+    pub(crate) fn vmm(&self) -> nix::unistd::Pid {
+        let pid = self.inspect()["live"]["vmm_pid"].as_i64().unwrap();
+        nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap())
+    }
+}
+
+impl Drop for Detached<'_> {
+    fn drop(&mut self) {
+        let removed = self.bulkhead.raw(&["rm", "--force", &self.name]);
+        if !std::thread::panicking() && removed.code != 0 {
+            // A test may have removed it itself.
+            assert!(removed.stderr.contains("machine-not-found"), "{removed:?}");
+        }
     }
 }
 
