@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::process;
+use super::{cgroup, process};
 use crate::error::Explain;
 
 /// One host resource.
@@ -26,6 +26,11 @@ pub enum Lease {
     /// A file.
     File {
         /// Its path.
+        path: PathBuf,
+    },
+    /// A control group, with every process in it.
+    Cgroup {
+        /// Its directory.
         path: PathBuf,
     },
 }
@@ -122,6 +127,10 @@ impl Lease {
                 }
                 _ => Ok(()),
             },
+            Self::Cgroup { path } => cgroup::release(path).map_err(|source| LeaseError::Release {
+                what: format!("the control group {}", path.display()),
+                source,
+            }),
         }
     }
 }
