@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Hello, Request, VSOCK_PORT};
@@ -11,10 +12,12 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use super::console::ConsoleLog;
+use super::disk::DiskWatch;
 use super::error::MachineError;
 use super::record::{Record, RecordError};
 use crate::guest::archive::HostDir;
 use crate::guest::{Channel, GuestError, connect_vsock};
+use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::{probe, sys};
 use crate::image::{Lock, scratch};
 use crate::plan::{self, Descriptor, Plan};
@@ -71,6 +74,9 @@ struct Live {
     words: ConsoleLog,
     emergency: Option<UnixStream>,
     qga: Option<UnixStream>,
+    disk: DiskWatch,
+    /// Its control group, or why it has none.
+    cgroup: Result<Cgroup, CgroupError>,
     phases: Phases,
 }
 
@@ -141,7 +147,17 @@ impl Machine {
             log,
             die_with_thread: options.die_with_thread,
         };
-        let process = spawn.run(|process| record.lease(process.lease()))?;
+        let mut cgroup = cgroup(&plan, record)?;
+        let process = spawn.run(|process| {
+            record.lease(process.lease())?;
+            // Before it executes: no thread of it is ever outside.
+            if let Ok(group) = &cgroup
+                && let Err(error) = group.add(process.pid())
+            {
+                cgroup = Err(error);
+            }
+            Ok(())
+        })?;
         let mut phases = Phases {
             spawned_us: since(begin),
             ..Phases::default()
@@ -153,8 +169,11 @@ impl Machine {
         let console = ConsoleLog::start(serial, &console_path)
             .map_err(io_error("make the console's log", &console_path))?;
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
+        let disk = OnceLock::new();
         let monitor = async {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
+            // A boot writes, too.
+            disk.get_or_init(|| DiskWatch::start(&monitor, record.dir()));
             Ok::<_, MachineError>((monitor, since(begin)))
         };
         let agent = ends.agent.take();
@@ -184,9 +203,16 @@ impl Machine {
         let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
             Ok(ready) => ready,
             Err(ended) => {
+                // A machine that stands still is silent, too.
+                if let (Ended::Silent, Some(state)) =
+                    (&ended, disk.get().and_then(DiskWatch::trouble))
+                {
+                    return Err(MachineError::DiskFailed(state));
+                }
                 return Err(explain_end(ended, &plan, &process, &console, &words, options).await);
             }
         };
+        let disk = disk.into_inner().ok_or(missing("its disk"))?;
         phases.qmp_us = qmp_us;
         phases.agent_us = agent_us;
         tracing::debug!(id = %plan.id, agent = hello.program, ?phases, "machine is up");
@@ -200,6 +226,8 @@ impl Machine {
             words,
             emergency: ends.console,
             qga: ends.qga,
+            disk,
+            cgroup,
             phases,
         })
     }
@@ -232,6 +260,19 @@ impl Machine {
     /// The VMM process.
     pub fn process(&self) -> &VmmProcess {
         &self.live.process
+    }
+
+    /// How its disks are.
+    pub fn disk(&self) -> &DiskWatch {
+        &self.live.disk
+    }
+
+    /// Its control group, or why it has none.
+    ///
+    /// # Errors
+    /// The host gave it none.
+    pub fn cgroup(&self) -> Result<&Cgroup, &CgroupError> {
+        self.live.cgroup.as_ref()
     }
 
     /// The serial console.
@@ -364,6 +405,19 @@ fn descriptors(
             }
         })
         .collect()
+}
+
+/// Makes the machine's control group. A host that has none is no reason not
+/// to start: only limits need it, and say so when they are asked for.
+fn cgroup(plan: &Plan, record: &mut Record) -> Result<Result<Cgroup, CgroupError>, MachineError> {
+    let group = match Cgroup::choose(&plan.id) {
+        Ok(group) => group,
+        Err(error) => return Ok(Err(error)),
+    };
+    for lease in group.leases() {
+        record.lease(lease).map_err(RecordError::from)?;
+    }
+    Ok(group.make().map(|()| group))
 }
 
 /// A pair of sockets: one end for us, the other for QEMU.

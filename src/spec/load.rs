@@ -120,6 +120,9 @@ pub struct Request {
     pub survivors: Option<Survivors>,
     /// How long the guest may take to power off.
     pub stop_grace: Option<Timeout>,
+    /// Give the machine a balloon: its memory can be taken back while it runs.
+    /// By default a detached machine has one, and a run of one command has none.
+    pub balloon: Option<bool>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
     /// Network mode.
@@ -194,6 +197,7 @@ impl Request {
             idle_timeout: self.idle_timeout.or(below.idle_timeout),
             survivors: self.survivors.or(below.survivors),
             stop_grace: self.stop_grace.or(below.stop_grace),
+            balloon: self.balloon.or(below.balloon),
             labels,
             network: self.network.or(below.network),
             accel: self.accel.or(below.accel),
@@ -223,10 +227,12 @@ impl Request {
     ///
     /// # Errors
     /// Values out of range, wishes that exclude each other, no command.
-    pub fn resolve(self) -> Result<Spec, SpecError> {
+    pub fn resolve(mut self) -> Result<Spec, SpecError> {
         if self.command.is_empty() && self.script.is_none() {
             return Err(SpecError::NoCommand);
         }
+        // A device less to start, for a machine that is gone in a moment.
+        self.balloon.get_or_insert(false);
         self.resolve_machine()
     }
 
@@ -317,6 +323,7 @@ impl Request {
             channel: self.channel.unwrap_or_default(),
             workspace,
             lifetime,
+            balloon: self.balloon.unwrap_or(true),
             labels: self.labels,
             command: Command {
                 argv: self.command,
@@ -397,6 +404,15 @@ mod tests {
         assert_eq!(spec.limits.memory, Bytes::gib(2));
         assert_eq!(spec.limits.timeout, Timeout::secs(60));
         assert_eq!(spec.command.argv, ["b"]);
+    }
+
+    #[test]
+    fn only_a_detached_machine_has_a_balloon_unasked() {
+        let ask = |text: &str| parse(&format!("command = [\"true\"]\n{text}")).unwrap();
+        assert!(!ask("").resolve().unwrap().balloon);
+        assert!(ask("").resolve_machine().unwrap().balloon);
+        assert!(ask("balloon = true").resolve().unwrap().balloon);
+        assert!(!ask("balloon = false").resolve_machine().unwrap().balloon);
     }
 
     #[test]

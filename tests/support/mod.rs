@@ -1,6 +1,8 @@
 //! The program under test, with directories of its own and the prepared images.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub(crate) mod live;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
