@@ -123,7 +123,7 @@ fn has_group(machine: &Machine) -> bool {
         Err(error) => {
             let refused = machine.set_cpu_quota(Some(20)).unwrap_err();
             assert_eq!(refused.to_string(), error.to_string());
-            println!("SKIPPED: {error}");
+            println!("skipped: a_cpu_quota_holds: {error}");
             false
         }
     }
@@ -184,7 +184,7 @@ fn the_group_of_a_dead_owner_is_removed() {
     let run = bulkhead.start("orphan", &words);
     let groups = groups(&state.join("runs/orphan"));
     if groups.is_empty() {
-        println!("SKIPPED: this host gives machines no control group");
+        println!("skipped: the_group_of_a_dead_owner: no control group");
         return;
     }
     assert!(groups.iter().all(|group| group.exists()), "{groups:?}");
