@@ -4,7 +4,7 @@
 //! machine has a group in each that is needed. All of them are below a group
 //! `bulkhead` of ours, which goes with the last of them. Mounts are never
 //! touched. The controllers for memory, processes and I/O take a line in
-//! [`Controller`] each.
+//! `Controller` each.
 
 use std::fs;
 use std::io;
