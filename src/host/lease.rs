@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{fault, process};
+use super::{cgroup, fault, process};
 use crate::error::Explain;
 
 /// One host resource.
@@ -31,6 +31,11 @@ pub enum Lease {
     /// A directory of ours with all that is in it.
     Dir {
         /// Its path.
+        path: PathBuf,
+    },
+    /// A control group, with every process in it.
+    Cgroup {
+        /// Its directory.
         path: PathBuf,
     },
 }
@@ -105,6 +110,7 @@ impl Lease {
             Self::Process { .. } => "process",
             Self::File { .. } => "file",
             Self::Dir { .. } => "dir",
+            Self::Cgroup { .. } => "cgroup",
         }
     }
 
@@ -141,6 +147,10 @@ impl Lease {
             }
             Self::File { path } => gone(path, fs::remove_file(path)),
             Self::Dir { path } => gone(path, fs::remove_dir_all(path)),
+            Self::Cgroup { path } => cgroup::release(path).map_err(|source| LeaseError::Release {
+                what: format!("the control group {}", path.display()),
+                source,
+            }),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What this host can do, and the resources taken from it.
 
+pub mod cgroup;
 pub mod fault;
 pub mod lease;
 pub mod probe;

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::libc;
@@ -24,6 +25,22 @@ pub fn start_time(pid: i32) -> Option<u64> {
     // The name in parentheses may contain anything, spaces included.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+/// CPU time in milliseconds out of the `stat` file of a process or a thread.
+///
+/// # Errors
+/// It is gone.
+pub fn cpu_ms(stat: &Path) -> io::Result<u64> {
+    let text = fs::read_to_string(stat)?;
+    // utime and stime, fields 14 and 15 (proc(5)), in ticks of USER_HZ, which
+    // is 100 on every x86-64 Linux.
+    let ticks = text.rsplit_once(')').and_then(|(_, rest)| {
+        let mut fields = rest.split_ascii_whitespace().skip(11);
+        let user: u64 = fields.next()?.parse().ok()?;
+        Some(user + fields.next()?.parse::<u64>().ok()?)
+    });
+    Ok(ticks.ok_or(io::ErrorKind::InvalidData)? * 10)
 }
 
 /// Whether a process that has ended waits only for its parent to look.

@@ -21,6 +21,7 @@ const WANTED: &[&str] = &[
     "crc32c_generic",
     "ext4",
     "virtio_rng",
+    "virtio_balloon",
     "virtio_net",
     "vmw_vsock_virtio_transport",
     "9pnet_virtio",

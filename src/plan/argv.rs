@@ -163,6 +163,7 @@ pub(super) fn build(spec: &Spec, image: &Image, plan: &Plan) -> Vec<String> {
     boot(&mut list, image, plan);
     monitor_and_ports(&mut list, plan);
     disks(&mut list, plan);
+    balloon(&mut list, plan);
     share(&mut list, plan);
     let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
     list.push(Box::new(Valued("-sandbox", sandbox.into())));
@@ -286,13 +287,25 @@ fn monitor_and_ports(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
 
 /// Stands in the arguments for the vsock CID, which is leased at start.
 pub(crate) const CID: &str = "{cid}";
+/// Block node of the scratch disk.
+pub(crate) const SCRATCH_NODE: &str = "scratch";
+/// Device id of the root disk.
+pub(crate) const ROOT_ID: &str = "root-disk";
+/// Device id of the scratch disk.
+pub(crate) const SCRATCH_ID: &str = "scratch-disk";
 
 fn disks(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
-    let disks = [
-        ("root", Descriptor::Root, ROOT_SERIAL, true),
-        ("scratch", Descriptor::Scratch, SCRATCH_SERIAL, false),
-    ];
-    for ((node, descriptor, serial, read_only), set) in disks.into_iter().zip(1..) {
+    for (set, disk) in (1..).zip([
+        (ROOT_ID, "root", Descriptor::Root, ROOT_SERIAL, true),
+        (
+            SCRATCH_ID,
+            SCRATCH_NODE,
+            Descriptor::Scratch,
+            SCRATCH_SERIAL,
+            false,
+        ),
+    ]) {
+        let (id, node, descriptor, serial, read_only) = disk;
         let Some(fd) = plan.fd(descriptor) else {
             continue;
         };
@@ -306,13 +319,42 @@ fn disks(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
         .arguments();
         list.push(Box::new(add_fd));
         list.push(Box::new(blockdev));
-        let options = vec![("drive", node.to_owned()), ("serial", serial.to_owned())];
+        let mut options = vec![
+            ("id", id.to_owned()),
+            ("drive", node.to_owned()),
+            ("serial", serial.to_owned()),
+            // What cannot be read now cannot be read later: the guest's to know.
+            ("rerror", "report".to_owned()),
+        ];
+        if !read_only {
+            // The guest never sees a write fail that may succeed later: the
+            // machine stops, and goes on with the same write (run/disk.rs).
+            options.push(("werror", "stop".to_owned()));
+        }
         list.push(Box::new(VirtioDevice {
             kind: "virtio-blk",
             machine: plan.machine,
             options,
         }));
     }
+}
+
+fn balloon(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    if !plan.balloon {
+        return;
+    }
+    let options = vec![
+        ("id", "balloon".to_owned()),
+        // A guest that runs out takes memory back by itself.
+        ("deflate-on-oom", "on".to_owned()),
+        // What the guest frees goes back to the host without being asked for.
+        ("free-page-reporting", "on".to_owned()),
+    ];
+    list.push(Box::new(VirtioDevice {
+        kind: "virtio-balloon",
+        machine: plan.machine,
+        options,
+    }));
 }
 
 fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {

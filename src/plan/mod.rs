@@ -15,7 +15,7 @@ use crate::error::Explain;
 use crate::image::{Image, KernelFormat};
 use crate::spec::{Accel, Bytes, ChannelKind, MachineType, Spec, Survivors, VmId, WorkspaceMode};
 
-pub(crate) use argv::CID;
+pub(crate) use argv::{CID, ROOT_ID, SCRATCH_ID, SCRATCH_NODE};
 pub use facts::HostFacts;
 
 /// Number of the first descriptor handed to QEMU.
@@ -112,6 +112,10 @@ pub struct Plan {
     pub kernel: KernelChoice,
     /// The kernel's command line.
     pub cmdline: String,
+    /// The guest's memory.
+    pub memory: Bytes,
+    /// Whether it has a balloon, which takes memory back.
+    pub balloon: bool,
     /// The read-only root disk.
     pub root: PathBuf,
     /// Size of the writable disk.
@@ -172,6 +176,8 @@ impl Plan {
             machine: spec.machine,
             cmdline: cmdline::build(spec, channel, facts, kernel.format),
             kernel,
+            memory: spec.limits.memory,
+            balloon: spec.balloon,
             root: image.root(),
             scratch: spec.limits.disk,
             channel,

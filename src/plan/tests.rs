@@ -78,6 +78,22 @@ fn q35_with_a_read_only_share() {
 }
 
 #[test]
+fn a_balloon_only_where_it_is_asked_for() {
+    let devices = |request: &str| {
+        let args = plan(request, true).unwrap().args;
+        let balloons = args.into_iter().filter(|word| word.contains("balloon"));
+        balloons.collect::<Vec<_>>()
+    };
+    assert_eq!(devices(""), [""; 0]);
+    assert_eq!(
+        devices("balloon = true"),
+        ["virtio-balloon-device,id=balloon,deflate-on-oom=on,free-page-reporting=on"]
+    );
+    let q35 = devices("balloon = true\nmachine = \"q35\"");
+    assert!(q35[0].starts_with("virtio-balloon-pci,"), "{q35:?}");
+}
+
+#[test]
 fn vsock_is_not_quietly_replaced() {
     assert!(matches!(
         plan("channel = \"vsock\"", false),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::record::RecordError;
 use crate::error::Explain;
 use crate::guest::GuestError;
+use crate::host::cgroup::CgroupError;
 use crate::image::Error as ImageError;
 use crate::qmp::QmpError;
 use crate::vmm::{ExitStatus, SpawnError};
@@ -31,6 +32,31 @@ pub enum MachineError {
         /// What.
         what: &'static str,
     },
+    /// A value that cannot be.
+    #[error("{what} cannot be {value}: {why}")]
+    Value {
+        /// Which value.
+        what: &'static str,
+        /// What was asked for.
+        value: String,
+        /// The rule it breaks.
+        why: String,
+    },
+    /// Its memory cannot be changed while it runs.
+    #[error("the machine was started without a balloon")]
+    NoBalloon,
+    /// The agent in the guest does not know what it is asked for.
+    #[error("the guest agent is too old to {what}")]
+    OldAgent {
+        /// What it was asked for.
+        what: &'static str,
+    },
+    /// What the guest writes cannot be written.
+    #[error("{0}")]
+    DiskFailed(super::DiskState),
+    /// A control group could not be made or changed.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// An empty disk could not be made.
     #[error(transparent)]
     Disk(#[from] ImageError),
@@ -115,6 +141,11 @@ impl Explain for MachineError {
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "host-refused",
             Self::Missing { .. } => "plan-incomplete",
+            Self::Value { .. } => "value-invalid",
+            Self::NoBalloon => "no-balloon",
+            Self::OldAgent { .. } => "agent-version",
+            Self::DiskFailed(_) => "disk-failed",
+            Self::Cgroup(error) => error.code(),
             Self::Disk(error) => error.code(),
             Self::Record(error) => error.code(),
             Self::Spawn(error) => error.code(),
@@ -137,6 +168,13 @@ impl Explain for MachineError {
                 )
             }
             Self::Missing { .. } => "Plan with Plan::new; this is a bug otherwise.".into(),
+            Self::Value { what, .. } => format!("Give another value for {what}."),
+            Self::NoBalloon => "Start it with `balloon = true`.".into(),
+            Self::OldAgent { .. } => "Build the image again with `bulkhead image build`.".into(),
+            Self::DiskFailed(_) => {
+                "Look after the disk; the kernel's log (dmesg) may say more.".into()
+            }
+            Self::Cgroup(error) => error.remedy(),
             Self::Disk(error) => error.remedy(),
             Self::Record(error) => error.remedy(),
             Self::Spawn(error) => error.remedy(),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Hello, Request, VSOCK_PORT};
@@ -9,11 +10,13 @@ use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
 use super::console::ConsoleLog;
+use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::record::{Record, RecordError};
 use crate::guest::archive::HostDir;
 use crate::guest::{Channel, GuestError, connect_vsock};
+use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::image::Lock;
@@ -75,6 +78,9 @@ struct Live {
     words: ConsoleLog,
     emergency: Option<UnixStream>,
     qga: Option<UnixStream>,
+    disk: DiskWatch,
+    /// Its control group, or why it has none.
+    cgroup: Result<Cgroup, CgroupError>,
     phases: Phases,
 }
 
@@ -161,7 +167,17 @@ impl Machine {
             log,
             die_with_thread: options.die_with_thread,
         };
-        let process = spawn.run(|process| record.lease(process.lease()))?;
+        let mut cgroup = cgroup(&plan, record)?;
+        let process = spawn.run(|process| {
+            record.lease(process.lease())?;
+            // Before it executes: no thread of it is ever outside.
+            if let Ok(group) = &cgroup
+                && let Err(error) = group.add(process.pid())
+            {
+                cgroup = Err(error);
+            }
+            Ok(())
+        })?;
         fault::at("spawned").map_err(io_error("start", &plan.qemu))?;
         let console_path = record.dir().join("console.log");
         let serial = ends.serial.take().ok_or(missing("the serial port"))?;
@@ -173,8 +189,10 @@ impl Machine {
             process,
             console,
             words,
+            cgroup,
         };
-        parts.connect(ends, options, begin, spawned_us).await
+        let dir = record.dir().to_owned();
+        parts.connect(ends, options, &dir, begin, spawned_us).await
     }
 
     /// Takes over a running machine whose owner died.
@@ -233,8 +251,12 @@ impl Machine {
             process,
             console,
             words,
+            cgroup: Cgroup::of_leases(record.leases()).ok_or_else(|| {
+                let why = "its first supervisor made none".to_owned();
+                CgroupError::Unavailable { why }
+            }),
         };
-        parts.connect(ends, options, begin, 0).await
+        parts.connect(ends, options, record.dir(), begin, 0).await
     }
 
     /// Its plan, with everything that was leased at start filled in.
@@ -265,6 +287,19 @@ impl Machine {
     /// The VMM process.
     pub fn process(&self) -> &VmmProcess {
         &self.live.process
+    }
+
+    /// How its disks are.
+    pub fn disk(&self) -> &DiskWatch {
+        &self.live.disk
+    }
+
+    /// Its control group, or why it has none.
+    ///
+    /// # Errors
+    /// The host gave it none.
+    pub fn cgroup(&self) -> Result<&Cgroup, &CgroupError> {
+        self.live.cgroup.as_ref()
     }
 
     /// The serial console.
@@ -390,6 +425,7 @@ struct Parts {
     process: VmmProcess,
     console: ConsoleLog,
     words: ConsoleLog,
+    cgroup: Result<Cgroup, CgroupError>,
 }
 
 impl Parts {
@@ -398,12 +434,16 @@ impl Parts {
         self,
         mut ends: Ends,
         options: &StartOptions,
+        dir: &Path,
         begin: Instant,
         spawned_us: u64,
     ) -> Result<Live, MachineError> {
+        let disk = OnceLock::new();
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
         let monitor = async {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
+            // A boot writes, too.
+            disk.get_or_init(|| DiskWatch::start(&monitor, dir));
             Ok::<_, MachineError>((monitor, since(begin)))
         };
         let (agent, cid) = (ends.agent.take(), self.plan.cid);
@@ -433,11 +473,18 @@ impl Parts {
         let ((monitor, qmp_us), (channel, hello, agent_us)) = match ready {
             Ok(ready) => ready,
             Err(ended) => {
+                // A machine that stands still is silent, too.
+                if let (Ended::Silent, Some(state)) =
+                    (&ended, disk.get().and_then(DiskWatch::trouble))
+                {
+                    return Err(MachineError::DiskFailed(state));
+                }
                 let Self {
                     plan,
                     process,
                     console,
                     words,
+                    ..
                 } = &self;
                 return Err(explain_end(ended, plan, process, console, words, options).await);
             }
@@ -458,6 +505,8 @@ impl Parts {
             words: self.words,
             emergency: ends.console,
             qga: ends.qga,
+            disk: disk.into_inner().ok_or(missing("its disk"))?,
+            cgroup: self.cgroup,
             phases,
         })
     }
@@ -488,6 +537,19 @@ pub(super) fn io_error(
         path,
         source,
     }
+}
+
+/// Makes the machine's control group. A host that has none is no reason not
+/// to start: only limits need it, and say so when they are asked for.
+fn cgroup(plan: &Plan, record: &mut Record) -> Result<Result<Cgroup, CgroupError>, MachineError> {
+    let group = match Cgroup::choose(&plan.id) {
+        Ok(group) => group,
+        Err(error) => return Ok(Err(error)),
+    };
+    for lease in group.leases() {
+        record.lease(lease).map_err(RecordError::from)?;
+    }
+    Ok(group.make().map(|()| group))
 }
 
 async fn explain_end(

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 
 use super::command::{Commanded, command};
 use super::control;
+use super::disk::failed;
 use super::exchange::Exchange;
 use super::follow::KILL_GRACE;
 use super::host::Host;
@@ -108,6 +109,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     // The terminal is the user's again.
     drop(io);
     let usage = machine.process().usage();
+    let stalls = machine.disk().stalls();
     let channel = match machine.plan().channel {
         Channel::Serial => ChannelKind::Serial,
         Channel::Vsock => ChannelKind::Vsock,
@@ -128,6 +130,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         None => Ok(share::Settled::default()),
     };
     let mut done = done?;
+    done.warnings.extend(stalls);
     match settled {
         Ok(settled) => done.warnings.extend(settled.warnings),
         Err(error) => done
@@ -248,7 +251,14 @@ pub(super) struct Session<'a> {
 impl Session<'_> {
     pub(super) async fn run(mut self, io: &mut Io) -> Result<Done, RunError> {
         let _control = control::serve(&self.host.dirs, self.spec, self.machine).await?;
-        match self.steps(io).await {
+        let disk = self.machine.disk().state();
+        let done = tokio::select! {
+            done = self.steps(io) => done,
+            // A disk that is full may be waited for, as long as the time limit
+            // allows; one that fails may not.
+            state = failed(disk) => Err(MachineError::DiskFailed(state).into()),
+        };
+        match done {
             // The channel breaks when the machine ends; the machine knows why.
             Err(RunError::Machine(MachineError::Guest(error))) if is_loss(&error) => {
                 let wait =

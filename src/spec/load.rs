@@ -45,6 +45,9 @@ pub struct Request {
     pub survivors: Option<Survivors>,
     /// How long the guest may take to power off before it is killed.
     pub stop_grace: Option<Timeout>,
+    /// Give the machine a balloon: its memory can be taken back while it runs.
+    /// By default a detached machine has one, and a run of one command has none.
+    pub balloon: Option<bool>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
     /// Name of the network: a mode, or one of `[network.NAME]`.
@@ -136,6 +139,7 @@ impl Request {
             idle_timeout: self.idle_timeout.or(below.idle_timeout),
             survivors: self.survivors.or(below.survivors),
             stop_grace: self.stop_grace.or(below.stop_grace),
+            balloon: self.balloon.or(below.balloon),
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
@@ -273,6 +277,8 @@ impl Request {
             workspace,
             detached,
             lifetime,
+            // A device less to start, for a machine that is gone in a moment.
+            balloon: self.balloon.unwrap_or(detached),
             labels: self.labels,
             command: Command {
                 argv: self.command,
@@ -397,6 +403,30 @@ mod tests {
         assert_eq!(ask("light", None), "offline");
         assert_eq!(ask("isolated", None), "isolated");
         assert_eq!(ask("light", network("lan")), "lan");
+    }
+
+    #[test]
+    fn only_a_detached_machine_has_a_balloon_unasked() {
+        let ask = |text: &str| parse(&format!("command = [\"true\"]\n{text}")).unwrap();
+        assert!(!ask("").resolve(&Catalog::default()).unwrap().balloon);
+        assert!(
+            ask("")
+                .resolve_machine(&Catalog::default())
+                .unwrap()
+                .balloon
+        );
+        assert!(
+            ask("balloon = true")
+                .resolve(&Catalog::default())
+                .unwrap()
+                .balloon
+        );
+        assert!(
+            !ask("balloon = false")
+                .resolve_machine(&Catalog::default())
+                .unwrap()
+                .balloon
+        );
     }
 
     #[test]

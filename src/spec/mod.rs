@@ -57,6 +57,9 @@ pub struct Spec {
     /// How long a detached machine lives. A run ends with its command.
     #[serde(default)]
     pub lifetime: Lifetime,
+    /// Whether its memory can be taken back while it runs.
+    #[serde(default)]
+    pub balloon: bool,
     /// What the user calls it by, besides its name.
     #[serde(default)]
     pub labels: BTreeMap<LabelName, String>,

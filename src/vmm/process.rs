@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Mutex;
 
 use nix::libc;
@@ -135,12 +136,8 @@ impl VmmProcess {
             .lines()
             .find_map(|line| line.strip_prefix("VmHWM:"))?;
         let kib = peak.trim().trim_end_matches(" kB").parse().ok()?;
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace().skip(11);
-        let ticks: u64 =
-            fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
-        // USER_HZ is 100 on every x86-64 Linux (proc(5)).
-        Some((kib, ticks * 10))
+        let stat = format!("/proc/{}/stat", self.pid);
+        Some((kib, host_process::cpu_ms(Path::new(&stat)).ok()?))
     }
 
     fn reap(&self, flag: WaitPidFlag) -> io::Result<Option<ExitStatus>> {

@@ -1,6 +1,7 @@
 //! The program under test, with directories of its own and the prepared images.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub(crate) mod live;
 pub(crate) mod terminal;
 
 use std::io::{BufRead, BufReader, Read, Write};

@@ -243,6 +243,11 @@ pub enum Request {
         /// Mount read-only.
         read_only: bool,
     },
+    /// The host has made the scratch disk larger: let the file system fill it.
+    Grow {
+        /// Size of the disk in bytes, waited for.
+        bytes: u64,
+    },
     /// Identity of this machine: applied before any command runs.
     Configure(Configure),
     /// OS, interfaces and processes; answered with [`Reply::Info`].
@@ -344,6 +349,10 @@ pub struct Failure {
     /// What failed, on which object, and why.
     pub message: String,
 }
+
+/// In the message of an [`FailureKind::Invalid`] failure: the agent is older
+/// than the request.
+pub const UNKNOWN_REQUEST: &str = "unknown variant";
 
 /// Kinds of [`Failure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,7 +26,7 @@ fn main() {
     }
     let args: Vec<String> = std::env::args().skip(1).collect();
     match service_source(&args) {
-        Some(source) => std::process::exit(server::main(source, Role::Service)),
+        Some(source) => std::process::exit(server::main(source, Role::Service, None)),
         None => {
             console::complain!("{USAGE}");
             std::process::exit(2)

@@ -128,11 +128,17 @@ fn refusals_say_why() {
     assert_eq!(refusal(&agent.run(exec)), FailureKind::Invalid);
     let exec = with(|exec| exec.env = vec![("A=B".into(), "C".into())]);
     assert_eq!(refusal(&agent.run(exec)), FailureKind::Invalid);
-    let off = agent.open(&Request::PowerOff);
-    assert_eq!(refusal(&agent.finish(off)), FailureKind::Invalid);
+    for of_a_machine in [Request::PowerOff, Request::Grow { bytes: 1 << 30 }] {
+        let id = agent.open(&of_a_machine);
+        assert_eq!(refusal(&agent.finish(id)), FailureKind::Invalid);
+    }
     agent.streams.insert(77, Seen::default());
     agent.send(77, Kind::Open, b"{\"request\":\"dance\"}");
-    assert_eq!(refusal(&agent.finish(77)), FailureKind::Invalid);
+    let unknown = agent.finish(77);
+    assert_eq!(refusal(&unknown), FailureKind::Invalid);
+    // The host tells an agent that is too old by these words.
+    let words = unknown.exit.unwrap().failure.unwrap().message;
+    assert!(words.contains(UNKNOWN_REQUEST), "{words}");
 }
 
 #[test]

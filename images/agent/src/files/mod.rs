@@ -13,6 +13,7 @@ use bulkhead_agent::{DEFAULT_USER, Exit, FileKind, Kind, Reply};
 use nix::mount::{MsFlags, mount};
 
 pub(crate) use self::track::Tracked;
+pub(crate) use self::transfer::run as work;
 use self::transfer::{Input, Output};
 use crate::exec::user::Users;
 use crate::failure::{Context, Result, invalid};

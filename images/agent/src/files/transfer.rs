@@ -10,7 +10,7 @@ use crate::failure::{Context, Result, failure};
 use crate::server::Stream;
 
 /// Runs `work` on a thread of its own, to the end of the stream.
-pub(super) async fn run(
+pub(crate) async fn run(
     stream: Arc<Stream>,
     work: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Exit {
@@ -18,7 +18,7 @@ pub(super) async fn run(
     let done = done.unwrap_or_else(|error| {
         Err(failure(
             FailureKind::System,
-            format!("the transfer broke off: {error}"),
+            format!("the work broke off: {error}"),
         ))
     });
     match done {

@@ -4,11 +4,12 @@ mod modules;
 mod options;
 mod power;
 mod root;
+mod scratch;
 mod settle;
 mod sys;
 
 use std::ffi::CString;
-use std::fs::File;
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -21,6 +22,7 @@ use crate::console::{self, complain, note};
 use crate::server;
 
 pub(crate) use self::power::ask as ask_to_power_off;
+pub(crate) use self::scratch::Scratch;
 
 /// Logs how long each step of the boot took, where asked to.
 struct Steps {
@@ -58,7 +60,7 @@ pub(crate) fn run() -> ! {
         None
     } else {
         match root::enter(&options) {
-            Ok(scratch) => scratch,
+            Ok(scratch) => scratch.map(Arc::new),
             Err(error) => {
                 complain!("{}", error.message);
                 complain!("no root file system: powering off");
@@ -76,20 +78,22 @@ pub(crate) fn run() -> ! {
     steps.done("lo");
     let source = Source::Machine(options.vsock);
     let own_init = options.init.is_none();
-    let server = sys::fork_child(move || server::main(source, server::Role::Machine { own_init }));
+    let role = server::Role::Machine { own_init };
+    let shared = scratch.clone();
+    let server = sys::fork_child(move || server::main(source, role, shared));
     steps.done("fork");
     match (server, options.init) {
         (Err(error), _) => {
             complain!("cannot start the agent's server: {error}");
-            power::off(scratch.as_ref())
+            power::off(scratch.as_deref())
         }
-        (Ok(_), Some(init)) => hand_over(&init, scratch.as_ref()),
-        (Ok(server), None) => supervise(server, scratch.as_ref()),
+        (Ok(_), Some(init)) => hand_over(&init, scratch.as_deref()),
+        (Ok(server), None) => supervise(server, scratch.as_deref()),
     }
 }
 
 /// Reaps until the server ends, which ends the machine.
-fn supervise(server: Pid, scratch: Option<&File>) -> ! {
+fn supervise(server: Pid, scratch: Option<&Scratch>) -> ! {
     loop {
         match waitpid(None, None) {
             Ok(WaitStatus::Exited(pid, 0)) if pid == server => break,
@@ -107,7 +111,7 @@ fn supervise(server: Pid, scratch: Option<&File>) -> ! {
 }
 
 /// Lets the image's own init be PID 1.
-fn hand_over(init: &str, scratch: Option<&File>) -> ! {
+fn hand_over(init: &str, scratch: Option<&Scratch>) -> ! {
     let error = match CString::new(init) {
         Ok(path) => execv(&path, &[&path]).err(),
         Err(_) => Some(Errno::EINVAL),

@@ -1,6 +1,5 @@
 //! Bringing the machine to rest.
 
-use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -11,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, sync};
 
-use super::sys;
+use super::scratch::Scratch;
 use crate::console::complain;
 
 /// What processes get between SIGTERM and SIGKILL.
@@ -21,7 +20,7 @@ const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Ends every process, writes everything to disk, and powers off. PID 1 only:
 /// all other processes are its children by then.
-pub(super) fn off(scratch: Option<&File>) -> ! {
+pub(super) fn off(scratch: Option<&Scratch>) -> ! {
     let everyone = Pid::from_raw(-1);
     for (signals, grace) in [
         // SIGHUP because interactive shells ignore SIGTERM.
@@ -39,7 +38,7 @@ pub(super) fn off(scratch: Option<&File>) -> ! {
         }
     }
     sync();
-    if let Some(Err(error)) = scratch.map(sys::freeze) {
+    if let Some(Err(error)) = scratch.map(Scratch::freeze) {
         complain!("cannot bring the scratch file system to rest: {error}");
     }
     cut();

@@ -1,21 +1,19 @@
 //! From the initramfs to the real root: disks, overlay, switch.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{FailureKind, ROOT_SERIAL, SCRATCH_SERIAL};
-use nix::libc::O_DIRECTORY;
 use nix::mount::{MsFlags, mount};
 use nix::unistd::{chdir, chroot};
 
 use super::options::Options;
-use super::sys;
-use crate::console::{complain, note};
+use super::scratch::Scratch;
 use crate::failure::{Context, Result, failure};
 
 /// How long the root disk may take to appear.
@@ -40,11 +38,11 @@ pub(super) fn attach(
 }
 
 /// Makes the overlay of the root and the scratch disk the root directory.
-/// Returns the scratch file system, to be brought to rest before power-off.
+/// Returns the scratch disk, to be brought to rest before power-off.
 ///
 /// # Errors
 /// No root disk, or a mount that failed. Nothing useful can run then.
-pub(super) fn enter(options: &Options) -> Result<Option<File>> {
+pub(super) fn enter(options: &Options) -> Result<Option<Scratch>> {
     let root = wait_for_disk(ROOT_SERIAL).ok_or_else(|| {
         failure(
             FailureKind::System,
@@ -97,7 +95,7 @@ fn move_mount(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Everything written goes to the scratch disk where there is one, else to memory.
-fn mount_scratch(options: &Options) -> Result<Option<File>> {
+fn mount_scratch(options: &Options) -> Result<Option<Scratch>> {
     // The root disk is there, so all disks of the machine are.
     let disk = (!options.scratch_in_memory)
         .then(|| find_disk(SCRATCH_SERIAL))
@@ -106,58 +104,7 @@ fn mount_scratch(options: &Options) -> Result<Option<File>> {
         attach("scratch", "/scratch", "tmpfs", MsFlags::empty(), "mode=755")?;
         return Ok(None);
     };
-    attach(&disk, "/scratch", "ext4", MsFlags::MS_NOATIME, "")?;
-    let dir = File::options()
-        .read(true)
-        .custom_flags(O_DIRECTORY)
-        .open("/scratch")
-        .context(|| "cannot open the scratch file system".into())?;
-    // A scratch that stays small still lets the machine run.
-    if let Err(error) = grow(&disk, &dir) {
-        complain!("{}", error.message);
-    }
-    Ok(Some(dir))
-}
-
-/// Lets an ext4 file system fill its disk.
-fn grow(disk: &Path, dir: &File) -> Result<()> {
-    let (block, used) = read_superblock(disk)?;
-    let size = fs::read_to_string(sysfs(disk).join("size"))
-        .context(|| format!("cannot read the size of {}", disk.display()))?;
-    let sectors: u64 = size.trim().parse().unwrap_or(0);
-    let blocks = sectors * 512 / block;
-    if blocks <= used {
-        return Ok(());
-    }
-    sys::resize_ext4(dir, blocks).context(|| {
-        format!(
-            "cannot grow {} from {used} to {blocks} blocks",
-            disk.display()
-        )
-    })?;
-    note!(
-        "grew the scratch file system to {} MiB",
-        (blocks * block) >> 20
-    );
-    Ok(())
-}
-
-/// Block size in bytes and number of blocks, as ext4's superblock has them.
-fn read_superblock(disk: &Path) -> Result<(u64, u64)> {
-    let mut bytes = [0; 1024];
-    File::open(disk)
-        .and_then(|file| file.read_exact_at(&mut bytes, 1024))
-        .context(|| format!("cannot read the superblock of {}", disk.display()))?;
-    let word =
-        |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-    // s_log_block_size; s_blocks_count_lo and _hi (kernel doc, ext4 superblock).
-    let block = 1024_u64 << (word(0x18) & 0xf);
-    let blocks = u64::from(word(0x4)) | u64::from(word(0x150)) << 32;
-    Ok((block, blocks))
-}
-
-fn sysfs(disk: &Path) -> PathBuf {
-    Path::new("/sys/block").join(disk.file_name().unwrap_or_default())
+    Scratch::mount(disk, Path::new("/scratch")).map(Some)
 }
 
 fn wait_for_disk(serial: &str) -> Option<PathBuf> {

@@ -19,7 +19,7 @@ use crate::emergency;
 use crate::exec::cgroup::Cgroups;
 use crate::failure::{Context, Result};
 use crate::files::Tracked;
-use crate::init;
+use crate::init::{self, Scratch};
 
 /// Open files the agent itself may have: six for each of many commands.
 const OWN_FILES: rlim_t = 65_536;
@@ -44,12 +44,14 @@ pub(crate) struct Server {
     pub(crate) role: Role,
     pub(crate) cgroups: Cgroups,
     pub(crate) tracked: Tracked,
+    /// The disk that takes everything written, where there is one.
+    pub(crate) scratch: Option<Arc<Scratch>>,
     /// Soft and hard limit of open files for commands.
     pub(crate) command_files: (rlim_t, rlim_t),
 }
 
 /// Runs the server until it is over; returns the exit code of its process.
-pub(crate) fn main(source: Source, role: Role) -> i32 {
+pub(crate) fn main(source: Source, role: Role, scratch: Option<Arc<Scratch>>) -> i32 {
     let command_files = raise_limits(role);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -67,6 +69,7 @@ pub(crate) fn main(source: Source, role: Role) -> i32 {
         role,
         cgroups: Cgroups::detect(),
         tracked: Tracked::default(),
+        scratch,
         command_files,
     });
     let code = match runtime.block_on(serve(source, &server)) {

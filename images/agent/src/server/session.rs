@@ -230,6 +230,18 @@ impl Session {
                 files::mount_9p(&tag, &path, read_only)?;
                 answer(stream, &Reply::Done);
             }
+            Request::Grow { bytes } => {
+                let scratch = self.server.scratch.clone().ok_or_else(|| {
+                    invalid("what this machine writes is not kept on a disk that could grow")
+                })?;
+                let own = Arc::clone(stream);
+                let work = files::work(Arc::clone(stream), move || {
+                    scratch.grow(bytes)?;
+                    own.reply(&Reply::Done);
+                    Ok(())
+                });
+                self.follow(stream, None, work);
+            }
             Request::Configure(configure) => {
                 identity::apply(&configure)?;
                 answer(stream, &Reply::Done);

@@ -1,0 +1,517 @@
+//! The control group of one machine: what its VMM may use of the host.
+//!
+//! cgroup v2 has one hierarchy for everything, v1 one for each controller; a
+//! machine has a group in each that is needed. All of them are below a group
+//! `bulkhead` of ours, which goes with the last of them. Mounts are never
+//! touched. The controllers for memory, processes and I/O take a line in
+//! `Controller` each.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::libc;
+
+use super::lease::Lease;
+use super::sys;
+use crate::error::Explain;
+use crate::spec::{VmId, fill_random};
+
+/// Our own group, the parent of all machines'.
+const PARENT: &str = "bulkhead";
+/// The time a quota is a share of, in microseconds: the kernel's own default.
+const PERIOD_US: u64 = 100_000;
+/// How long what is killed may take to be gone.
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// How often a group is made again whose parent another machine's end removed.
+const TRIES: u32 = 5;
+
+/// A control group could not be made or changed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CgroupError {
+    /// The host has none for us.
+    #[error("this host gives the machine no control group: {why}")]
+    Unavailable {
+        /// What was seen.
+        why: String,
+    },
+    /// The kernel refused.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: Arc<io::Error>,
+    },
+}
+
+impl Explain for CgroupError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Unavailable { .. } => "cgroup-unavailable",
+            Self::Io { .. } => "cgroup-refused",
+        }
+    }
+
+    fn remedy(&self) -> String {
+        "Run as root on a host with the cpu controller (see `bulkhead doctor`), or do without a quota."
+            .into()
+    }
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_owned();
+    move |source| CgroupError::Io {
+        action,
+        path,
+        source: Arc::new(source),
+    }
+}
+
+/// A controller in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Controller {
+    Cpu,
+}
+
+impl Controller {
+    const ALL: [Self; 1] = [Self::Cpu];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+        }
+    }
+}
+
+/// The group of one machine: a directory in each hierarchy that is needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cgroup {
+    dirs: Vec<PathBuf>,
+}
+
+impl Cgroup {
+    /// Decides where the group of a machine will be. Makes nothing yet.
+    ///
+    /// # Errors
+    /// The host lacks a controller, or we may not make groups.
+    pub fn choose(id: &VmId) -> Result<Self, CgroupError> {
+        let read = |path: &str| fs::read_to_string(path).map_err(io_error("read", Path::new(path)));
+        let host = Hierarchies {
+            mounts: read("/proc/self/mountinfo")?,
+            own: read("/proc/self/cgroup")?,
+        };
+        // Another state directory may have a machine of the same name.
+        let mut bytes = [0; 4];
+        fill_random(&mut bytes);
+        let name = format!("{id}-{:08x}", u32::from_le_bytes(bytes));
+        let mut dirs = Vec::new();
+        for controller in Controller::ALL {
+            let base = host.base(controller)?;
+            if rustix::fs::access(&base, rustix::fs::Access::WRITE_OK).is_err() {
+                return Err(CgroupError::Unavailable {
+                    why: format!("{} is not ours to write", base.display()),
+                });
+            }
+            let dir = base.join(PARENT).join(&name);
+            if !dirs.contains(&dir) {
+                dirs.push(dir);
+            }
+        }
+        Ok(Self { dirs })
+    }
+
+    /// The group of a machine whose leases these are, if it has one.
+    pub fn of_leases(leases: &[Lease]) -> Option<Self> {
+        let dirs: Vec<_> = leases
+            .iter()
+            .filter_map(|lease| match lease {
+                Lease::Cgroup { path } => Some(path.clone()),
+                _ => None,
+            })
+            .collect();
+        (!dirs.is_empty()).then_some(Self { dirs })
+    }
+
+    /// What is written down before [`Cgroup::make`].
+    pub fn leases(&self) -> impl Iterator<Item = Lease> {
+        self.dirs
+            .iter()
+            .map(|dir| Lease::Cgroup { path: dir.clone() })
+    }
+
+    /// Makes it. The leases are written down by then.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn make(&self) -> Result<(), CgroupError> {
+        for dir in &self.dirs {
+            let mut tries = 0;
+            loop {
+                match make(dir) {
+                    // The end of the last other machine took the parent away.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound && tries < TRIES => {
+                        tries += 1;
+                    }
+                    made => break made.map_err(io_error("make the control group", dir))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a process into it, with all its threads.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn add(&self, pid: i32) -> Result<(), CgroupError> {
+        for dir in &self.dirs {
+            write(&dir.join("cgroup.procs"), &pid.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Limits CPU time to `percent` of one core, or lifts the limit.
+    ///
+    /// # Errors
+    /// The kernel refuses, for one because the group is gone.
+    pub fn set_cpu_quota(&self, percent: Option<u32>) -> Result<(), CgroupError> {
+        let quota = percent.map(|percent| u64::from(percent) * PERIOD_US / 100);
+        // cgroup-v2 and sched-bwc of the kernel's documentation.
+        if let Some(file) = self.file("cpu.max") {
+            let quota = quota.map_or("max".to_owned(), |quota| quota.to_string());
+            return write(&file, &format!("{quota} {PERIOD_US}"));
+        }
+        let Some(file) = self.file("cpu.cfs_quota_us") else {
+            return Err(CgroupError::Unavailable {
+                why: "its group has no limit for CPU time".into(),
+            });
+        };
+        write(
+            &file.with_file_name("cpu.cfs_period_us"),
+            &PERIOD_US.to_string(),
+        )?;
+        write(
+            &file,
+            &quota.map_or("-1".to_owned(), |quota| quota.to_string()),
+        )
+    }
+
+    fn file(&self, name: &str) -> Option<PathBuf> {
+        self.dirs
+            .iter()
+            .map(|dir| dir.join(name))
+            .find(|file| file.exists())
+    }
+}
+
+fn write(file: &Path, text: &str) -> Result<(), CgroupError> {
+    set(file, text).map_err(io_error("write", file))
+}
+
+/// Writes to a file of the kernel's. What is not there cannot be made, which
+/// v1 would answer with EACCES.
+fn set(file: &Path, text: &str) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).open(file)?;
+    io::Write::write_all(&mut file, text.as_bytes())
+}
+
+/// Makes one group, its parent, and on v2 hands the controllers down to it.
+fn make(dir: &Path) -> io::Result<()> {
+    let parent = dir.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let base = parent.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    match fs::create_dir(parent) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    for group in [base, parent] {
+        let file = group.join("cgroup.subtree_control");
+        let Ok(given) = fs::read_to_string(&file) else {
+            continue; // v1
+        };
+        for controller in Controller::ALL {
+            if !lists(&given, controller) {
+                set(&file, &format!("+{}", controller.name()))?;
+            }
+        }
+    }
+    fs::create_dir(dir)
+}
+
+fn lists(names: &str, controller: Controller) -> bool {
+    names
+        .split_whitespace()
+        .any(|name| name == controller.name())
+}
+
+/// Removes a group of ours, after killing what is in it.
+pub(super) fn release(dir: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + KILL_DEADLINE;
+    loop {
+        match fs::remove_dir(dir) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                if Instant::now() > deadline {
+                    return Err(error);
+                }
+                kill_all(dir)?;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    // Stays for as long as other machines have groups in it.
+    if let Some(parent) = dir.parent().filter(|parent| parent.ends_with(PARENT)) {
+        let _ = fs::remove_dir(parent);
+    }
+    Ok(())
+}
+
+/// Kills everything in a group: by the kernel where it can (v2, 5.14 and
+/// later), else one by one; what is forked meanwhile is the next round's.
+fn kill_all(dir: &Path) -> io::Result<()> {
+    match set(&dir.join("cgroup.kill"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        killed => return killed,
+    }
+    let members = || -> io::Result<Vec<i32>> {
+        let text = fs::read_to_string(dir.join("cgroup.procs"))?;
+        // 0 stands for a process that this pid namespace does not have.
+        let pids = text.lines().filter_map(|line| line.parse().ok());
+        Ok(pids.filter(|pid| *pid > 0).collect())
+    };
+    for pid in members()? {
+        let gone = |error: &io::Error| error.raw_os_error() == Some(libc::ESRCH);
+        let pidfd = match sys::pidfd_open(pid) {
+            Err(error) if gone(&error) => continue,
+            opened => opened?,
+        };
+        // A member still: the descriptor names it and no later process.
+        if members()?.contains(&pid) {
+            match sys::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL) {
+                Err(error) if !gone(&error) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel says of the hierarchies (proc(5), cgroups(7)).
+struct Hierarchies {
+    mounts: String,
+    own: String,
+}
+
+impl Hierarchies {
+    /// The group below which ours goes for a controller: v2's where it has it.
+    fn base(&self, controller: Controller) -> Result<PathBuf, CgroupError> {
+        if let Some((mount, own)) = self.find(None)
+            && let Some(base) = self.base_v2(controller, &mount, &own)
+        {
+            return Ok(base);
+        }
+        // Below our own group, so that its limits are the machine's, too.
+        match self.find(Some(controller)) {
+            Some((_, own)) => Ok(own),
+            None => Err(CgroupError::Unavailable {
+                why: format!("the controller `{}` is not mounted", controller.name()),
+            }),
+        }
+    }
+
+    /// On v2 a group has processes or hands controllers down, and our own has
+    /// processes: us. The nearest one above that hands it down takes ours; the
+    /// root may do both.
+    fn base_v2(&self, controller: Controller, mount: &Path, own: &Path) -> Option<PathBuf> {
+        let has = |dir: &Path, file: &str| {
+            fs::read_to_string(dir.join(file)).is_ok_and(|names| lists(&names, controller))
+        };
+        own.ancestors()
+            .take_while(|dir| dir.starts_with(mount))
+            .find(|dir| {
+                has(dir, "cgroup.subtree_control")
+                    || (*dir == mount && has(dir, "cgroup.controllers"))
+            })
+            .map(Path::to_owned)
+    }
+
+    /// Where a hierarchy is mounted, and our own group in it: that of a v1
+    /// controller, or v2's.
+    fn find(&self, controller: Option<Controller>) -> Option<(PathBuf, PathBuf)> {
+        let wanted = match controller {
+            Some(controller) => controller.name(),
+            None => "",
+        };
+        let own = self.own.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let names = fields.next()?;
+            let path = fields.next()?;
+            names.split(',').any(|name| name == wanted).then_some(path)
+        })?;
+        self.mounts.lines().find_map(|line| {
+            let (mount, source) = line.split_once(" - ")?;
+            let mut source = source.split(' ');
+            let kind = source.next()?;
+            let options = source.nth(1)?;
+            let matches = match controller {
+                None => kind == "cgroup2",
+                Some(_) => kind == "cgroup" && options.split(',').any(|name| name == wanted),
+            };
+            let mut mount = mount.split(' ').skip(3);
+            let (root, place) = (mount.next()?, PathBuf::from(mount.next()?));
+            // In a container the mount may show a part of the hierarchy only.
+            let below = Path::new(own).strip_prefix(root).unwrap_or(Path::new(""));
+            let hidden = below.components().any(|part| part.as_os_str() == "..");
+            let own = match hidden {
+                true => place.clone(),
+                false => place.join(below),
+            };
+            matches.then_some((place, own))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HYBRID: &str = "\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+
+    fn host(mounts: &str, own: &str) -> Hierarchies {
+        Hierarchies {
+            mounts: mounts.to_owned(),
+            own: own.to_owned(),
+        }
+    }
+
+    #[test]
+    fn our_own_group_is_found_in_each_hierarchy() {
+        let host = host(
+            HYBRID,
+            "4:memory:/\n1:cpu,cpuacct:/user/a b\n0::/user.slice\n",
+        );
+        let cpu = host.find(Some(Controller::Cpu)).unwrap();
+        assert_eq!(cpu.1, Path::new("/sys/fs/cgroup/cpu,cpuacct/user/a b"));
+        let unified = host.find(None).unwrap();
+        assert_eq!(unified.0, Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(unified.1, Path::new("/sys/fs/cgroup/unified/user.slice"));
+        assert_eq!(host.base(Controller::Cpu).unwrap(), cpu.1);
+    }
+
+    #[test]
+    fn a_container_sees_a_part_of_the_hierarchy() {
+        let mounts = "32 31 0:29 /docker/1 /cg ro - cgroup cgroup rw,cpu\n";
+        let inside = host(mounts, "1:cpu:/docker/1/sub\n");
+        let cpu = Some(Controller::Cpu);
+        assert_eq!(inside.find(cpu).unwrap().1, Path::new("/cg/sub"));
+        for other in ["1:cpu:/elsewhere\n", "1:cpu:/docker/1/../2\n"] {
+            let found = host(mounts, other).find(cpu).unwrap();
+            assert_eq!(found.1, Path::new("/cg"), "{other}");
+        }
+        let error = host("", "").base(Controller::Cpu).unwrap_err();
+        assert_eq!(error.code(), "cgroup-unavailable");
+    }
+
+    #[test]
+    fn on_v2_the_nearest_group_that_hands_down_is_the_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        let own = root.join("system.slice/a.service");
+        fs::create_dir_all(&own).unwrap();
+        let say = |group: &Path, file: &str, text: &str| fs::write(group.join(file), text).unwrap();
+        let mounts = format!("1 0 0:1 / {} rw - cgroup2 cgroup2 rw\n", root.display());
+        let host = host(&mounts, "0::/system.slice/a.service\n");
+        let base = || host.base_v2(Controller::Cpu, root, &own);
+        assert_eq!(base(), None, "no controllers at all");
+        say(root, "cgroup.controllers", "cpuset cpu io\n");
+        assert_eq!(base().as_deref(), Some(root));
+        say(&own, "cgroup.controllers", "cpu\n");
+        say(&own, "cgroup.subtree_control", "\n");
+        say(root, "cgroup.subtree_control", "cpu memory\n");
+        assert_eq!(base().as_deref(), Some(root));
+        say(
+            &root.join("system.slice"),
+            "cgroup.subtree_control",
+            "memory cpu\n",
+        );
+        assert_eq!(base(), Some(root.join("system.slice")));
+    }
+
+    /// A group of the kernel's, or the reason why there is none here.
+    fn group() -> Option<Cgroup> {
+        match Cgroup::choose(&"cgroup-test".parse().unwrap()) {
+            Ok(group) => Some(group),
+            Err(error) => {
+                println!("skipped: control_group: {error}");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_in_a_group_ends_with_it() {
+        let Some(group) = group() else { return };
+        group.make().unwrap();
+        let mut children: Vec<_> = (0..3)
+            .map(|_| {
+                std::process::Command::new("sleep")
+                    .arg("60")
+                    .spawn()
+                    .unwrap()
+            })
+            .collect();
+        for child in &children {
+            group.add(i32::try_from(child.id()).unwrap()).unwrap();
+        }
+        group.set_cpu_quota(Some(20)).unwrap();
+        group.set_cpu_quota(None).unwrap();
+        let leases: Vec<_> = group.leases().collect();
+        assert_eq!(Cgroup::of_leases(&leases), Some(group.clone()));
+        for lease in &leases {
+            lease.release().unwrap();
+        }
+        for child in &mut children {
+            let status = child.wait().unwrap();
+            assert_eq!(
+                std::os::unix::process::ExitStatusExt::signal(&status),
+                Some(9)
+            );
+        }
+        assert!(group.dirs.iter().all(|dir| !dir.exists()));
+        for lease in &leases {
+            lease.release().unwrap(); // again
+        }
+        let error = group.set_cpu_quota(Some(20)).unwrap_err();
+        assert_eq!(error.code(), "cgroup-unavailable");
+    }
+
+    #[test]
+    fn groups_come_and_go_beside_each_other() {
+        if group().is_none() {
+            return;
+        }
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..25 {
+                        let group = group().unwrap();
+                        group.make().unwrap();
+                        group.leases().for_each(|lease| lease.release().unwrap());
+                    }
+                });
+            }
+        });
+    }
+}
