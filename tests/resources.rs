@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead::error::Explain as _;
-use bulkhead::run::{IoLimits, Machine, recover};
+use bulkhead::run::{Machine, recover};
+use bulkhead::spec::IoLimits;
 use bulkhead::spec::{Bytes, Request as Wish};
 use bulkhead_agent::{Reply, Request};
 use support::Bulkhead;

@@ -1,7 +1,7 @@
 //! `bulkhead gc`.
 
 use super::Global;
-use super::message::{Failure, print_json, print_report};
+use super::message::{Failure, print_json, print_report, print_text};
 use crate::error::Report;
 use crate::run::{FAILED, Found, recover};
 use crate::supervise::Machines;
@@ -26,22 +26,23 @@ pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
     let mut code = 0;
     if !args.dry_run {
         let machines = Machines::new(host);
-        for error in machines.adopt(&found, &settings.launcher()).await {
-            code = FAILED;
-            print_report(&Report::of(&error), global.json);
+        for (id, adopted) in machines.adopt(&found, &settings.launcher()).await {
+            match adopted {
+                Ok(()) if global.json => {}
+                Ok(()) => print_text(&format!("took over {id}\n")),
+                Err(error) => {
+                    code = FAILED;
+                    print_report(&Report::of(&error), global.json);
+                }
+            }
         }
     }
     for one in &found {
         let (id, leases, errors) = match one {
             Found::Dead { id, leases, errors } => (id, leases, errors),
             Found::Survivor { id } => {
-                if !global.json {
-                    let verb = if args.dry_run {
-                        "would take over"
-                    } else {
-                        "took over"
-                    };
-                    println!("{verb} {id}");
+                if args.dry_run && !global.json {
+                    print_text(&format!("would take over {id}\n"));
                 }
                 continue;
             }
@@ -53,7 +54,7 @@ pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
             } else {
                 "released"
             };
-            println!("{verb} {id} ({} leases)", leases.len());
+            print_text(&format!("{verb} {id} ({} leases)\n", leases.len()));
         }
         for error in errors {
             code = FAILED;

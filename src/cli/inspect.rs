@@ -93,6 +93,11 @@ fn show(view: &View) {
     }
 }
 
+/// As `println!`, but a reader that went away is no failure.
+macro_rules! printed {
+    ($($word:tt)*) => { print_text(&format!("{}\n", format_args!($($word)*))) };
+}
+
 async fn guest(controller: &Controller, qga: bool, json: bool) -> Result<i32, Failure> {
     if qga {
         print_json(&controller.qga().await?);
@@ -105,29 +110,30 @@ async fn guest(controller: &Controller, qga: bool, json: bool) -> Result<i32, Fa
     }
     // The guest wrote all of this: nothing of it may steer the terminal.
     let safe = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
-    println!("os         {}", safe(&info.os));
-    println!("kernel     {}", safe(&info.kernel));
-    println!("hostname   {}", safe(&info.hostname));
-    println!(
+    printed!("os         {}", safe(&info.os));
+    printed!("kernel     {}", safe(&info.kernel));
+    printed!("hostname   {}", safe(&info.hostname));
+    printed!(
         "uptime     {}.{:03} s",
         info.uptime_ms / 1000,
         info.uptime_ms % 1000
     );
-    println!(
+    printed!(
         "memory     {} of {} KiB available",
-        info.available_kib, info.memory_kib
+        info.available_kib,
+        info.memory_kib
     );
     for interface in &info.interfaces {
         let addresses = safe(&interface.addresses.join(" "));
-        println!(
+        printed!(
             "interface  {} {} {addresses}",
             safe(&interface.name),
             safe(&interface.mac)
         );
     }
-    println!("    PID    PPID     UID  RSS KiB  COMMAND");
+    printed!("    PID    PPID     UID  RSS KiB  COMMAND");
     for one in &info.processes {
-        println!(
+        printed!(
             "{:7} {:7} {:7} {:8}  {}",
             one.pid,
             one.ppid,

@@ -74,7 +74,12 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     };
     let dir = machines.logs(&args.vm);
     if !args.follow {
-        let read = ExecLog::read(&dir, exec, |time, entry| printer.print(time, &entry));
+        let mut left = false;
+        let read = ExecLog::read(&dir, exec, |time, entry| {
+            // A reader that went away, as in `| head`, is no failure.
+            left = left || printer.print(time, &entry).is_err();
+            Ok(())
+        });
         read.map_err(SuperviseError::from)?;
         return Ok(0);
     }

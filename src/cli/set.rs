@@ -4,7 +4,7 @@ use super::Global;
 use super::each::each;
 use super::machine_args::word;
 use super::message::Failure;
-use crate::spec::{SpecError, Timeout, VmId};
+use crate::spec::{Bytes, IoLimits, SpecError, Timeout, VmId};
 use crate::supervise::{Limit, Machines, Settings};
 
 /// Options.
@@ -20,7 +20,28 @@ pub(super) struct Args {
     /// Stop it when nothing happened in it for so long.
     #[arg(long, value_name = "TIME")]
     idle_timeout: Option<Timeout>,
-    /// Take a limit away: ttl, idle-timeout.
+    /// CPU time of the whole machine in percent of one core, such as 50 or 150.
+    #[arg(long, value_name = "PERCENT")]
+    cpu_quota: Option<u32>,
+    /// Memory the guest keeps; the rest goes back to the host.
+    #[arg(long, short, value_name = "SIZE")]
+    memory: Option<Bytes>,
+    /// Make its disk larger.
+    #[arg(long, value_name = "SIZE")]
+    disk: Option<Bytes>,
+    /// Bytes it may read a second.
+    #[arg(long, value_name = "SIZE")]
+    read_rate: Option<Bytes>,
+    /// Bytes it may write a second.
+    #[arg(long, value_name = "SIZE")]
+    write_rate: Option<Bytes>,
+    /// Reads a second.
+    #[arg(long, value_name = "N")]
+    read_iops: Option<u64>,
+    /// Writes a second.
+    #[arg(long, value_name = "N")]
+    write_iops: Option<u64>,
+    /// Take a limit away: ttl, idle-timeout, cpu-quota, memory or io.
     #[arg(long, value_name = "LIMIT", value_parser = word::<Limit>)]
     without: Vec<Limit>,
 }
@@ -30,6 +51,15 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let settings = Settings {
         ttl: args.ttl,
         idle_timeout: args.idle_timeout,
+        cpu_quota: args.cpu_quota,
+        memory: args.memory,
+        disk: args.disk,
+        io: IoLimits {
+            read_bytes: args.read_rate,
+            write_bytes: args.write_rate,
+            read_operations: args.read_iops,
+            write_operations: args.write_iops,
+        },
         without: args.without,
     };
     if settings == Settings::default() {

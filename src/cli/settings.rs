@@ -85,7 +85,12 @@ impl Settings {
         args.push(self.dirs.runtime.clone().into());
         if let Some(qemu) = &self.qemu {
             args.push("--qemu".into());
-            args.push(qemu.clone().into());
+            // A bare name is looked up; a path is one from here.
+            let qemu = match qemu.components().count() {
+                1 => qemu.clone(),
+                _ => std::path::absolute(qemu).unwrap_or_else(|_| qemu.clone()),
+            };
+            args.push(qemu.into());
         }
         args.push("supervise".into());
         Launcher {

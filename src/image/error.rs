@@ -51,7 +51,7 @@ pub enum Error {
         reason: String,
     },
     /// A run holds the image.
-    #[error("image {image} is in use by a run")]
+    #[error("image {image} is in use by a run or a machine")]
     InUse {
         /// Name or id of the image.
         image: String,
@@ -211,7 +211,7 @@ impl Explain for Error {
                 "remove {} and build or import the image again",
                 path.parent().unwrap_or(path).display()
             ),
-            Self::InUse { .. } => "wait for the run to end, or stop it with `bulkhead rm`".into(),
+            Self::InUse { .. } => "wait for the run to end, or remove the machine (see `bulkhead ls --filter image=NAME`)".into(),
             Self::Name { .. } => "choose lower-case letters, digits, '.', '_' and '-', \
                  at most 64 of them"
                 .into(),

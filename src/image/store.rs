@@ -75,6 +75,20 @@ impl Image {
     }
 }
 
+/// Whether a user that outlives its process is left. The file says where it
+/// is; what was removed by hand uses nothing.
+fn is_used(dir: &Path) -> Result<bool> {
+    let mut used = false;
+    for user in entries(dir)? {
+        let place = fs::read_to_string(&user).unwrap_or_default();
+        match !place.is_empty() && !Path::new(&place).exists() {
+            true => drop(fs::remove_file(&user)),
+            false => used = true,
+        }
+    }
+    Ok(used)
+}
+
 /// Directory of an image with a file per user that outlives its process.
 const USED_BY: &str = "used-by";
 
@@ -360,7 +374,7 @@ impl Store {
             image: shown.to_owned(),
         };
         match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
-            Ok(_) if !entries(&path.join(USED_BY))?.is_empty() => Err(in_use()),
+            Ok(_) if is_used(&path.join(USED_BY))? => Err(in_use()),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(in_use()),
             Err((_, errno)) => Err(Error::io("lock", &path, errno.into())),

@@ -160,6 +160,11 @@ impl Asked {
         let _ = self.grant(answer).await;
     }
 
+    /// Waits until whoever asked is gone.
+    pub(crate) async fn gone(&mut self) {
+        while matches!(self.connection.read_u8().await, Ok(_)) {}
+    }
+
     /// Answers, and gives the connection for what follows.
     pub(crate) async fn grant(mut self, answer: &impl Serialize) -> io::Result<UnixStream> {
         let answered = write_line(&mut self.connection, answer);
@@ -174,6 +179,10 @@ impl Asked {
 /// Opens a control socket and gives the requests that arrive on it. The caller
 /// has written `path` down.
 pub(crate) fn listen(path: PathBuf) -> io::Result<(Listener, mpsc::Receiver<Asked>)> {
+    // Of another machine with this name, in another state directory.
+    if std::os::unix::net::UnixStream::connect(&path).is_ok() {
+        return Err(io::ErrorKind::AddrInUse.into());
+    }
     let _ = std::fs::remove_file(&path);
     // The directory keeps others out; the credentials are checked besides.
     let listener = UnixListener::bind(&path)?;

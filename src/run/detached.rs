@@ -1,6 +1,7 @@
 //! Bringing up, and to its end, a machine that outlives its command.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bulkhead_agent::{Exec, Request, Size};
 
@@ -14,6 +15,9 @@ use super::transfer::joined;
 use super::{MachineError, RunError};
 use crate::guest::archive::HostDir;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
+
+/// How long a running machine may take to answer its new supervisor.
+const TAKE_OVER: Duration = Duration::from_secs(20);
 
 /// A detached machine that is up.
 pub(crate) struct Detached {
@@ -39,7 +43,13 @@ pub(crate) async fn boot(
     cancelled: impl Future<Output = ()>,
 ) -> Result<Detached, (RunError, Record)> {
     let prepared = async {
-        let exchange = Exchange::prepare(&spec.workspace)?;
+        // What was sent before is in the guest; the directory may be gone.
+        let needed = first || spec.workspace.mode == WorkspaceMode::Share;
+        let workspace = match needed {
+            true => spec.workspace.clone(),
+            false => Workspace::default(),
+        };
+        let exchange = Exchange::prepare(&workspace)?;
         let (image, plan) = host.plan(spec)?;
         host.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
@@ -86,7 +96,12 @@ pub(crate) async fn boot(
             machine,
         }),
         Err(error) => {
-            let (record, _) = machine.end().await;
+            let detached = Detached {
+                warnings: Vec::new(),
+                share: shared(spec, &exchange),
+                machine,
+            };
+            let (record, _) = detached.end().await;
             Err((error, record))
         }
     }
@@ -104,14 +119,19 @@ pub(crate) async fn take_over(
     let prepared = || {
         let plan = record.plan()?;
         let image = host.images().inspect(&spec.image)?;
-        let share = Exchange::prepare(&spec.workspace)?;
-        Ok::<_, RunError>((plan, image.lock()?, shared(spec, &share)))
+        // Its directory may be gone: no reason to end the machine.
+        let share = Exchange::prepare(&spec.workspace).ok();
+        let share = share.and_then(|share| shared(spec, &share));
+        Ok::<_, RunError>((plan, image.lock()?, share))
     };
     let (plan, lock, share) = match prepared() {
         Ok(prepared) => prepared,
         Err(error) => return Err((error, record)),
     };
-    let options = host.options(&plan, &record);
+    let options = StartOptions {
+        boot_timeout: host.boot_timeout.min(TAKE_OVER),
+        ..host.options(&plan, &record)
+    };
     match Machine::take_over(plan, record, &options).await {
         Ok(mut machine) => {
             machine.hold(lock);

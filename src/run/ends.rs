@@ -138,6 +138,7 @@ fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<Owned
             let _ = fs::remove_file(&fresh);
             scratch::copy(&template, &fresh)?;
             fault::at("rename disk.img")
+                .and_then(|()| File::open(&fresh)?.sync_all())
                 .and_then(|()| fs::rename(&fresh, path))
                 .map_err(io_error("make", path))?;
         }

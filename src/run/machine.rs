@@ -1,5 +1,6 @@
 //! A running VMM process with its leases, its monitor and its guest channel.
 
+use std::cell::Cell;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -439,11 +440,17 @@ impl Parts {
         spawned_us: u64,
     ) -> Result<Live, MachineError> {
         let disk = OnceLock::new();
+        let paused = Cell::new(false);
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
         let monitor = async {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
             // A boot writes, too.
             disk.get_or_init(|| DiskWatch::start(&monitor, dir));
+            // Standing still, the agent could not answer: it does so again after.
+            if spawned_us == 0 && is_paused(&monitor).await? {
+                paused.set(true);
+                monitor.execute(qapi::qmp::cont {}).await?;
+            }
             Ok::<_, MachineError>((monitor, since(begin)))
         };
         let (agent, cid) = (ends.agent.take(), self.plan.cid);
@@ -489,6 +496,12 @@ impl Parts {
                 return Err(explain_end(ended, plan, process, console, words, options).await);
             }
         };
+        if paused.get() {
+            if let Some(disk) = disk.get() {
+                disk.hold(true);
+            }
+            monitor.execute(qapi::qmp::stop {}).await?;
+        }
         let phases = Phases {
             spawned_us,
             qmp_us,
@@ -510,6 +523,16 @@ impl Parts {
             phases,
         })
     }
+}
+
+/// Whether the machine stands still.
+async fn is_paused(monitor: &Monitor) -> Result<bool, MachineError> {
+    #[derive(Deserialize)]
+    struct RunState {
+        status: String,
+    }
+    let found: RunState = monitor.execute_into(qapi::qmp::query_status {}).await?;
+    Ok(found.status == "paused")
 }
 
 fn missing(what: &'static str) -> MachineError {

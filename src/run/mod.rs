@@ -45,7 +45,6 @@ pub use provision::provision;
 pub use record::{Record, RecordError};
 pub(crate) use recovery::look;
 pub use recovery::{Found, recover};
-pub use resources::IoLimits;
 pub use runner::{Io, Progress, Signal, run};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};

@@ -14,7 +14,7 @@ use crate::host::fault;
 use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
 use crate::image::Image;
 use crate::plan::Plan;
-use crate::spec::{Spec, VmId};
+use crate::spec::{Spec, Survivors, VmId};
 
 /// The record of a run could not be kept.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,12 @@ pub enum RecordError {
     /// A lease could not be journalled.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// Somebody else starts it, stops it or clears it away.
+    #[error("somebody else is at work on {id}")]
+    Busy {
+        /// The name.
+        id: VmId,
+    },
     /// No machine of that name.
     #[error("there is no machine named {id}")]
     NotFound {
@@ -79,6 +85,7 @@ impl Explain for RecordError {
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "state-dir-unusable",
             Self::Lease(error) => error.code(),
+            Self::Busy { .. } => "machine-busy",
             Self::NotFound { .. } => "machine-not-found",
             Self::Exists { .. } => "name-in-use",
             Self::State(error) => error.code(),
@@ -103,6 +110,7 @@ impl Explain for RecordError {
                     .into()
             }
             Self::Lease(error) => error.remedy(),
+            Self::Busy { id } => format!("Wait a moment; `bulkhead inspect {id}` shows its state."),
             Self::NotFound { .. } => "See `bulkhead ls` for the machines there are.".into(),
             Self::Exists { id } => {
                 format!("Choose another --name, or remove it with `bulkhead rm {id}`.")
@@ -175,14 +183,18 @@ impl Record {
         let (dir, _lock) = make_dir(dirs, spec)?;
         let mut kept = None;
         let mut make = || {
-            write_json(&dir.join(SPEC), spec)?;
+            let path = dir.join(SPEC);
+            serde_json::to_vec_pretty(spec)
+                .map_err(io::Error::from)
+                .and_then(|text| write_durably(&path, &text))
+                .map_err(io_error("write", &path))?;
             let journal = kept.insert(Journal::create(dir.join(KEPT))?);
             // Two state directories may share their images.
             let path = image.use_file(&format!("{}-{}", spec.id, VmId::random()));
             journal.add(Lease::File { path: path.clone() })?;
             let make = || {
                 make_private(path.parent().unwrap_or(&path))?;
-                fs::write(&path, dir.to_string_lossy().as_bytes())
+                write_durably(&path, dir.to_string_lossy().as_bytes())
             };
             make().map_err(io_error("make", &path))?;
             // The machine exists with this file, and not before.
@@ -208,7 +220,7 @@ impl Record {
         if !StateFile::is_in(&dir) {
             return Err(RecordError::NotFound { id: id.clone() });
         }
-        let lock = lock_soon(&dir)?.ok_or_else(|| RecordError::InUse { id: id.clone() })?;
+        let lock = lock_soon(&dir)?.ok_or_else(|| RecordError::Busy { id: id.clone() })?;
         let state = StateFile::open(&dir, id)?;
         let spec = read_json(&dir.join(SPEC))?;
         let journal = Journal::open(dir.join(LEASES))?;
@@ -292,6 +304,10 @@ impl Record {
     /// Removes a detached machine for good: its leases, its disk, its record.
     pub fn destroy(mut self) -> Vec<RecordError> {
         let mut errors = self.release();
+        // As long as anything of it lives, its image must stay.
+        if !errors.is_empty() {
+            return errors;
+        }
         match Journal::open(self.dir.join(KEPT)) {
             Ok(mut kept) => errors.extend(kept.release_all().into_iter().map(Into::into)),
             Err(error) => errors.push(error.into()),
@@ -338,7 +354,12 @@ impl Record {
 
 /// Makes and locks `runs/<id>/` where the name is free.
 fn make_dir(dirs: &Dirs, spec: &Spec) -> Result<(PathBuf, Flock<File>), RecordError> {
-    let socket = dirs.control_socket(&spec.id);
+    let control = dirs.control_socket(&spec.id);
+    // The longest of the sockets that it will need.
+    let socket = match spec.detached && spec.lifetime.survivors == Survivors::Adopt {
+        true => dirs.machine_sockets(&spec.id).join("console"),
+        false => control.clone(),
+    };
     // sun_path of sockaddr_un (unix(7)), with its zero byte.
     if socket.as_os_str().len() > 107 {
         return Err(RecordError::SocketPath { path: socket });
@@ -369,7 +390,7 @@ fn make_dir(dirs: &Dirs, spec: &Spec) -> Result<(PathBuf, Flock<File>), RecordEr
         }
     }
     // Two state directories may share one runtime directory.
-    if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+    if std::os::unix::net::UnixStream::connect(&control).is_ok() {
         return Err(RecordError::InUse { id: id() });
     }
     fault::at("make run").map_err(io_error("make", &dir))?;
@@ -422,8 +443,19 @@ pub(super) fn lock_run(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
     let path = dir.join("lock");
     let file = File::create(&path).map_err(io_error("open", &path))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        // Removed and made again meanwhile, the name is another file's.
+        Ok(lock) if !is_at(&lock, &path) => Ok(None),
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, errno)) => Err(io_error("lock", &path)(errno.into())),
+    }
+}
+
+/// Whether the open file is the one that has this name.
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(held), Ok(there)) => (held.dev(), held.ino()) == (there.dev(), there.ino()),
+        _ => false,
     }
 }

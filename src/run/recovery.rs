@@ -227,6 +227,12 @@ pub(crate) mod look {
         Ok(lock_run(dir)?.is_none())
     }
 
+    /// Whether a VMM of the run in `dir` lives, whoever watches it.
+    pub(crate) fn has_vmm(dir: &Path) -> bool {
+        Journal::open(dir.join(LEASES))
+            .is_ok_and(|journal| journal.leases().iter().any(Lease::is_live_process))
+    }
+
     /// What was asked for.
     pub(crate) fn spec(dir: &Path) -> Result<Spec, RecordError> {
         read_json(&dir.join(SPEC))

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use qapi::qmp::{balloon, query_balloon};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 
 use super::MachineError;
 use super::machine::Machine;
 use crate::plan::{ROOT_ID, SCRATCH_ID};
-use crate::spec::Bytes;
+use crate::spec::{Bytes, IoLimits};
 
 /// A guest needs that much to go on working.
 const LEAST_MEMORY: Bytes = Bytes::mib(64);
@@ -19,21 +19,6 @@ const MOST_PERCENT: u32 = 6400;
 const THROTTLE_GROUP: &str = "machine";
 /// The guest is looked at so often for memory it gave up without an event.
 const LOOK: Duration = Duration::from_secs(1);
-
-/// Limits on the reads and writes of all disks of a machine together; what is
-/// absent is not limited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct IoLimits {
-    /// Bytes read a second.
-    pub read_bytes: Option<Bytes>,
-    /// Bytes written a second.
-    pub write_bytes: Option<Bytes>,
-    /// Reads a second.
-    pub read_operations: Option<u64>,
-    /// Writes a second.
-    pub write_operations: Option<u64>,
-}
 
 /// The part of `query-balloon`.
 #[derive(Deserialize)]

@@ -84,7 +84,10 @@ impl State {
         match self {
             S::Created | S::Stopped => matches!(next, S::Starting),
             S::Failed => matches!(next, S::Starting | S::Stopped),
-            S::Starting => matches!(next, S::Running | S::Stopping | S::Failed | S::Lost),
+            S::Starting => matches!(
+                next,
+                S::Running | S::Stopping | S::Stopped | S::Failed | S::Lost
+            ),
             S::Running => matches!(
                 next,
                 S::Paused | S::Stopping | S::Stopped | S::Failed | S::Lost
@@ -257,6 +260,16 @@ impl Explain for StateError {
     }
 }
 
+/// One line of bounded length: a guest may have chosen the words.
+fn brief(reason: &str) -> String {
+    const LONGEST: usize = 300;
+    let line = reason.lines().collect::<Vec<_>>().join(" / ");
+    match line.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
 /// Milliseconds since 1970-01-01 UTC.
 pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -289,14 +302,11 @@ impl Status {
 
     fn note(&mut self, to: State, reason: &str) {
         let at_ms = now_ms();
+        let reason = brief(reason);
         self.state = to;
-        self.reason = reason.to_owned();
+        self.reason = reason.clone();
         self.since_ms = at_ms;
-        self.history.push(Transition {
-            at_ms,
-            to,
-            reason: reason.to_owned(),
-        });
+        self.history.push(Transition { at_ms, to, reason });
         let old = self.history.len().saturating_sub(HISTORY);
         self.history.drain(..old);
         if !to.is_live() && to != State::Lost {
@@ -389,6 +399,19 @@ impl StateFile {
         let mut next = self.status.clone();
         next.advance(&self.id, to, reason)?;
         self.replace(next)
+    }
+
+    /// Says better why it is in its state.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn explain(&mut self, reason: &str) -> Result<(), StateError> {
+        self.update(|status| {
+            status.reason = brief(reason);
+            if let Some(last) = status.history.last_mut() {
+                last.reason = brief(reason);
+            }
+        })
     }
 
     /// Goes on to another state, and changes what is known besides with it.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Accel, Bytes, Catalog, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkName,
-    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, VmId, Workspace,
+    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Workspace,
     WorkspaceMode,
 };
 
@@ -276,6 +276,7 @@ impl Request {
             channel: self.channel.unwrap_or_default(),
             workspace,
             detached,
+            tuning: Tuning::default(),
             lifetime,
             // A device less to start, for a machine that is gone in a moment.
             balloon: self.balloon.unwrap_or(detached),

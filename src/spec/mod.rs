@@ -9,6 +9,7 @@ mod network;
 mod origin;
 mod profile;
 mod script;
+mod tuning;
 mod units;
 
 use std::collections::BTreeMap;
@@ -25,6 +26,7 @@ pub use network::{NetworkMode, NetworkName, NetworkPolicy};
 pub use origin::Origin;
 pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
 pub use script::Script;
+pub use tuning::{IoLimits, Tuning};
 pub use units::{Bytes, Malformed, Timeout, VmId};
 
 /// A run as it was asked for, with every default filled in.
@@ -60,6 +62,9 @@ pub struct Spec {
     /// Whether its memory can be taken back while it runs.
     #[serde(default)]
     pub balloon: bool,
+    /// What a detached machine is held to besides its limits.
+    #[serde(default)]
+    pub tuning: Tuning,
     /// What the user calls it by, besides its name.
     #[serde(default)]
     pub labels: BTreeMap<LabelName, String>,

@@ -145,7 +145,9 @@ impl Client {
         });
         let channel = self.streams().await?;
         let stream = channel.open_with(&Open::Exec { request }).await?;
-        Ok(command(stream, what, io, self.id.as_str(), limit).await?)
+        // Others may run commands in this machine too.
+        let name = format!("{}-{}", self.id, VmId::random());
+        Ok(command(stream, what, io, &name, limit).await?)
     }
 
     /// Follows a command that runs, and gives how it ended.
@@ -156,7 +158,8 @@ impl Client {
         let channel = self.streams().await?;
         let stream = channel.open_with(&Open::Attach { exec }).await?;
         let what = format!("attach to {exec}");
-        match command(stream, what, io, self.id.as_str(), None).await? {
+        let name = format!("{}-{}", self.id, VmId::random());
+        match command(stream, what, io, &name, None).await? {
             // 127 is for programs that do not exist.
             Commanded {
                 refused: Some(_), ..

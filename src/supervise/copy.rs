@@ -58,7 +58,9 @@ impl Client {
         let whole = from.canonicalize().map_err(fail)?;
         // `dir/.` is what is in it.
         let content = shown.ends_with("/.") || shown == ".";
-        let name = last(&whole).ok_or_else(|| bad(&shown, to, "it has no name"))?;
+        // As it was typed: a link goes by its own name.
+        let name = last(from).or_else(|| last(&whole));
+        let name = name.ok_or_else(|| bad(&shown, to, "it has no name"))?;
         let what = format!("take {shown}");
         if meta.is_dir() {
             let path = match there {
@@ -159,6 +161,10 @@ impl Client {
         let Some(target) = target else {
             return self.fetch(&get, &what, &place, into.path()).await;
         };
+        // A device or a link stays what it is.
+        if fs::symlink_metadata(&target).is_ok_and(|meta| !meta.is_file()) {
+            return Err(bad(from, &shown, "what is there is not a regular file"));
+        }
         let inner = place.join("new");
         fs::create_dir(&inner).map_err(fail)?;
         let filled = self.fetch(&get, &what, &place, &inner).await?;

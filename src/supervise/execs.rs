@@ -65,6 +65,15 @@ impl Drop for Busy<'_> {
     }
 }
 
+/// As [`Busy`], for what is not done here.
+pub(super) struct KeptBusy(Arc<Execs>);
+
+impl Drop for KeptBusy {
+    fn drop(&mut self) {
+        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -80,6 +89,7 @@ enum Ending {
 
 impl Execs {
     pub(super) fn new(channel: Channel, logs: PathBuf) -> Self {
+        ExecLog::close_all(&logs);
         Self {
             next: AtomicU32::new(ExecLog::last_number(&logs) + 1),
             channel,
@@ -95,6 +105,22 @@ impl Execs {
     /// Commands and transfers under way.
     pub(super) fn busy(&self) -> usize {
         self.busy.load(Ordering::Relaxed)
+    }
+
+    /// Counts as under way for as long as the result lives.
+    pub(super) fn keep_busy(self: &Arc<Self>) -> KeptBusy {
+        self.busy.fetch_add(1, Ordering::Relaxed);
+        KeptBusy(Arc::clone(self))
+    }
+
+    /// Waits until the ends of all commands are written down, but not long.
+    pub(super) async fn settled(&self) {
+        for _ in 0..100 {
+            if lock(&self.running).is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Waits for the end of the main command.

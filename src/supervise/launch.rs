@@ -15,6 +15,8 @@ use crate::host::fault;
 use crate::run::Dirs;
 use crate::spec::VmId;
 
+/// Longest log of a supervisor, in bytes, that is gone on with.
+const MOST_LOG: u64 = 1 << 20;
 /// Bytes of a dead supervisor's log that are shown.
 const WORDS: usize = 4096;
 
@@ -43,7 +45,11 @@ impl Launcher {
         let log_path = dirs.run(id).join("supervisor.log");
         let spawn = || {
             fault::at("launch supervisor")?;
-            let log = File::create(&log_path)?;
+            // Another's log stays, should there be one already.
+            let log = File::options().append(true).create(true).open(&log_path)?;
+            if log.metadata()?.len() > MOST_LOG {
+                log.set_len(0)?;
+            }
             let (ours, theirs) = io::pipe()?;
             Command::new(&self.program)
                 .args(&self.args)

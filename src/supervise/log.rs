@@ -182,6 +182,28 @@ impl ExecLog {
         infos
     }
 
+    /// Ends what an earlier supervisor could not end.
+    pub(super) fn close_all(dir: &Path) {
+        for info in Self::list(dir) {
+            if info.ended.is_some() {
+                continue;
+            }
+            let path = path(dir, info.id);
+            let mut log = Self {
+                file: File::options().append(true).open(&path).ok(),
+                path,
+                written: 0,
+                info,
+            };
+            log.end(&ExecEnd {
+                at_ms: now_ms(),
+                exit_code: crate::run::FAILED,
+                signal: None,
+                failure: Some("its supervisor died".into()),
+            });
+        }
+    }
+
     /// The highest number used in `dir`.
     pub(super) fn last_number(dir: &Path) -> u32 {
         ids(dir).into_iter().map(|id| id.0).max().unwrap_or(0)
@@ -250,6 +272,10 @@ fn prune(dir: &Path) {
     let excess = numbers.len().saturating_sub(KEPT - 1);
     for id in numbers.into_iter().take(excess) {
         let path = path(dir, id);
+        // One that is still written stays.
+        if info(&path).is_ok_and(|info| info.is_some_and(|info| info.ended.is_none())) {
+            continue;
+        }
         let _ = fs::remove_file(old(&path));
         let _ = fs::remove_file(path);
     }
@@ -419,15 +445,24 @@ mod tests {
     fn old_logs_go_and_the_main_command_stays() {
         let dir = tempfile::tempdir().unwrap();
         ExecLog::begin(dir.path(), &command(0));
-        for id in 1..=130 {
-            ExecLog::begin(dir.path(), &command(id));
+        // One runs on and stays, whatever its age.
+        ExecLog::begin(dir.path(), &command(1));
+        for id in 2..=130 {
+            ExecLog::begin(dir.path(), &command(id)).end(&end());
         }
         let ids: Vec<u32> = ExecLog::list(dir.path())
             .iter()
             .map(|info| info.id.0)
             .collect();
-        assert_eq!(ids.len(), KEPT + 1);
-        assert_eq!((ids[0], ids[1], *ids.last().unwrap()), (0, 31, 130));
+        assert_eq!(ids.len(), KEPT + 2);
+        assert_eq!(ids[..3], [0, 1, 31]);
+        assert_eq!(*ids.last().unwrap(), 130);
+        ExecLog::close_all(dir.path());
+        assert!(
+            ExecLog::list(dir.path())
+                .iter()
+                .all(|info| info.ended.is_some())
+        );
     }
 
     #[test]

@@ -11,11 +11,14 @@ use super::log::ExecLog;
 use super::supervisor::{Start, save_spec};
 use super::view::{Kind, View};
 use super::wire::{ExecId, ExecInfo, Settings};
+use crate::host::lease::Lease;
 use crate::run::{
     Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, detached, look, recover,
 };
 use crate::spec::{Spec, Timeout, VmId};
 
+/// How long a supervisor may take to end its machine at once.
+const FORCE: Duration = Duration::from_secs(15);
 /// How long the end of a machine is waited for after its supervisor died.
 const SETTLE: Duration = Duration::from_millis(100);
 
@@ -97,6 +100,8 @@ impl Machines {
         let spec = Spec {
             // Its disk fits no other image, whatever the name stands for later.
             image: image.id.clone(),
+            // Its supervisor works elsewhere.
+            kernel: spec.kernel.as_ref().map(|kernel| absolute(kernel)),
             workspace,
             ..spec.clone()
         };
@@ -108,7 +113,7 @@ impl Machines {
     /// # Errors
     /// It is not in a state to be started, or it does not come up.
     pub async fn start(&self, id: &VmId, launcher: &Launcher) -> Result<(), SuperviseError> {
-        self.clear(launcher).await;
+        self.clear(launcher, Some(id)).await;
         let view = self.look(id).await?;
         if !view.state.may_start() {
             return Err(wrong_state(&view, "started"));
@@ -116,11 +121,15 @@ impl Machines {
         launcher.launch(self.dirs(), id, Start::Boot).await
     }
 
-    /// Releases what dead owners left, and gives machines that run on without a
-    /// supervisor a new one. Failing at that stops nobody.
-    pub async fn clear(&self, launcher: &Launcher) {
+    /// Releases what dead owners left, and gives `id`, should it run on without
+    /// a supervisor, a new one. Failing at that stops nobody.
+    async fn clear(&self, launcher: &Launcher, id: Option<&VmId>) {
         match recover(self.dirs(), false) {
-            Ok(found) => {
+            Ok(mut found) => {
+                // Others may take long to answer: they are gc's.
+                found.retain(|one| {
+                    matches!(one, Found::Survivor { id: found } if Some(found.as_str()) == id.map(VmId::as_str))
+                });
                 self.adopt(&found, launcher).await;
             }
             Err(error) => tracing::debug!("recovery: {error}"),
@@ -128,21 +137,22 @@ impl Machines {
     }
 
     /// Gives those among `found` that run on without a supervisor a new one;
-    /// gives what could not be.
-    pub async fn adopt(&self, found: &[Found], launcher: &Launcher) -> Vec<SuperviseError> {
-        let mut errors = Vec::new();
+    /// gives for each whether that could be.
+    pub async fn adopt(
+        &self,
+        found: &[Found],
+        launcher: &Launcher,
+    ) -> Vec<(VmId, Result<(), SuperviseError>)> {
+        let mut adopted = Vec::new();
         for one in found {
             let Found::Survivor { id } = one else {
                 continue;
             };
             let Ok(id) = id.parse::<VmId>() else { continue };
             let launched = launcher.launch(self.dirs(), &id, Start::TakeOver).await;
-            if let Err(error) = launched {
-                tracing::warn!("{id} could not be taken over: {error}");
-                errors.push(error);
-            }
+            adopted.push((id, launched));
         }
-        errors
+        adopted
     }
 
     /// Stops a machine and waits until it has ended.
@@ -155,12 +165,44 @@ impl Machines {
         grace: Option<Timeout>,
         force: bool,
     ) -> Result<(), SuperviseError> {
-        let view = self.look(id).await?;
-        if !view.state.is_live() {
+        if !self.is_supervised(id)? {
+            let view = self.look(id).await?;
             return Err(wrong_state(&view, "stopped"));
         }
-        let stopped = self.client(id).stop(grace, force).await;
+        let client = self.client(id);
+        let stop = client.stop(grace, force);
+        let stopped = match force {
+            false => stop.await,
+            true => match tokio::time::timeout(FORCE, stop).await {
+                Ok(stopped) => stopped,
+                // It hangs itself: its machine goes with it.
+                Err(_) => return self.kill_supervisor(id),
+            },
+        };
         self.unless_over(id, stopped).await
+    }
+
+    /// Whether a detached machine has a supervisor, without asking it.
+    fn is_supervised(&self, id: &VmId) -> Result<bool, SuperviseError> {
+        let dir = self.dirs().run(id);
+        Ok(StateFile::is_in(&dir)
+            && look::is_owned(&dir)?
+            && StateFile::open(&dir, id)?.status().state.is_live())
+    }
+
+    /// Ends a supervisor that does not answer, and what it held.
+    fn kill_supervisor(&self, id: &VmId) -> Result<(), SuperviseError> {
+        let state = StateFile::open(&self.dirs().run(id), id)?;
+        if let Some(owner) = &state.status().supervisor {
+            let lease = Lease::Process {
+                pid: owner.pid,
+                start_time: owner.start_time,
+                boot_id: owner.boot_id.clone(),
+            };
+            lease.release().map_err(RecordError::from)?;
+        }
+        recover(self.dirs(), false)?;
+        Ok(())
     }
 
     /// Waits until a machine has ended, and gives what it is then.
@@ -186,7 +228,8 @@ impl Machines {
         match result {
             Err(SuperviseError::Control(error)) => {
                 tokio::time::sleep(SETTLE).await;
-                match self.look(id).await?.state.is_live() {
+                let view = self.look(id).await?;
+                match view.state.is_live() || look::has_vmm(&self.dirs().run(id)) {
                     true => Err(error.into()),
                     false => Ok(()),
                 }
@@ -204,6 +247,14 @@ impl Machines {
             return self.client(id).set(settings).await;
         }
         let (record, mut spec, _) = Record::open(self.dirs(), id)?;
+        settings.check(&spec).map_err(crate::run::RunError::from)?;
+        if let Some(size) = settings.disk {
+            // One that was never started has none yet.
+            let disk = record.dir().join("disk.img");
+            if disk.exists() {
+                crate::run::lengthen(&disk, size)?;
+            }
+        }
         settings.apply(&mut spec);
         save_spec(record.dir(), &spec)
     }
@@ -215,11 +266,11 @@ impl Machines {
     /// There is none, it runs, or something of it stays.
     pub async fn remove(&self, id: &VmId, force: bool) -> Result<(), SuperviseError> {
         let view = match self.look(id).await {
-            Err(SuperviseError::State(_) | SuperviseError::Run(_))
-                if force && self.dirs().run(id).exists() =>
-            {
-                return self.remove_damaged(id);
+            // Somebody else was quicker.
+            Err(_) if !self.dirs().run(id).exists() => {
+                return Err(RecordError::NotFound { id: id.clone() }.into());
             }
+            Err(error) if force && is_damage(&error) => return self.remove_damaged(id).await,
             other => other?,
         };
         if view.kind == Kind::Run {
@@ -228,10 +279,11 @@ impl Machines {
                 "removed: it is that of a `bulkhead run`",
             ));
         }
+        // One that survived its supervisor runs too.
+        if !force && (view.state.is_live() || look::has_vmm(&self.dirs().run(id))) {
+            return Err(wrong_state(&view, "removed"));
+        }
         if view.state.is_live() {
-            if !force {
-                return Err(wrong_state(&view, "removed"));
-            }
             match self.stop(id, None, true).await {
                 // It ended by itself meanwhile.
                 Err(SuperviseError::WrongState { .. }) => {}
@@ -247,13 +299,27 @@ impl Machines {
     }
 
     /// Without its state it is what a dead owner left.
-    fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
-        let path = self.dirs().run(id).join(StateFile::NAME);
-        fs::remove_file(&path).map_err(|source| RecordError::Io {
-            action: "remove",
-            path,
-            source,
-        })?;
+    async fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
+        let dir = self.dirs().run(id);
+        if look::is_owned(&dir)? {
+            // Its supervisor knows more than the disk.
+            let stopped = tokio::time::timeout(FORCE, self.client(id).stop(None, true)).await;
+            if !matches!(stopped, Ok(Ok(()))) || look::is_owned(&dir)? {
+                return Err(RecordError::Busy { id: id.clone() }.into());
+            }
+        }
+        let path = dir.join(StateFile::NAME);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(RecordError::Io {
+                    action: "remove",
+                    path,
+                    source,
+                }
+                .into());
+            }
+            _ => {}
+        }
         for found in recover(self.dirs(), false)? {
             match found {
                 Found::Dead {
@@ -379,6 +445,14 @@ impl Machines {
     }
 }
 
+/// A path as it is from anywhere; the name of an installed kernel stays.
+fn absolute(kernel: &str) -> String {
+    match kernel.contains('/').then(|| std::path::absolute(kernel)) {
+        Some(Ok(path)) => path.to_string_lossy().into_owned(),
+        _ => kernel.to_owned(),
+    }
+}
+
 /// The machine of a `bulkhead run`.
 fn of_run(dir: &Path, spec: &Spec, owned: bool) -> View {
     let image = ImageUse {
@@ -401,6 +475,22 @@ fn of_run(dir: &Path, spec: &Spec, owned: bool) -> View {
         created_ms: made,
         started_ms: Some(made),
         ..View::of(spec, Kind::Run, state, image)
+    }
+}
+
+/// Whether what is on disk cannot be read.
+fn is_damage(error: &SuperviseError) -> bool {
+    match error {
+        SuperviseError::State(error) => matches!(error, crate::run::StateError::Read { .. }),
+        SuperviseError::Run(crate::run::RunError::Record(RecordError::Io { source, .. })) => {
+            matches!(
+                source.kind(),
+                std::io::ErrorKind::InvalidData
+                    | std::io::ErrorKind::UnexpectedEof
+                    | std::io::ErrorKind::NotFound
+            )
+        }
+        _ => false,
     }
 }
 

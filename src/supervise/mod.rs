@@ -16,7 +16,9 @@ mod log;
 mod machines;
 mod server;
 mod supervisor;
+mod tune;
 mod view;
+mod watch;
 mod wire;
 
 pub use client::Client;

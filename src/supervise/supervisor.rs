@@ -4,31 +4,28 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_agent::{Request, Size};
-use serde::Deserialize;
-use tokio::sync::{Notify, mpsc};
+use bulkhead_agent::Size;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinSet;
 
 use super::error::SuperviseError;
 use super::execs::Execs;
 use super::idle::Idle;
-use super::server;
 use super::view::Live;
-use super::wire::{Answer, Ask, ExecRequest, Limit, Settings};
+use super::wire::{Answer, Ask, ExecRequest};
+use super::{tune, watch as watching};
 use crate::error::{Explain, Report};
-use crate::guest::Channel;
 use crate::host::lease::{Lease, write_durably};
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
 use crate::run::{
-    Asked, Desk, Ended, FAILED, Host, MachineError, Owner, Record, RecordError, RunError, State,
-    StateFile, listen, now_ms,
+    Asked, Desk, Ended, FAILED, Host, Machine, MachineError, Owner, Record, RecordError, RunError,
+    State, StateFile, listen, now_ms,
 };
 use crate::spec::{Spec, VmId};
 
 /// How long QEMU may take for what it does at once.
 const QMP: Duration = Duration::from_secs(5);
-/// How long the guest agent may take to show that it is there.
-const PING: Duration = Duration::from_secs(1);
 /// Size of a terminal nobody looks at yet.
 const NO_TERMINAL: Size = Size { rows: 24, cols: 80 };
 
@@ -89,7 +86,7 @@ pub async fn supervise(
         spec,
         state,
         stop,
-        waiting: Vec::new(),
+        waiting: Waiting::new(),
     };
     let (record, end) = supervisor.life(record, start, ready).await;
     supervisor.finish(record, end).await
@@ -103,16 +100,16 @@ fn leaked(id: &VmId, left: impl Iterator<Item = String>) -> SuperviseError {
 }
 
 /// How a machine ended.
-struct End {
-    to: State,
-    reason: String,
-    exit_code: i32,
+pub(super) struct End {
+    pub(super) to: State,
+    pub(super) reason: String,
+    pub(super) exit_code: i32,
     /// Why it never came up.
-    error: Option<SuperviseError>,
+    pub(super) error: Option<SuperviseError>,
 }
 
 impl End {
-    fn stopped(reason: impl Into<String>) -> Self {
+    pub(super) fn stopped(reason: impl Into<String>) -> Self {
         Self {
             to: State::Stopped,
             reason: reason.into(),
@@ -121,7 +118,7 @@ impl End {
         }
     }
 
-    fn failed(reason: impl Into<String>) -> Self {
+    pub(super) fn failed(reason: impl Into<String>) -> Self {
         Self {
             to: State::Failed,
             reason: reason.into(),
@@ -155,7 +152,7 @@ impl End {
 }
 
 /// What the loop does next.
-enum Next {
+pub(super) enum Next {
     /// Goes on.
     Stay,
     /// Powers the machine off.
@@ -164,43 +161,77 @@ enum Next {
     Gone(End),
 }
 
-struct Supervisor<'a> {
+pub(super) struct Supervisor<'a> {
     host: &'a Host,
-    spec: Spec,
-    state: StateFile,
-    stop: mpsc::Receiver<()>,
+    pub(super) spec: Spec,
+    pub(super) state: StateFile,
+    pub(super) stop: mpsc::Receiver<()>,
     /// Answered when the machine has ended.
-    waiting: Vec<Asked>,
+    pub(super) waiting: Waiting,
 }
 
-/// A machine that is up, with what is asked of it.
-struct Up {
-    detached: Detached,
-    execs: Arc<Execs>,
-    desk: Arc<Desk>,
-    idle: Idle,
+/// Those who wait for the machine's end.
+pub(super) struct Waiting {
+    tasks: JoinSet<()>,
+    over: watch::Sender<bool>,
+}
+
+impl Waiting {
+    fn new() -> Self {
+        Self {
+            tasks: JoinSet::new(),
+            over: watch::channel(false).0,
+        }
+    }
+
+    /// Answers when the machine has ended, unless whoever asked is gone by then.
+    pub(super) fn push(&mut self, mut asked: Asked) {
+        while self.tasks.try_join_next().is_some() {}
+        let mut over = self.over.subscribe();
+        self.tasks.spawn(async move {
+            let ended = tokio::select! {
+                over = over.wait_for(|over| *over) => over.is_ok(),
+                () = asked.gone() => false,
+            };
+            if ended {
+                asked.answer(&Answer::Done).await;
+            }
+        });
+    }
+
+    /// The machine has ended.
+    async fn tell(mut self) {
+        self.over.send_replace(true);
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// A machine that is up.
+pub(super) struct Up {
+    pub(super) detached: Detached,
+    pub(super) execs: Arc<Execs>,
+    pub(super) desk: Arc<Desk>,
+}
+
+/// When a machine is to end by itself.
+pub(super) struct Clock {
+    pub(super) idle: Idle,
     /// When its time is up.
-    deadline: Option<Instant>,
+    pub(super) deadline: Option<Instant>,
 }
 
 impl Up {
-    fn monitor(&self) -> Monitor {
-        self.detached.machine.monitor().with_timeout(QMP)
+    pub(super) fn machine(&self) -> &Machine {
+        &self.detached.machine
     }
 
-    fn channel(&self) -> &Channel {
-        self.detached.machine.channel()
+    pub(super) fn monitor(&self) -> Monitor {
+        self.machine().monitor().with_timeout(QMP)
     }
-}
-
-/// QEMU's answer to `query-status`, as far as it is of interest.
-#[derive(Debug, Deserialize)]
-struct RunState {
-    status: String,
 }
 
 impl Supervisor<'_> {
-    fn id(&self) -> &VmId {
+    pub(super) fn id(&self) -> &VmId {
         &self.spec.id
     }
 
@@ -226,21 +257,30 @@ impl Supervisor<'_> {
             Ok(socket) => socket,
             Err(error) => return clear(record, End::never(error)),
         };
-        let detached = match self.bring_up(record, start, &mut asked).await {
-            Ok(detached) => detached,
+        let (detached, stopped) = match self.bring_up(record, start, &mut asked).await {
+            Ok(up) => up,
             Err((error, record)) => return clear(record, End::never(error)),
         };
-        let mut up = match self.up(detached, start) {
+        let (up, mut clock) = match self.up(detached, start) {
             Ok(up) => up,
             Err((error, detached)) => {
                 let (record, left) = detached.end().await;
                 return (record, with_leaks(End::never(error), left));
             }
         };
+        // What it may use is part of what was asked for.
+        let tuned = match start {
+            Start::Boot => tune::all(up.machine(), &self.spec.tuning).await,
+            Start::TakeOver => Ok(()),
+        };
+        if let Err(error) = tuned {
+            let (record, left) = up.detached.end().await;
+            return (record, with_leaks(End::never(error.into()), left));
+        }
         // From here on it is the user's, and a failure is the machine's.
         ready();
-        let next = match self.main(&up, start).await {
-            Ok(()) => self.watch(&mut up, &mut asked).await,
+        let next = match self.main(&up, start, stopped) {
+            Ok(()) => self.watch(&up, &mut clock, &mut asked).await,
             Err(end) => Next::Stop {
                 grace: Some(Duration::ZERO),
                 end,
@@ -253,6 +293,7 @@ impl Supervisor<'_> {
         };
         up.execs.machine_ends(&end.reason);
         let (record, left) = up.detached.end().await;
+        up.execs.settled().await;
         (record, with_leaks(end, left))
     }
 
@@ -262,7 +303,7 @@ impl Supervisor<'_> {
         record: Record,
         start: Start,
         asked: &mut mpsc::Receiver<Asked>,
-    ) -> Result<Detached, (SuperviseError, Record)> {
+    ) -> Result<(Detached, bool), (SuperviseError, Record)> {
         let (host, spec) = (self.host.clone(), self.spec.clone());
         let first = !self.state.status().provisioned;
         let machine_id = machine_id(&spec.id, self.state.status().created_ms);
@@ -277,40 +318,42 @@ impl Supervisor<'_> {
             }
         };
         let mut boot = std::pin::pin!(boot);
+        let mut stopped = false;
         loop {
             tokio::select! {
                 booted = &mut boot => {
-                    return booted.map_err(|(error, record)| (error.into(), record));
+                    return match booted {
+                        Ok(detached) => Ok((detached, stopped)),
+                        Err((error, record)) => Err((error.into(), record)),
+                    };
                 }
                 Some(asked) = asked.recv() => match asked.decode() {
                     Some(Ask::Stop { .. }) => {
+                        stopped = true;
                         cancel.notify_one();
                         self.waiting.push(asked);
                     }
                     Some(Ask::Wait) => self.waiting.push(asked),
                     Some(Ask::Status) => {
-                        let live = Live {
-                            state: self.state.status().state,
-                            vmm_pid: None,
-                            vmm: None,
-                            agent: false,
-                            busy: 0,
-                            idle_ms: 0,
-                            vmm_cpu_ms: 0,
-                            vmm_rss_kib: 0,
-                            disk_bytes: None,
-                        };
+                        let live = Live::of(self.state.status().state);
                         asked.answer(&Answer::Status(Box::new(live))).await;
                     }
                     _ => asked.answer(&self.not_now("asked that")).await,
                 },
-                Some(()) = self.stop.recv() => cancel.notify_one(),
+                Some(()) = self.stop.recv() => {
+                    stopped = true;
+                    cancel.notify_one();
+                }
             }
         }
     }
 
     /// Writes down that it is up.
-    fn up(&mut self, detached: Detached, start: Start) -> Result<Up, (SuperviseError, Detached)> {
+    fn up(
+        &mut self,
+        detached: Detached,
+        start: Start,
+    ) -> Result<(Up, Clock), (SuperviseError, Detached)> {
         let now = Instant::now();
         let status = self.state.status();
         let ttl = self.spec.lifetime.ttl.map(|ttl| ttl.0);
@@ -342,17 +385,21 @@ impl Supervisor<'_> {
         if let Err(error) = std::fs::create_dir_all(&logs) {
             tracing::warn!("cannot make {}: {error}", logs.display());
         }
-        Ok(Up {
+        let up = Up {
             execs: Arc::new(Execs::new(detached.machine.channel().clone(), logs)),
             desk: Arc::new(Desk::new(&mut detached.machine)),
-            idle: Idle::new(now),
-            deadline,
             detached,
-        })
+        };
+        let idle = Idle::new(now);
+        Ok((up, Clock { idle, deadline }))
     }
 
-    /// Starts the main command, if there is one.
-    async fn main(&self, up: &Up, start: Start) -> Result<(), End> {
+    /// Starts the main command, if there is one; how that goes is seen where its
+    /// end is waited for. `stopped` is a wish that came while it was brought up.
+    fn main(&self, up: &Up, start: Start, stopped: bool) -> Result<(), End> {
+        if stopped {
+            return Err(End::stopped("stopped while it came up"));
+        }
         let Some(exec) = detached::main_command(&self.spec, NO_TERMINAL) else {
             return Ok(());
         };
@@ -365,240 +412,12 @@ impl Supervisor<'_> {
             exec,
             timeout: None,
         };
-        match up.execs.detach(request, true).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                let end = up.execs.main_ended().await;
-                Err(End {
-                    exit_code: end.exit_code,
-                    ..End::failed(Report::of(&error).what)
-                })
-            }
-        }
-    }
-
-    /// Watches the machine until it ends or is to be stopped.
-    async fn watch(&mut self, up: &mut Up, asked: &mut mpsc::Receiver<Asked>) -> Next {
-        let mut events = up.detached.machine.monitor().events();
         let execs = Arc::clone(&up.execs);
-        let mut main = std::pin::pin!(execs.main_ended());
-        let channel = up.channel().clone();
-        // Why QEMU ended, where it still said so.
-        let mut shutdown: Option<String> = None;
-        let mut look = Instant::now();
-        loop {
-            let limit = self.spec.lifetime.idle.map(|limit| limit.0);
-            let next = tokio::select! {
-                // What has happened to the machine comes before what is asked of it.
-                biased;
-                status = up.detached.machine.process().wait() => {
-                    Next::Gone(self.by_itself(up, status.is_ok(), shutdown.take()).await)
-                }
-                error = channel.closed() => self.agent_gone(up, error, shutdown.take()).await,
-                event = events.next() => {
-                    match event {
-                        Ok(event) if event.name == "SHUTDOWN" => {
-                            shutdown = event.data["reason"].as_str().map(str::to_owned);
-                        }
-                        Ok(event) if event.name == "STOP" || event.name == "RESUME" => {
-                            self.reconcile(up).await;
-                        }
-                        // The end of the monitor comes with that of QEMU.
-                        Err(error) if error.is_closed() => {
-                            tokio::time::sleep(Duration::from_millis(50)).await;
-                        }
-                        _ => {}
-                    }
-                    Next::Stay
-                }
-                end = &mut main => Next::Stop {
-                    grace: None,
-                    end: End {
-                        exit_code: end.exit_code,
-                        ..End::stopped("its command ended")
-                    },
-                },
-                () = until(up.deadline) => Next::Stop {
-                    grace: None,
-                    end: End::stopped("its time to live is over"),
-                },
-                () = until(limit.map(|_| look)) => {
-                    look = Instant::now() + Idle::interval(limit.unwrap_or_default());
-                    idle(up, limit.unwrap_or_default())
-                }
-                Some(()) = self.stop.recv() => Next::Stop {
-                    grace: None,
-                    end: End::stopped("its supervisor was asked to end"),
-                },
-                Some(asked) = asked.recv() => self.answer(up, asked).await,
-            };
-            if !matches!(next, Next::Stay) {
-                return next;
-            }
-        }
+        tokio::spawn(async move { execs.detach(request, true).await });
+        Ok(())
     }
 
-    /// The VMM has ended.
-    async fn by_itself(&self, up: &Up, known: bool, shutdown: Option<String>) -> End {
-        match up.detached.machine.end_reason().await {
-            Some(error @ MachineError::GuestPanic { .. }) => End::failed(told(&error)),
-            Some(MachineError::GuestEnded { .. }) => End::stopped(match shutdown.as_deref() {
-                Some("guest-reset") => "the guest restarted, which ends it",
-                _ => "the guest powered off",
-            }),
-            // A process that was taken over leaves no status, but QEMU said why.
-            _ if shutdown.as_deref() == Some("guest-shutdown") => {
-                End::stopped("the guest powered off")
-            }
-            Some(error) => End::failed(told(&error)),
-            None if known => End::failed("QEMU ended"),
-            None => End::failed("QEMU ended, and nobody knows how"),
-        }
-    }
-
-    /// The channel to the guest agent is gone, and with it what the machine is for.
-    async fn agent_gone(
-        &self,
-        up: &Up,
-        error: crate::guest::GuestError,
-        shutdown: Option<String>,
-    ) -> Next {
-        let process = up.detached.machine.process();
-        // Mostly the machine is about to be gone as a whole.
-        match tokio::time::timeout(Duration::from_secs(1), process.wait()).await {
-            Ok(status) => Next::Gone(self.by_itself(up, status.is_ok(), shutdown).await),
-            Err(_) => Next::Gone(End::failed(format!(
-                "the guest agent is gone: {}",
-                told(&error)
-            ))),
-        }
-    }
-
-    /// Makes the state what QEMU says it is.
-    async fn reconcile(&mut self, up: &Up) {
-        let command = qapi::qmp::query_status {};
-        let Ok(found) = up.monitor().execute_into::<RunState>(command).await else {
-            return;
-        };
-        let state = self.state.status().state;
-        let advanced = match (state, found.status.as_str()) {
-            (State::Running, "running") | (State::Paused, "paused" | "io-error") => return,
-            (State::Running, "io-error") => {
-                let why = "the host could not write its disk: no space left";
-                self.state.advance(State::Paused, why)
-            }
-            (State::Running, "paused") => self.state.advance(State::Paused, "asked to pause"),
-            (State::Paused, "running") => self.state.advance(State::Running, "resumed"),
-            _ => return,
-        };
-        up.execs
-            .stand_still(self.state.status().state == State::Paused);
-        if let Err(error) = advanced {
-            tracing::error!("{error}");
-        }
-    }
-
-    /// Answers one request.
-    async fn answer(&mut self, up: &mut Up, asked: Asked) -> Next {
-        let Some(ask) = asked.decode::<Ask>() else {
-            let desk = Arc::clone(&up.desk);
-            tokio::spawn(async move { desk.answer(asked).await });
-            return Next::Stay;
-        };
-        up.idle.touch(match ask {
-            // Looking does not keep a machine alive.
-            Ask::Status | Ask::Wait | Ask::Execs => Instant::now() - up.idle.time(Instant::now()),
-            _ => Instant::now(),
-        });
-        let answer = match ask {
-            Ask::Status => {
-                let live = self.live(up);
-                tokio::spawn(async move {
-                    let live = live.await;
-                    asked.answer(&Answer::Status(Box::new(live))).await;
-                });
-                return Next::Stay;
-            }
-            Ask::Wait => {
-                self.waiting.push(asked);
-                return Next::Stay;
-            }
-            Ask::Stop { grace, force } => {
-                let reason = match asked.uid {
-                    0 => "stopped by root".to_owned(),
-                    uid => format!("stopped by user {uid}"),
-                };
-                self.waiting.push(asked);
-                return Next::Stop {
-                    grace: match force {
-                        true => Some(Duration::ZERO),
-                        false => grace.map(|grace| grace.0),
-                    },
-                    end: End::stopped(reason),
-                };
-            }
-            Ask::Pause if self.state.status().state == State::Running => {
-                match up.detached.machine.pause().await {
-                    Ok(()) => {
-                        self.reconcile(up).await;
-                        Answer::Done
-                    }
-                    Err(error) => Answer::Refused(Report::of(&error)),
-                }
-            }
-            Ask::Resume if self.state.status().state == State::Paused => {
-                match up.detached.machine.resume().await {
-                    Ok(()) => {
-                        self.reconcile(up).await;
-                        Answer::Done
-                    }
-                    Err(error) => Answer::Refused(Report::of(&error)),
-                }
-            }
-            Ask::Pause => self.not_now("paused"),
-            Ask::Resume => self.not_now("resumed"),
-            Ask::Set { settings } => match self.set(up, settings) {
-                Ok(()) => Answer::Done,
-                Err(error) => Answer::Refused(Report::of(&error)),
-            },
-            Ask::Execs => Answer::Execs(up.execs.list()),
-            Ask::Signal { exec, signal } => match up.execs.signal(exec, signal).await {
-                Some(()) => Answer::Done,
-                None => Answer::Refused(Report::of(&SuperviseError::NoExec {
-                    id: self.id().clone(),
-                    exec,
-                })),
-            },
-            Ask::Detach { .. } | Ask::Streams if self.state.status().state == State::Paused => {
-                self.not_now("given work")
-            }
-            Ask::Detach { request } => {
-                // The guest may take its time: others are answered meanwhile.
-                let execs = Arc::clone(&up.execs);
-                tokio::spawn(async move {
-                    let answer = match execs.detach(*request, false).await {
-                        Ok(id) => Answer::Exec(id),
-                        Err(error) => Answer::Refused(Report::of(&error)),
-                    };
-                    asked.answer(&answer).await;
-                });
-                return Next::Stay;
-            }
-            Ask::Streams => {
-                let execs = Arc::clone(&up.execs);
-                tokio::spawn(async move {
-                    if let Ok(connection) = asked.grant(&Answer::Streams).await {
-                        server::serve(connection, execs).await;
-                    }
-                });
-                return Next::Stay;
-            }
-        };
-        asked.answer(&answer).await;
-        Next::Stay
-    }
-
-    fn not_now(&self, what: &'static str) -> Answer {
+    pub(super) fn not_now(&self, what: &'static str) -> Answer {
         let status = self.state.status();
         Answer::Refused(Report::of(&SuperviseError::WrongState {
             id: self.id().clone(),
@@ -606,55 +425,6 @@ impl Supervisor<'_> {
             reason: status.reason.clone(),
             what,
         }))
-    }
-
-    /// Changes limits, on disk first.
-    fn set(&mut self, up: &mut Up, settings: Settings) -> Result<(), SuperviseError> {
-        let mut spec = self.spec.clone();
-        settings.apply(&mut spec);
-        save_spec(up.detached.machine.dir(), &spec)?;
-        self.spec = spec;
-        let without_ttl = settings.without.contains(&Limit::Ttl);
-        if settings.ttl.is_some() || without_ttl {
-            let now = Instant::now();
-            up.deadline = settings.ttl.map(|ttl| now + ttl.0);
-            let at = up.deadline.map(|at| at_ms(at, now));
-            self.state.update(|status| status.deadline_ms = at)?;
-        }
-        up.idle.touch(Instant::now());
-        Ok(())
-    }
-
-    /// How the machine is; asks QEMU and guest without holding anything up.
-    fn live(&self, up: &Up) -> impl Future<Output = Live> + use<> {
-        let machine = &up.detached.machine;
-        let (cpu, rss) = machine
-            .process()
-            .usage()
-            .map_or((0, 0), |(kib, ms)| (ms, kib));
-        let disk = disk_bytes(&machine.dir().join("disk.img"));
-        let mut live = Live {
-            state: self.state.status().state,
-            vmm_pid: Some(machine.process().pid()),
-            vmm: None,
-            agent: false,
-            busy: up.execs.busy(),
-            idle_ms: u64::try_from(up.idle.time(Instant::now()).as_millis()).unwrap_or(u64::MAX),
-            vmm_cpu_ms: cpu,
-            vmm_rss_kib: rss,
-            disk_bytes: disk,
-        };
-        let (monitor, channel) = (up.monitor(), up.channel().clone());
-        async move {
-            let command = qapi::qmp::query_status {};
-            let (vmm, agent) = tokio::join!(
-                monitor.execute_into::<RunState>(command),
-                channel.ask("show that it is there", &Request::Ping, PING),
-            );
-            live.vmm = vmm.ok().map(|found| found.status);
-            live.agent = agent.is_ok();
-            live
-        }
     }
 
     /// Powers the machine off, answering meanwhile.
@@ -700,8 +470,10 @@ impl Supervisor<'_> {
                     }
                     Some(Ask::Stop { .. } | Ask::Wait) => self.waiting.push(asked),
                     Some(Ask::Status) => {
-                        let live = self.live(up).await;
-                        asked.answer(&Answer::Status(Box::new(live))).await;
+                        let live = watching::live(self.state.status().state, up, Duration::ZERO);
+                        tokio::spawn(async move {
+                            asked.answer(&Answer::Status(Box::new(live.await))).await;
+                        });
                     }
                     _ => asked.answer(&self.not_now("asked that")).await,
                 },
@@ -719,9 +491,7 @@ impl Supervisor<'_> {
         });
         // Whoever waits may start it again at once.
         drop(record);
-        for asked in self.waiting {
-            asked.answer(&Answer::Done).await;
-        }
+        self.waiting.tell().await;
         match end.error {
             Some(error) => Err(error),
             None => Ok(written?),
@@ -749,22 +519,8 @@ fn with_leaks(end: End, left: Vec<String>) -> End {
     }
 }
 
-/// Looks whether anything happens in the machine.
-fn idle(up: &mut Up, limit: Duration) -> Next {
-    let now = Instant::now();
-    let cpu = up.detached.machine.process().usage().map(|(_, ms)| ms);
-    up.idle.look(now, up.execs.busy() > 0, cpu);
-    match up.idle.time(now) >= limit {
-        true => Next::Stop {
-            grace: None,
-            end: End::stopped(format!("idle for {}", crate::spec::Timeout(limit))),
-        },
-        false => Next::Stay,
-    }
-}
-
 /// An error and its causes in one line.
-fn told(error: &dyn Explain) -> String {
+pub(super) fn told(error: &dyn Explain) -> String {
     let report = Report::of(error);
     match report.cause.as_str() {
         "" => report.what,
@@ -772,14 +528,7 @@ fn told(error: &dyn Explain) -> String {
     }
 }
 
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
-}
-
-fn at_ms(at: Instant, now: Instant) -> u64 {
+pub(super) fn at_ms(at: Instant, now: Instant) -> u64 {
     let left = at.saturating_duration_since(now).as_millis();
     now_ms().saturating_add(u64::try_from(left).unwrap_or(u64::MAX))
 }
@@ -792,12 +541,6 @@ fn machine_id(id: &VmId, created_ms: u64) -> String {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
-}
-
-/// What a file takes of the host's disk.
-pub(super) fn disk_bytes(path: &Path) -> Option<u64> {
-    use std::os::unix::fs::MetadataExt;
-    Some(std::fs::metadata(path).ok()?.blocks() * 512)
 }
 
 /// Writes a changed spec down.
@@ -813,19 +556,4 @@ pub(super) fn save_spec(dir: &Path, spec: &Spec) -> Result<(), SuperviseError> {
             }
             .into()
         })
-}
-
-impl Settings {
-    /// Changes a spec accordingly.
-    pub(super) fn apply(&self, spec: &mut Spec) {
-        let lifetime = &mut spec.lifetime;
-        lifetime.ttl = self.ttl.or(lifetime.ttl);
-        lifetime.idle = self.idle_timeout.or(lifetime.idle);
-        for limit in &self.without {
-            match limit {
-                Limit::Ttl => lifetime.ttl = None,
-                Limit::IdleTimeout => lifetime.idle = None,
-            }
-        }
-    }
 }

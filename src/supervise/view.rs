@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Transition};
 use crate::spec::{
-    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, VmId,
+    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
 };
 
 /// Whether a machine outlives its command.
@@ -56,6 +56,8 @@ pub struct View {
     pub network: NetworkMode,
     /// What ends it besides its user.
     pub lifetime: Lifetime,
+    /// What it is held to besides its limits.
+    pub tuning: Tuning,
     /// What the user calls it by, besides its name.
     pub labels: BTreeMap<LabelName, String>,
     /// Its main command; empty for none.
@@ -94,6 +96,23 @@ pub struct Live {
     pub disk_bytes: Option<u64>,
 }
 
+impl Live {
+    /// Of a machine in this state, of which nothing more is known.
+    pub(super) fn of(state: State) -> Self {
+        Self {
+            state,
+            vmm_pid: None,
+            vmm: None,
+            agent: false,
+            busy: 0,
+            idle_ms: 0,
+            vmm_cpu_ms: 0,
+            vmm_rss_kib: 0,
+            disk_bytes: None,
+        }
+    }
+}
+
 impl View {
     /// The parts that the spec tells.
     pub(super) fn of(spec: &Spec, kind: Kind, state: State, image: ImageUse) -> Self {
@@ -117,6 +136,7 @@ impl View {
             accel: spec.accel,
             network: spec.network,
             lifetime: spec.lifetime,
+            tuning: spec.tuning,
             labels: spec.labels.clone(),
             command: script.chain(command.argv.iter().cloned()).collect(),
             supervisor: None,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::view::Live;
 use crate::error::Report;
-use crate::spec::{Malformed, Timeout};
+use crate::spec::{Bytes, IoLimits, Malformed, Timeout};
 
 /// Number of a command in a machine; 0 is its main command, written `main`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -111,7 +111,15 @@ pub struct Settings {
     pub ttl: Option<Timeout>,
     /// Stop it when nothing happened for so long.
     pub idle_timeout: Option<Timeout>,
-    /// No time limits any more: `ttl`, `idle-timeout`.
+    /// CPU time of the whole VMM, in percent of one core.
+    pub cpu_quota: Option<u32>,
+    /// What the guest keeps of its memory.
+    pub memory: Option<Bytes>,
+    /// Size of its disk, never smaller than before.
+    pub disk: Option<Bytes>,
+    /// Reads and writes.
+    pub io: IoLimits,
+    /// What is not limited any more.
     pub without: Vec<Limit>,
 }
 
@@ -123,6 +131,12 @@ pub enum Limit {
     Ttl,
     /// The idle timeout.
     IdleTimeout,
+    /// The CPU quota.
+    CpuQuota,
+    /// The memory target.
+    Memory,
+    /// All limits on reads and writes.
+    Io,
 }
 
 /// What can be asked of a supervisor, besides what can be asked of every

@@ -52,7 +52,9 @@ impl Live {
             disk: Some(Bytes::gib(2)),
             ..Wish::default()
         });
-        let spec = wish.resolve_machine().unwrap();
+        let spec = wish
+            .resolve_machine(&bulkhead::spec::Catalog::default())
+            .unwrap();
         self.host.start(&spec).await.unwrap().1
     }
 }

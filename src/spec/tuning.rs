@@ -1,0 +1,34 @@
+//! What a machine may use besides its limits: changed while it runs.
+
+use serde::{Deserialize, Serialize};
+
+use super::units::Bytes;
+
+/// Limits on the reads and writes of all disks of a machine together; what is
+/// absent is not limited.
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IoLimits {
+    /// Bytes read a second.
+    pub read_bytes: Option<Bytes>,
+    /// Bytes written a second.
+    pub write_bytes: Option<Bytes>,
+    /// Reads a second.
+    pub read_operations: Option<u64>,
+    /// Writes a second.
+    pub write_operations: Option<u64>,
+}
+
+/// What a detached machine is held to; what is absent is not limited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct Tuning {
+    /// CPU time of the whole VMM, in percent of one core.
+    pub cpu_quota: Option<u32>,
+    /// What the guest keeps of its memory: the balloon takes the rest.
+    pub memory: Option<Bytes>,
+    /// Reads and writes.
+    pub io: IoLimits,
+}

@@ -1,0 +1,576 @@
+//! Watching a running machine: what happens to it, what is asked of it, and
+//! when it is to end. Nothing in here waits for QEMU or the guest while others
+//! could ask for the machine's end.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_agent::Request;
+use serde::Deserialize;
+use tokio::sync::mpsc;
+
+use super::error::SuperviseError;
+use super::idle::Idle;
+use super::server;
+use super::supervisor::{Clock, End, Next, Supervisor, Up, at_ms, save_spec, told};
+use super::tune;
+use super::view::Live;
+use super::wire::{Answer, Ask, Limit, Settings};
+use crate::error::{Explain, Report};
+use crate::qmp::Event;
+use crate::run::{Asked, DiskState, MachineError, State};
+use crate::spec::{Spec, Timeout};
+
+/// How long the guest agent may take to show that it is there.
+const PING: Duration = Duration::from_secs(1);
+/// How often it is asked to.
+const HEALTH: Duration = Duration::from_secs(5);
+/// So many times without an answer and without any work done, and a guest has halted.
+const SILENT: u32 = 3;
+/// CPU time of a guest that does nothing at all, between two looks at it.
+const HALTED_MS: u64 = 20;
+/// Longest queue of changes asked for while another is under way.
+const QUEUE: usize = 32;
+
+/// QEMU's answer to `query-status`, as far as it is of interest.
+#[derive(Debug, Deserialize)]
+struct RunState {
+    status: String,
+}
+
+/// A change of the machine that is under way, and what is done after it.
+type Job<'a> = Pin<Box<dyn Future<Output = Done> + 'a>>;
+
+/// What a job gives.
+struct Done {
+    asked: Asked,
+    answer: Answer,
+    after: After,
+}
+
+/// What is written down after a job.
+enum After {
+    Nothing,
+    /// The user has paused or resumed it.
+    Held(bool),
+    /// It is asked for differently from now on.
+    Changed(Box<Spec>, Settings),
+}
+
+/// Whether the guest is alive.
+#[derive(Debug)]
+struct Health {
+    /// Looks in a row without an answer and without work done.
+    silent: u32,
+    cpu_ms: Option<u64>,
+}
+
+impl Supervisor<'_> {
+    /// Watches the machine until it ends or is to be stopped.
+    pub(super) async fn watch(
+        &mut self,
+        up: &Up,
+        clock: &mut Clock,
+        asked: &mut mpsc::Receiver<Asked>,
+    ) -> Next {
+        let mut events = up.machine().monitor().events();
+        let mut disk = up.machine().disk().state();
+        let mut main = std::pin::pin!(up.execs.main_ended());
+        // Why QEMU ended, where it still said so.
+        let mut shutdown: Option<String> = None;
+        let mut look = Instant::now();
+        let mut job: Option<Job> = None;
+        let mut queue = VecDeque::new();
+        let mut health = Health {
+            silent: 0,
+            cpu_ms: None,
+        };
+        let mut pinging = Some(Box::pin(ping(up)));
+        // It may have been paused when it was taken over.
+        self.reconcile(up).await;
+        loop {
+            if job.is_none()
+                && let Some(asked) = queue.pop_front()
+            {
+                job = self.job(up, asked).await;
+            }
+            let limit = self.spec.lifetime.idle.map(|limit| limit.0);
+            let next = tokio::select! {
+                // What has happened to the machine comes before what is asked of it.
+                biased;
+                status = up.machine().process().wait() => {
+                    Next::Gone(by_itself(up, status.is_ok(), shutdown.take()).await)
+                }
+                error = up.machine().channel().closed() => {
+                    gone(up, &error, "the guest agent is gone", shutdown.take()).await
+                }
+                event = events.next() => {
+                    match event {
+                        Ok(event) => {
+                            self.event(up, &event, &mut shutdown);
+                            Next::Stay
+                        }
+                        // It ends with QEMU, or QEMU is not to be trusted any more.
+                        Err(error) if error.is_closed() => {
+                            gone(up, &error, "the monitor is gone", shutdown.take()).await
+                        }
+                        // Some were missed.
+                        Err(_) => {
+                            self.reconcile(up).await;
+                            Next::Stay
+                        }
+                    }
+                }
+                Ok(()) = disk.changed() => self.disk(up, &disk.borrow_and_update().clone()),
+                ended = &mut main => {
+                    let end = match ended.failure {
+                        Some(why) => End::failed(why),
+                        None => End::stopped("its command ended"),
+                    };
+                    Next::Stop {
+                        grace: None,
+                        end: End { exit_code: ended.exit_code, ..end },
+                    }
+                }
+                done = finished(&mut job) => {
+                    job = None;
+                    self.done(up, clock, done).await;
+                    Next::Stay
+                }
+                answered = finished(&mut pinging) => {
+                    pinging = Some(Box::pin(ping(up)));
+                    let running = self.state.status().state == State::Running;
+                    health.look(answered || !running, cpu(up))
+                }
+                () = until(clock.deadline) => Next::Stop {
+                    grace: None,
+                    end: End::stopped("its time to live is over"),
+                },
+                () = until(limit.map(|_| look)) => {
+                    let limit = limit.unwrap_or_default();
+                    look = Instant::now() + Idle::interval(limit);
+                    idle(up, clock, limit)
+                }
+                Some(()) = self.stop.recv() => Next::Stop {
+                    grace: None,
+                    end: End::stopped("its supervisor was asked to end"),
+                },
+                Some(asked) = asked.recv() => self.answer(up, clock, asked, &mut queue).await,
+            };
+            if !matches!(next, Next::Stay) {
+                return next;
+            }
+        }
+    }
+
+    /// Takes in what QEMU tells.
+    fn event(&mut self, up: &Up, event: &Event, shutdown: &mut Option<String>) {
+        match event.name.as_str() {
+            "SHUTDOWN" => *shutdown = event.data["reason"].as_str().map(str::to_owned),
+            "STOP" => self.stands(up, true),
+            "RESUME" => self.stands(up, false),
+            _ => {}
+        }
+    }
+
+    /// Writes down whether the machine stands still.
+    fn stands(&mut self, up: &Up, still: bool) {
+        let trouble = up.machine().disk().trouble();
+        let advanced = match (self.state.status().state, still) {
+            (State::Running, true) => {
+                let why = trouble.map_or("asked to pause".into(), |trouble| trouble.to_string());
+                self.state.advance(State::Paused, &why)
+            }
+            (State::Paused, false) => self.state.advance(State::Running, "resumed"),
+            _ => return,
+        };
+        up.execs.stand_still(still);
+        if let Err(error) = advanced {
+            tracing::error!("{error}");
+        }
+    }
+
+    /// Takes in how the disks are.
+    fn disk(&mut self, up: &Up, disk: &DiskState) -> Next {
+        match disk {
+            // The event that comes with it says that it goes on.
+            DiskState::Fine => {}
+            DiskState::Full { .. } => {
+                self.stands(up, true);
+                // The event may have come first, without the reason.
+                let why = disk.to_string();
+                let paused = self.state.status().state == State::Paused;
+                if paused
+                    && self.state.status().reason != why
+                    && let Err(error) = self.state.explain(&why)
+                {
+                    tracing::error!("{error}");
+                }
+            }
+            DiskState::Failed { .. } => {
+                return Next::Stop {
+                    grace: Some(Duration::ZERO),
+                    end: End::failed(disk.to_string()),
+                };
+            }
+        }
+        Next::Stay
+    }
+
+    /// Makes the state what QEMU says it is.
+    async fn reconcile(&mut self, up: &Up) {
+        let command = qapi::qmp::query_status {};
+        if let Ok(found) = up.monitor().execute_into::<RunState>(command).await {
+            self.stands(up, found.status != "running");
+        }
+    }
+
+    /// Answers one request, or puts it into the queue of changes.
+    async fn answer(
+        &mut self,
+        up: &Up,
+        clock: &mut Clock,
+        asked: Asked,
+        queue: &mut VecDeque<Asked>,
+    ) -> Next {
+        let Some(ask) = asked.decode::<Ask>() else {
+            let (desk, busy) = (Arc::clone(&up.desk), up.execs.keep_busy());
+            // An open console is something that happens.
+            tokio::spawn(async move {
+                desk.answer(asked).await;
+                drop(busy);
+            });
+            clock.idle.touch(Instant::now());
+            return Next::Stay;
+        };
+        // Looking does not keep a machine alive.
+        if !matches!(ask, Ask::Status | Ask::Wait | Ask::Execs) {
+            clock.idle.touch(Instant::now());
+        }
+        let paused = self.state.status().state == State::Paused;
+        let execs = Arc::clone(&up.execs);
+        match ask {
+            Ask::Status => {
+                let idle = clock.idle.time(Instant::now());
+                let live = live(self.state.status().state, up, idle);
+                tokio::spawn(async move {
+                    asked.answer(&Answer::Status(Box::new(live.await))).await;
+                });
+            }
+            Ask::Wait => self.waiting.push(asked),
+            Ask::Stop { grace, force } => {
+                let reason = match asked.uid {
+                    0 => "stopped by root".to_owned(),
+                    uid => format!("stopped by user {uid}"),
+                };
+                self.waiting.push(asked);
+                return Next::Stop {
+                    grace: match force {
+                        true => Some(Duration::ZERO),
+                        false => grace.map(|grace| grace.0),
+                    },
+                    end: End::stopped(reason),
+                };
+            }
+            Ask::Pause | Ask::Resume | Ask::Set { .. } if queue.len() < QUEUE => {
+                queue.push_back(asked);
+            }
+            Ask::Pause | Ask::Resume | Ask::Set { .. } => {
+                self.spawn_answer(asked, self.not_now("changed: others are changing it"));
+            }
+            Ask::Execs => self.spawn_answer(asked, Answer::Execs(execs.list())),
+            Ask::Signal { exec, signal } => {
+                let missing = SuperviseError::NoExec {
+                    id: self.id().clone(),
+                    exec,
+                };
+                // The guest may read nothing.
+                tokio::spawn(async move {
+                    let answer = match execs.signal(exec, signal).await {
+                        Some(()) => Answer::Done,
+                        None => Answer::Refused(Report::of(&missing)),
+                    };
+                    asked.answer(&answer).await;
+                });
+            }
+            Ask::Detach { .. } | Ask::Streams if paused => {
+                self.spawn_answer(asked, self.not_now("given work"));
+            }
+            Ask::Detach { request } => {
+                tokio::spawn(async move {
+                    let answer = match execs.detach(*request, false).await {
+                        Ok(id) => Answer::Exec(id),
+                        Err(error) => Answer::Refused(Report::of(&error)),
+                    };
+                    asked.answer(&answer).await;
+                });
+            }
+            Ask::Streams => {
+                tokio::spawn(async move {
+                    if let Ok(connection) = asked.grant(&Answer::Streams).await {
+                        server::serve(connection, execs).await;
+                    }
+                });
+            }
+        }
+        Next::Stay
+    }
+
+    /// Answers without waiting for whoever asked.
+    fn spawn_answer(&self, asked: Asked, answer: Answer) {
+        tokio::spawn(async move { asked.answer(&answer).await });
+    }
+
+    /// Begins a change of the machine; `None` when it was answered already.
+    async fn job<'a>(&self, up: &'a Up, asked: Asked) -> Option<Job<'a>> {
+        let machine = up.machine();
+        let state = self.state.status().state;
+        Some(match asked.decode::<Ask>()? {
+            Ask::Pause if state == State::Running => Box::pin(async move {
+                // Before it stands still: nobody may take it for want of space.
+                machine.disk().hold(true);
+                let paused = machine.pause().await;
+                machine.disk().hold(paused.is_ok());
+                Done::of(asked, paused, After::Held(true))
+            }),
+            Ask::Resume if state == State::Paused => Box::pin(async move {
+                machine.disk().hold(false);
+                let resumed = machine.resume().await;
+                Done::of(asked, resumed, After::Held(false))
+            }),
+            Ask::Set { settings } => {
+                let mut spec = Box::new(self.spec.clone());
+                settings.apply(&mut spec);
+                Box::pin(async move {
+                    let set = tune::change(machine, &settings, &spec).await;
+                    Done::of(asked, set, After::Changed(spec, settings))
+                })
+            }
+            Ask::Pause => {
+                self.spawn_answer(asked, self.not_now("paused"));
+                return None;
+            }
+            _ => {
+                self.spawn_answer(asked, self.not_now("resumed"));
+                return None;
+            }
+        })
+    }
+
+    /// Writes down what a job has changed, and answers.
+    async fn done(&mut self, up: &Up, clock: &mut Clock, done: Done) {
+        let Done {
+            asked,
+            mut answer,
+            after,
+        } = done;
+        if matches!(answer, Answer::Done) {
+            match after {
+                After::Nothing => {}
+                After::Held(still) => self.stands(up, still),
+                After::Changed(spec, settings) => {
+                    if let Err(error) = self.changed(up, clock, *spec, &settings) {
+                        answer = Answer::Refused(Report::of(&error));
+                    }
+                }
+            }
+        }
+        self.spawn_answer(asked, answer);
+    }
+
+    fn changed(
+        &mut self,
+        up: &Up,
+        clock: &mut Clock,
+        spec: Spec,
+        settings: &Settings,
+    ) -> Result<(), SuperviseError> {
+        save_spec(up.machine().dir(), &spec)?;
+        self.spec = spec;
+        if settings.ttl.is_some() || settings.without.contains(&Limit::Ttl) {
+            let now = Instant::now();
+            clock.deadline = settings.ttl.map(|ttl| now + ttl.0);
+            let at = clock.deadline.map(|at| at_ms(at, now));
+            self.state.update(|status| status.deadline_ms = at)?;
+        }
+        clock.idle.touch(Instant::now());
+        Ok(())
+    }
+}
+
+impl Done {
+    fn of(asked: Asked, result: Result<(), MachineError>, after: After) -> Self {
+        let (answer, after) = match result {
+            Ok(()) => (Answer::Done, after),
+            Err(error) => (Answer::Refused(Report::of(&error)), After::Nothing),
+        };
+        Self {
+            asked,
+            answer,
+            after,
+        }
+    }
+}
+
+impl Health {
+    /// Takes in whether the guest agent answered, and QEMU's CPU time. A guest
+    /// that is only busy uses some; one that has halted never will again.
+    fn look(&mut self, answered: bool, cpu_ms: Option<u64>) -> Next {
+        let before = std::mem::replace(&mut self.cpu_ms, cpu_ms);
+        let idle = match (before, cpu_ms) {
+            (Some(before), Some(now)) => now.saturating_sub(before) < HALTED_MS,
+            _ => false,
+        };
+        self.silent = match !answered && idle {
+            true => self.silent + 1,
+            false => 0,
+        };
+        match self.silent >= SILENT {
+            true => Next::Stop {
+                grace: Some(Duration::ZERO),
+                end: End::stopped("the guest halted"),
+            },
+            false => Next::Stay,
+        }
+    }
+}
+
+/// Asks the guest agent for a sign of life, after a while.
+async fn ping(up: &Up) -> bool {
+    tokio::time::sleep(HEALTH).await;
+    let ask = up
+        .machine()
+        .channel()
+        .ask("show that it is there", &Request::Ping, PING);
+    ask.await.is_ok()
+}
+
+/// Waits for a future that may not be there.
+async fn finished<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn cpu(up: &Up) -> Option<u64> {
+    up.machine().process().usage().map(|(_, ms)| ms)
+}
+
+/// Looks whether anything happens in the machine.
+fn idle(up: &Up, clock: &mut Clock, limit: Duration) -> Next {
+    let now = Instant::now();
+    clock.idle.look(now, up.execs.busy() > 0, cpu(up));
+    match clock.idle.time(now) >= limit {
+        true => Next::Stop {
+            grace: None,
+            end: End::stopped(format!("idle for {}", Timeout(limit))),
+        },
+        false => Next::Stay,
+    }
+}
+
+/// The VMM has ended.
+async fn by_itself(up: &Up, known: bool, shutdown: Option<String>) -> End {
+    match up.machine().end_reason().await {
+        Some(error @ MachineError::GuestPanic { .. }) => End::failed(told(&error)),
+        Some(MachineError::GuestEnded { .. }) => End::stopped(match shutdown.as_deref() {
+            Some("guest-reset") => "the guest restarted, which ends it",
+            _ => "the guest powered off",
+        }),
+        // A process that was taken over leaves no status, but QEMU said why.
+        _ if shutdown.as_deref() == Some("guest-shutdown") => End::stopped("the guest powered off"),
+        _ if shutdown.as_deref() == Some("guest-reset") => {
+            End::stopped("the guest restarted, which ends it")
+        }
+        Some(error) => End::failed(told(&error)),
+        None if known => End::failed("QEMU ended"),
+        None => End::failed("QEMU ended, and nobody knows how"),
+    }
+}
+
+/// The channel to the guest agent is gone, or the monitor, and with it what the
+/// machine is for.
+async fn gone(up: &Up, error: &dyn Explain, what: &str, shutdown: Option<String>) -> Next {
+    let process = up.machine().process();
+    // Mostly the machine is about to be gone as a whole.
+    Next::Gone(
+        match tokio::time::timeout(Duration::from_secs(1), process.wait()).await {
+            Ok(status) => by_itself(up, status.is_ok(), shutdown).await,
+            Err(_) => End::failed(format!("{what}: {}", told(error))),
+        },
+    )
+}
+
+/// How the machine is; asks QEMU and guest without holding anything up.
+pub(super) fn live(state: State, up: &Up, idle: Duration) -> impl Future<Output = Live> + use<> {
+    let machine = up.machine();
+    let (cpu, rss) = machine
+        .process()
+        .usage()
+        .map_or((0, 0), |(kib, ms)| (ms, kib));
+    let mut live = Live {
+        vmm_pid: Some(machine.process().pid()),
+        busy: up.execs.busy(),
+        idle_ms: u64::try_from(idle.as_millis()).unwrap_or(u64::MAX),
+        vmm_cpu_ms: cpu,
+        vmm_rss_kib: rss,
+        disk_bytes: disk_bytes(&machine.dir().join("disk.img")),
+        ..Live::of(state)
+    };
+    let (monitor, channel) = (up.monitor(), machine.channel().clone());
+    async move {
+        let command = qapi::qmp::query_status {};
+        let (vmm, agent) = tokio::join!(
+            monitor.execute_into::<RunState>(command),
+            channel.ask("show that it is there", &Request::Ping, PING),
+        );
+        live.vmm = vmm.ok().map(|found| found.status);
+        live.agent = agent.is_ok();
+        live
+    }
+}
+
+/// What a file takes of the host's disk.
+fn disk_bytes(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Some(std::fs::metadata(path).ok()?.blocks() * 512)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_neither_answers_nor_works_has_halted() {
+        let mut health = Health {
+            silent: 0,
+            cpu_ms: None,
+        };
+        let mut cpu = 1000;
+        let mut look = |answered, used| {
+            cpu += used;
+            matches!(health.look(answered, Some(cpu)), Next::Stop { .. })
+        };
+        // Busy, and too busy to answer.
+        for _ in 0..10 {
+            assert!(!look(false, 900));
+        }
+        // Idle, and there.
+        for _ in 0..10 {
+            assert!(!look(true, 5));
+        }
+        assert!(!look(false, 0) && !look(false, 0) && !look(true, 0));
+        assert!(!look(false, 0) && !look(false, 1) && look(false, 0));
+    }
+}
