@@ -15,4 +15,5 @@ pub mod plan;
 pub mod qmp;
 pub mod run;
 pub mod spec;
+mod text;
 pub mod vmm;

@@ -1,7 +1,7 @@
 //! `bulkhead inspect`.
 
 use super::Global;
-use super::message::{Failure, print_json};
+use super::message::{Failure, print_json, visible};
 use crate::run::Controller;
 use crate::spec::VmId;
 
@@ -30,8 +30,8 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         print_json(&info);
         return Ok(0);
     }
-    // The guest wrote all of this: nothing of it may steer the terminal.
-    let safe = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    // The guest wrote all of this, and its owner may be another version.
+    let safe = visible;
     println!("os         {}", safe(&info.os));
     println!("kernel     {}", safe(&info.kernel));
     println!("hostname   {}", safe(&info.hostname));
