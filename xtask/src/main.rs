@@ -2,6 +2,7 @@
 
 mod bench;
 mod coverage;
+mod fuzz;
 mod kernel;
 mod packages;
 mod qemu10;
@@ -31,6 +32,8 @@ enum Task {
     Bench(bench::Args),
     /// Measure which lines of the library the tests reach.
     Coverage(coverage::Args),
+    /// Feed hostile bytes to whatever reads them.
+    Fuzz(fuzz::Args),
     /// Build the tuned kernel.
     Kernel(kernel::Args),
     /// Dumps of what each QEMU version offers.
@@ -46,6 +49,7 @@ fn main() -> anyhow::Result<()> {
         Task::Setup(args) => setup::run(args),
         Task::Bench(args) => bench::run(args),
         Task::Coverage(args) => coverage::run(args),
+        Task::Fuzz(args) => fuzz::run(args),
         Task::Kernel(args) => kernel::run(args),
         Task::QmpSchema(args) => qmp_schema::run(args),
         Task::Qemu10(args) => qemu10::run(args),

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{kernel, qemu10, setup};
+use crate::{fuzz, kernel, qemu10, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -120,6 +120,7 @@ fn static_checks() -> Vec<Check> {
         ("clippy without default features", clippy(&alone)),
         ("clippy with the service only", clippy(&service)),
         ("documentation", cargo(&["doc", "--workspace", "--no-deps"])),
+        ("rustfmt and clippy of tests/fuzz", fuzz::lint()),
     ]
 }
 
@@ -128,6 +129,7 @@ fn programs(state: &Path) -> Vec<Check> {
     vec![
         ("examples/embed", embed(state)),
         ("xtask bench boot", bench(state)),
+        ("xtask fuzz", fuzz::briefly()),
     ]
 }
 
