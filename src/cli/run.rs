@@ -79,6 +79,10 @@ pub(super) struct Args {
     /// Where what the guest leaves in /workspace/output goes.
     #[arg(long, value_name = "DIR")]
     artifacts: Option<PathBuf>,
+    /// With --json: how much of stdout and stderr each is collected; a command
+    /// that writes more is ended.
+    #[arg(long, value_name = "SIZE", default_value_t = Io::MOST)]
+    max_output: Bytes,
     /// Set NAME=VALUE in the command's environment, or pass NAME on.
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -190,6 +194,7 @@ pub(super) fn read_script(path: &Path) -> Result<Script, SpecError> {
 /// Runs the command and gives its exit code.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let script_on_stdin = args.script.as_deref() == Some(Path::new("-"));
+    let most = args.max_output;
     let spec = args.request()?.resolve()?;
     let host = global.host();
     // Every start clears away what dead runs left; failing at that stops nobody.
@@ -204,6 +209,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         stdout: (!collect).then(|| Box::new(tokio::io::stdout()) as _),
         stderr: (!collect).then(|| Box::new(tokio::io::stderr()) as _),
         spill: host.dirs.state.join("output"),
+        most,
         signals,
         size: terminal::size(),
         progress: progress(spec.command.terminal, global.json),

@@ -56,11 +56,13 @@ impl Bulkhead {
         &self.state
     }
 
-    /// A state directory of its own, with the prepared images in it.
+    /// A state directory of its own, with the prepared images and kernels in it.
     pub(crate) fn with_own_state(self) -> Self {
         let state = self.runtime.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        std::os::unix::fs::symlink(self.state.join("images"), state.join("images")).unwrap();
+        for name in ["images", "kernels"] {
+            std::os::unix::fs::symlink(self.state.join(name), state.join(name)).unwrap();
+        }
         Self { state, ..self }
     }
 
@@ -117,7 +119,8 @@ impl Bulkhead {
     }
 }
 
-fn ran(output: std::process::Output) -> Ran {
+/// What a call gave that was started by hand.
+pub(crate) fn ran(output: std::process::Output) -> Ran {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Ran {
         stdout: text(output.stdout),
@@ -139,6 +142,15 @@ impl Started {
 
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         nix::sys::signal::kill(self.pid(), signal).unwrap();
+    }
+
+    /// Gives the command a line and waits for its answer.
+    pub(crate) fn ask(&mut self, line: &str) -> String {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        writeln!(stdin, "{line}").unwrap();
+        let mut answer = String::new();
+        self.stdout.read_line(&mut answer).unwrap();
+        answer
     }
 
     /// Waits for the end; what was read before is not in its output.
