@@ -23,14 +23,18 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// it takes a while until every page was read back.
 const LOOKS: std::ops::RangeInclusive<usize> = 3..=15;
 
+/// Size of a page on the only architecture there is, in KiB.
+const PAGE_KIB: u64 = 4;
+
 /// Watches for as long as the machine lives. Kernels that do not tell how
 /// often a page was read back are left alone.
 pub(crate) async fn watch() {
     let mut watch = Watch::default();
     loop {
         tokio::time::sleep(INTERVAL).await;
-        let text = fs::read_to_string("/proc/vmstat").unwrap_or_default();
-        let Some(pages) = Pages::parse(&text) else {
+        let text = |path| fs::read_to_string(path).unwrap_or_default();
+        let reserve = text("/proc/sys/vm/min_free_kbytes");
+        let Some(pages) = Pages::parse(&text("/proc/vmstat"), &reserve) else {
             return;
         };
         if watch.stands_still(pages) {
@@ -40,9 +44,11 @@ pub(crate) async fn watch() {
     }
 }
 
-/// Figures of /proc/vmstat, in pages.
+/// Figures of /proc/vmstat and /proc/sys/vm/min_free_kbytes, in pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pages {
+    /// Free, beyond what the kernel keeps for itself: where that is a tenth of
+    /// memory, programs are out of it with as much free.
     free: u64,
     /// Of files, and in use by nobody or soon to be dropped.
     file: u64,
@@ -53,13 +59,14 @@ struct Pages {
 }
 
 impl Pages {
-    fn parse(text: &str) -> Option<Self> {
+    fn parse(text: &str, reserve_kib: &str) -> Option<Self> {
         let field = |name: &str| -> Option<u64> {
             let value = |line: &'_ str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
             text.lines().find_map(value)
         };
+        let reserve = reserve_kib.trim().parse().unwrap_or(0) / PAGE_KIB;
         Some(Self {
-            free: field("nr_free_pages")?,
+            free: field("nr_free_pages")?.saturating_sub(reserve),
             file: field("nr_active_file")? + field("nr_inactive_file")?,
             anonymous: field("nr_active_anon")? + field("nr_inactive_anon")?,
             // Its name before Linux 5.9 had no ending.
@@ -158,7 +165,7 @@ mod tests {
 
     #[test]
     fn figures_come_out_of_vmstat() {
-        let text = "nr_free_pages 1\nnr_inactive_anon 2\nnr_active_anon 3\n\
+        let text = "nr_free_pages 101\nnr_inactive_anon 2\nnr_active_anon 3\n\
                     nr_inactive_file 4\nnr_active_file 5\nworkingset_refault_anon 9\n";
         let new = format!("{text}workingset_refault_file 6\n");
         let pages = Pages {
@@ -167,9 +174,9 @@ mod tests {
             anonymous: 5,
             read_back: 6,
         };
-        assert_eq!(Pages::parse(&new), Some(pages));
+        assert_eq!(Pages::parse(&new, "400\n"), Some(pages));
         let old = format!("{text}workingset_refault 6\n");
-        assert_eq!(Pages::parse(&old), Some(pages));
-        assert_eq!(Pages::parse(text), None);
+        assert_eq!(Pages::parse(&old, "400\n"), Some(pages));
+        assert_eq!(Pages::parse(text, ""), None);
     }
 }

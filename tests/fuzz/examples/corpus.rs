@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::process::Command;
 
 use bulkhead::guest::archive::{HostDir, PackLimits, pack};
 use bulkhead::image::{Agent, File, Kernel, KernelFormat, Manifest, Package};
@@ -161,6 +162,11 @@ fn pax(records: &[(&str, &str)]) -> Vec<u8> {
 fn packed(fill: impl FnOnce(&Path)) -> Vec<u8> {
     let dir = tempfile::tempdir().expect("a directory can be made");
     fill(dir.path());
+    // The same bytes whenever they are made, links included.
+    let mut touch = Command::new("find");
+    touch.arg(dir.path());
+    touch.args(["-exec", "touch", "--no-dereference", "--date=@1", "{}", "+"]);
+    assert!(touch.status().expect("find can be run").success());
     let dir = HostDir::open(dir.path()).expect("it is there");
     let mut bytes = Vec::new();
     pack(&dir, &mut bytes, &PackLimits::default()).expect("it can be read");
@@ -253,6 +259,11 @@ fn image() {
     };
     let text = serde_json::to_vec_pretty(&manifest).expect("it can be encoded");
     seed("image", "manifest.json", &[&text]);
+    let mut vast = manifest;
+    vast.root.size = u64::MAX;
+    vast.initramfs.size = u64::MAX;
+    let text = serde_json::to_vec(&vast).expect("it can be encoded");
+    seed("image", "vast", &[&text]);
 }
 
 fn layers() {
