@@ -1,14 +1,6 @@
 //! Ends the largest process of a machine that is out of memory but does not
-//! notice.
-//!
-//! With memory full of what cannot be moved out, the kernel goes on dropping
-//! and reading back the few pages of program text there are: each one counts as
-//! progress, so it kills nobody, and everything stands still. Seen with
-//! `tail /dev/zero` in 256 MiB: 7 of 12 times under Linux 6.1, 2 of 12 under
-//! 6.12. (`min_ttl_ms` of multi-generation LRU cures it as well, but few
-//! kernels are built with that switched on.)
+//! notice (docs/decisions/0011-out-of-memory.md).
 
-use std::collections::VecDeque;
 use std::fs;
 use std::time::Duration;
 
@@ -19,17 +11,16 @@ use crate::console::complain;
 
 /// Time between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// So many looks in a row are considered, at least and at most: on a busy host
-/// it takes a while until every page was read back.
-const LOOKS: std::ops::RangeInclusive<usize> = 3..=15;
-
+/// So many looks in a row must find memory exhausted: the kernel comes first.
+const PATIENCE: u32 = 4;
 /// Size of a page on the only architecture there is, in KiB.
 const PAGE_KIB: u64 = 4;
+/// Programs can run with so much for their text, however large the machine: 16 MiB.
+const ENOUGH: u64 = 16 * 1024 / PAGE_KIB;
 
-/// Watches for as long as the machine lives. Kernels that do not tell how
-/// often a page was read back are left alone.
+/// Watches for as long as the machine lives, or its kernel has the figures.
 pub(crate) async fn watch() {
-    let mut watch = Watch::default();
+    let mut strikes = 0;
     loop {
         tokio::time::sleep(INTERVAL).await;
         let text = |path| fs::read_to_string(path).unwrap_or_default();
@@ -37,9 +28,10 @@ pub(crate) async fn watch() {
         let Some(pages) = Pages::parse(&text("/proc/vmstat"), &reserve) else {
             return;
         };
-        if watch.stands_still(pages) {
+        strikes = if pages.exhausted() { strikes + 1 } else { 0 };
+        if strikes == PATIENCE {
             end_the_largest();
-            watch = Watch::default();
+            strikes = 0;
         }
     }
 }
@@ -47,15 +39,12 @@ pub(crate) async fn watch() {
 /// Figures of /proc/vmstat and /proc/sys/vm/min_free_kbytes, in pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pages {
-    /// Free, beyond what the kernel keeps for itself: where that is a tenth of
-    /// memory, programs are out of it with as much free.
+    /// Free, beyond what the kernel keeps for itself.
     free: u64,
-    /// Of files, and in use by nobody or soon to be dropped.
+    /// Of files: all that can be dropped.
     file: u64,
     /// In memory for good, as there is no swap.
-    anonymous: u64,
-    /// Pages of files read back soon after they were dropped, since boot.
-    read_back: u64,
+    kept: u64,
 }
 
 impl Pages {
@@ -64,40 +53,18 @@ impl Pages {
             let value = |line: &'_ str| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok();
             text.lines().find_map(value)
         };
+        let sum = |names: &[&str]| names.iter().map(|name| field(name)).sum::<Option<u64>>();
         let reserve = reserve_kib.trim().parse().unwrap_or(0) / PAGE_KIB;
         Some(Self {
             free: field("nr_free_pages")?.saturating_sub(reserve),
-            file: field("nr_active_file")? + field("nr_inactive_file")?,
-            anonymous: field("nr_active_anon")? + field("nr_inactive_anon")?,
-            // Its name before Linux 5.9 had no ending.
-            read_back: field("workingset_refault_file").or(field("workingset_refault"))?,
+            file: sum(&["nr_active_file", "nr_inactive_file"])?,
+            kept: sum(&["nr_active_anon", "nr_inactive_anon", "nr_unevictable"])?,
         })
     }
-}
 
-/// What was seen so far.
-#[derive(Debug, Default)]
-struct Watch {
-    /// [`Pages::read_back`] of the last looks, all of which found memory full.
-    full: VecDeque<u64>,
-}
-
-impl Watch {
-    /// Whether it is time to act.
-    fn stands_still(&mut self, now: Pages) -> bool {
-        // Little is free, and less than a sixteenth is left for files.
-        let full = (now.file + now.free) * 8 < now.anonymous && now.file * 16 < now.anonymous;
-        if !full {
-            self.full.clear();
-            return false;
-        }
-        self.full.push_back(now.read_back);
-        if self.full.len() > *LOOKS.end() {
-            self.full.pop_front();
-        }
-        let first = self.full.front().copied().unwrap_or_default();
-        // What is left for files was read back twice over.
-        self.full.len() >= *LOOKS.start() && now.read_back.saturating_sub(first) > 2 * now.file
+    /// Whether what is left for the text of programs is next to nothing.
+    fn exhausted(self) -> bool {
+        self.free + self.file < ENOUGH.min(self.kept / 32)
     }
 }
 
@@ -127,56 +94,29 @@ fn end_the_largest() {
 mod tests {
     use super::*;
 
-    const THRASHING: Pages = Pages {
-        free: 1000,
-        file: 500,
-        anonymous: 40_000,
-        read_back: 0,
-    };
-
-    fn looks(pages: Pages, read_back: &[u64]) -> Vec<bool> {
-        let mut watch = Watch::default();
-        let looks = read_back
-            .iter()
-            .map(|&read_back| Pages { read_back, ..pages });
-        looks.map(|now| watch.stands_still(now)).collect()
-    }
-
     #[test]
-    fn only_a_machine_that_reads_the_same_pages_again_and_again_stands_still() {
-        assert_eq!(looks(THRASHING, &[0, 600, 1200]), [false, false, true]);
-        // Where the host is busy it takes longer.
-        let busy: Vec<u64> = (0..16).map(|look| look * 100).collect();
-        assert!(looks(THRASHING, &busy)[11]);
-        // What is read back now and then is none of our business.
-        let slow: Vec<u64> = (0..60).map(|look| look * 70).collect();
-        assert_eq!(looks(THRASHING, &slow), [false; 60]);
-        let cached = Pages {
-            file: 10_000,
-            ..THRASHING
-        };
-        assert_eq!(looks(cached, &[0, 20_000, 40_000]), [false; 3]);
-        let roomy = Pages {
-            free: 10_000,
-            ..THRASHING
-        };
-        assert_eq!(looks(roomy, &[0, 600, 1200]), [false; 3]);
+    fn memory_is_exhausted_when_no_program_can_keep_its_text() {
+        let pages = |free, file, kept| Pages { free, file, kept };
+        // As seen in 256 MiB, standing still.
+        assert!(pages(147, 72, 39_797).exhausted());
+        // On the way there, and after it.
+        assert!(!pages(2801, 694, 36_494).exhausted());
+        assert!(!pages(39_000, 170, 600).exhausted());
+        // 2 GiB with 20 MiB of programs in memory run, however full.
+        assert!(!pages(150, 5120, 500_000).exhausted());
+        assert!(pages(150, 1000, 500_000).exhausted());
     }
 
     #[test]
     fn figures_come_out_of_vmstat() {
         let text = "nr_free_pages 101\nnr_inactive_anon 2\nnr_active_anon 3\n\
-                    nr_inactive_file 4\nnr_active_file 5\nworkingset_refault_anon 9\n";
-        let new = format!("{text}workingset_refault_file 6\n");
+                    nr_inactive_file 4\nnr_active_file 5\nnr_unevictable 6\n";
         let pages = Pages {
             free: 1,
             file: 9,
-            anonymous: 5,
-            read_back: 6,
+            kept: 11,
         };
-        assert_eq!(Pages::parse(&new, "400\n"), Some(pages));
-        let old = format!("{text}workingset_refault 6\n");
-        assert_eq!(Pages::parse(&old, "400\n"), Some(pages));
-        assert_eq!(Pages::parse(text, ""), None);
+        assert_eq!(Pages::parse(text, "400\n"), Some(pages));
+        assert_eq!(Pages::parse("nr_free_pages 1\n", ""), None);
     }
 }
