@@ -1,5 +1,7 @@
 //! What every error of this crate can tell a user.
 
+use crate::text::visible;
+
 /// An error that names its cause and its cure.
 ///
 /// Each module has its own error enum; all of them implement this, so that the
@@ -16,7 +18,8 @@ pub trait Explain: std::error::Error {
     }
 }
 
-/// An [`Explain`] error as plain data.
+/// An [`Explain`] error as plain data, with nothing in it that steers a
+/// terminal: causes quote guests, images and files.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Report {
@@ -56,9 +59,33 @@ impl Report {
         }
         Self {
             code: error.code().to_owned(),
-            what: error.to_string(),
-            cause: cause.join(": "),
-            remedy: error.remedy(),
+            what: visible(&error.to_string()),
+            cause: visible(&cause.join(": ")),
+            remedy: visible(&error.remedy()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_do_not_steer_a_terminal() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot use \u{1b}]0;x\u{7}\nhere")]
+        struct Hostile(#[source] std::io::Error);
+        impl Explain for Hostile {
+            fn code(&self) -> &'static str {
+                "hostile"
+            }
+            fn remedy(&self) -> String {
+                "Rename \u{9b}2J.".into()
+            }
+        }
+        let report = Report::of(&Hostile(std::io::Error::other("no `\u{7f}`\u{202e}")));
+        assert_eq!(report.what, "cannot use \\u{1b}]0;x\\u{7}\nhere");
+        assert_eq!(report.cause, "no `\\u{7f}`\\u{202e}");
+        assert_eq!(report.remedy, "Rename \\u{9b}2J.");
     }
 }

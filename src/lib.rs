@@ -17,4 +17,5 @@ pub mod qmp;
 pub mod run;
 pub mod spec;
 pub mod supervise;
+mod text;
 pub mod vmm;

@@ -108,8 +108,8 @@ async fn guest(controller: &Controller, qga: bool, json: bool) -> Result<i32, Fa
         print_json(&info);
         return Ok(0);
     }
-    // The guest wrote all of this: nothing of it may steer the terminal.
-    let safe = |text: &str| text.chars().filter(|c| !c.is_control()).collect::<String>();
+    // The guest wrote all of this, and its owner may be another version.
+    let safe = visible;
     printed!("os         {}", safe(&info.os));
     printed!("kernel     {}", safe(&info.kernel));
     printed!("hostname   {}", safe(&info.hostname));

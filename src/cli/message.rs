@@ -3,8 +3,8 @@
 use std::io::{IsTerminal, Write};
 
 use crate::error::{Explain, Failed, Report};
-use crate::guest::archive::printable;
 use crate::run::FAILED;
+pub(super) use crate::text::visible;
 
 /// A verb that failed.
 #[derive(Debug)]
@@ -68,19 +68,6 @@ pub(super) fn print_report(report: &Report, json: bool) {
 /// A line on stderr; nobody can be told when that fails.
 pub(super) fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
-}
-
-/// Text that may hold a guest's words, line by line, without anything that
-/// steers a terminal.
-pub(super) fn visible(text: &str) -> String {
-    let lines: Vec<String> = text
-        .split('\n')
-        .map(|line| match line.strip_prefix('\t') {
-            Some(rest) => format!("\t{}", printable(rest.as_bytes())),
-            None => printable(line.as_bytes()),
-        })
-        .collect();
-    lines.join("\n")
 }
 
 /// Prints a value as JSON to stdout.

@@ -11,7 +11,7 @@ use super::machine_args::{MachineArgs, WorkspaceArgs};
 use super::message::{Failure, print_json, print_report, say, visible};
 use super::terminal::{self, RawMode};
 use crate::run::{Io, Outcome, Progress, RunError, Signal};
-use crate::spec::{Request, Script, SpecError, VmId};
+use crate::spec::{Bytes, Request, Script, SpecError, VmId};
 
 /// Signals that are the command's, not ours.
 const FORWARDED: [i32; 7] = {
@@ -41,6 +41,10 @@ pub(super) struct Args {
     /// Where what the guest leaves in /workspace/output goes.
     #[arg(long, value_name = "DIR")]
     artifacts: Option<PathBuf>,
+    /// With --json: how much of stdout and stderr each is collected; a command
+    /// that writes more is ended.
+    #[arg(long, value_name = "SIZE", default_value_t = Io::MOST)]
+    max_output: Bytes,
     /// Run on a terminal.
     #[arg(long, short)]
     tty: bool,
@@ -96,6 +100,7 @@ pub(super) fn read_script(path: &Path) -> Result<Script, SpecError> {
 /// Runs the command and gives its exit code.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let script_on_stdin = args.script.as_deref() == Some(Path::new("-"));
+    let most = args.max_output;
     let spec_file = args.machine.spec.clone();
     let settings = global.settings()?;
     let spec = settings.spec(args.request()?, spec_file.as_deref())?;
@@ -112,6 +117,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         stdout: (!collect).then(|| Box::new(tokio::io::stdout()) as _),
         stderr: (!collect).then(|| Box::new(tokio::io::stderr()) as _),
         spill: host.dirs.state.join("output"),
+        most,
         signals,
         size: terminal::size(),
         progress: progress(spec.command.terminal, global.json),

@@ -33,11 +33,13 @@ mod warning;
 pub(crate) use beneath::{Beneath, chown_link, copy_data, create_in, data_extents, stat_in, umask};
 pub use error::Error;
 pub use host_dir::HostDir;
-pub use name::{Name, printable};
-pub(crate) use name::{is_ignorable, link_stays_inside};
+pub use name::Name;
+pub(crate) use name::link_stays_inside;
 pub use pack::{Kind, Manifest, PackLimits, Packed, Stamp, pack, pack_file};
 pub use unpack::{Modes, Options, Unpacked, UnpackedEntry, unpack};
 pub use warning::{Warning, Warnings};
+
+pub use crate::text::printable;
 
 /// Bounds on an archive from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

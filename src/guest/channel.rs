@@ -9,23 +9,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent::{
-    Exit, Failure, HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request,
-    VERSION,
+    HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request, VERSION,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
-use super::archive::printable;
 use super::error::GuestError;
 use super::stream::{State, Stream};
+use super::words;
 
 /// Frames waiting to be written before senders have to wait.
 const WRITE_QUEUE: usize = 32;
 /// How long the guest may leave that queue full.
 const STALLED: Duration = Duration::from_secs(60);
-/// Longest explanation taken from the guest, in bytes.
-const MAX_WORDS: usize = 4096;
 
 /// A connection to a guest agent. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -106,7 +103,7 @@ impl Channel {
                 header.kind
             )));
         }
-        let hello: Hello = decode(&payload)?;
+        let hello = words::hello(decode(&payload)?);
         if hello.version != VERSION {
             return Err(GuestError::Version {
                 ours: VERSION,
@@ -328,14 +325,9 @@ pub(crate) async fn read_frame(
 }
 
 fn decode<'a, T: serde::Deserialize<'a>>(payload: &'a [u8]) -> Result<T, GuestError> {
-    serde_json::from_slice(payload).map_err(|error| GuestError::Protocol(error.to_string()))
-}
-
-/// The guest's words will be shown: nothing in them may steer a terminal.
-fn clean(failure: Failure) -> Failure {
-    let words = failure.message.as_bytes();
-    let message = printable(&words[..words.len().min(MAX_WORDS)]);
-    Failure { message, ..failure }
+    // The error quotes what was not expected.
+    serde_json::from_slice(payload)
+        .map_err(|error| GuestError::Protocol(words::text(&error.to_string())))
 }
 
 /// Serves until the connection ends; the reason is returned.
@@ -377,10 +369,7 @@ fn dispatch(header: Header, payload: Vec<u8>, shared: &Arc<Shared>) -> Result<()
                 });
             }
         }
-        Kind::Reply => state.reply(match decode(&payload)? {
-            Reply::Refused(failure) => Reply::Refused(clean(failure)),
-            reply => reply,
-        })?,
+        Kind::Reply => state.reply(words::reply(decode(&payload)?))?,
         Kind::Credit => {
             let bytes = payload
                 .try_into()
@@ -388,8 +377,7 @@ fn dispatch(header: Header, payload: Vec<u8>, shared: &Arc<Shared>) -> Result<()
             state.credit(u32::from_le_bytes(bytes))?;
         }
         Kind::Exit => {
-            let mut exit = decode::<Exit>(&payload)?;
-            exit.failure = exit.failure.map(clean);
+            let exit = words::exit(decode(&payload)?);
             lock(&shared.streams).open.remove(&stream);
             state.exit(exit);
         }

@@ -4,6 +4,7 @@ pub mod channel;
 mod error;
 mod stream;
 mod vsock;
+mod words;
 
 pub use channel::Channel;
 pub use error::GuestError;

@@ -79,7 +79,10 @@ impl State {
             ));
         };
         let mut inner = self.lock();
-        if !inner.replied || inner.unacknowledged.saturating_add(len) > WINDOW {
+        if !inner.replied {
+            return Err(GuestError::Protocol("output before the Reply".into()));
+        }
+        if inner.unacknowledged.saturating_add(len) > WINDOW {
             return Err(GuestError::Protocol(
                 "more output than its window allows".into(),
             ));
@@ -118,8 +121,13 @@ impl State {
     pub(super) fn credit(&self, bytes: u32) -> Result<(), GuestError> {
         let mut inner = self.lock();
         inner.credit = match inner.credit.checked_add(bytes) {
-            Some(credit) if credit <= WINDOW => credit,
-            _ => return Err(GuestError::Protocol("more credit than was used".into())),
+            // As with output, nothing is no message.
+            Some(credit) if bytes > 0 && credit <= WINDOW => credit,
+            _ => {
+                return Err(GuestError::Protocol(
+                    "credit for nothing that was sent".into(),
+                ));
+            }
         };
         self.writable.notify_waiters();
         Ok(())

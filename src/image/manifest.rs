@@ -30,6 +30,12 @@ impl Manifest {
     pub fn files(&self) -> impl Iterator<Item = &File> {
         [&self.root, &self.kernel.image, &self.initramfs].into_iter()
     }
+
+    /// Bytes of all its files, as it claims.
+    pub(super) fn size(&self) -> u64 {
+        self.files()
+            .fold(0, |sum, file| sum.saturating_add(file.size))
+    }
 }
 
 /// Whether a name stays in the directory it is joined to.
@@ -91,4 +97,37 @@ pub struct Package {
     pub name: String,
     /// Version.
     pub version: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_may_claim_any_size() {
+        let file = File {
+            file: "root.squashfs".into(),
+            size: u64::MAX,
+            sha256: String::new(),
+        };
+        let manifest = Manifest {
+            schema: 1,
+            name: "base".into(),
+            from: None,
+            root: file.clone(),
+            kernel: Kernel {
+                image: file.clone(),
+                release: "6.12.0".into(),
+                format: KernelFormat::Vmlinux,
+            },
+            initramfs: file,
+            agent: Agent {
+                version: "0.1.0".into(),
+                protocol: 1,
+                sha256: String::new(),
+            },
+            packages: Vec::new(),
+        };
+        assert_eq!(manifest.size(), u64::MAX);
+    }
 }

@@ -6,6 +6,9 @@ mod cpio;
 mod digest;
 mod entries;
 mod error;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzz;
 mod import;
 mod initramfs;
 mod kernel;

@@ -169,7 +169,7 @@ impl Store {
             all.push(Summary {
                 names,
                 kernel: image.manifest.kernel.release.clone(),
-                size: image.manifest.files().map(|file| file.size).sum(),
+                size: image.manifest.size(),
                 packages: image.manifest.packages.len(),
                 id,
             });

@@ -7,20 +7,18 @@ use std::path::{Path, PathBuf};
 
 use super::dirs::make_private;
 use super::outcome::Captured;
+use crate::spec::Bytes;
 
 /// Output being collected.
 #[derive(Debug)]
 pub(super) struct Capture {
     path: PathBuf,
+    limit: Bytes,
     head: Vec<u8>,
     bytes: u64,
     file: Option<File>,
     finished: bool,
 }
-
-/// Most output that is collected, in bytes. A command that writes more is
-/// ended, for the disk is not its own.
-const LIMIT: u64 = 4 << 30;
 
 impl Drop for Capture {
     fn drop(&mut self) {
@@ -33,9 +31,10 @@ impl Drop for Capture {
 
 impl Capture {
     /// Collects; what is too long for memory goes to the file `path`.
-    pub(super) fn new(path: PathBuf) -> Self {
+    pub(super) fn new(path: PathBuf, limit: Bytes) -> Self {
         Self {
             path,
+            limit,
             head: Vec::new(),
             bytes: 0,
             file: None,
@@ -49,7 +48,16 @@ impl Capture {
     }
 
     /// Takes in more output.
+    ///
+    /// # Errors
+    /// The file cannot be written, or it would be more than the limit.
     pub(super) fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.bytes + bytes.len() as u64 > self.limit.0 {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("it is more than {}", self.limit),
+            ));
+        }
         if self.file.is_none() && self.head.len() + bytes.len() > Captured::INLINE {
             if let Some(dir) = self.path.parent() {
                 make_private(dir)?;
@@ -63,12 +71,6 @@ impl Capture {
         }
         if let Some(file) = &mut self.file {
             file.write_all(bytes)?;
-        }
-        if self.bytes + bytes.len() as u64 > LIMIT {
-            return Err(io::Error::new(
-                io::ErrorKind::FileTooLarge,
-                format!("more than {} GiB of output", LIMIT >> 30),
-            ));
         }
         let room = Captured::INLINE - self.head.len();
         self.head.extend_from_slice(&bytes[..bytes.len().min(room)]);
@@ -104,7 +106,7 @@ mod tests {
     #[test]
     fn long_output_is_whole_in_the_file() {
         let dir = tempfile::tempdir().unwrap();
-        let mut capture = Capture::new(dir.path().join("out/stdout"));
+        let mut capture = Capture::new(dir.path().join("out/stdout"), Bytes::gib(1));
         let line = vec![b'y'; 1000];
         for _ in 0..2000 {
             capture.push(&line).unwrap();
@@ -123,13 +125,26 @@ mod tests {
 
     #[test]
     fn short_output_needs_no_file() {
-        let mut capture = Capture::new("/nowhere/stdout".into());
+        let mut capture = Capture::new("/nowhere/stdout".into(), Bytes(10));
         capture.push(b"hi\n").unwrap();
         let captured = capture.finish();
         assert_eq!((captured.text.as_str(), captured.complete), ("hi\n", true));
         assert_eq!(captured.file, None);
-        let mut capture = Capture::new("/nowhere/stdout".into());
+        let mut capture = Capture::new("/nowhere/stdout".into(), Bytes(10));
         capture.push(b"\xff").unwrap();
         assert!(!capture.finish().complete);
+    }
+
+    #[test]
+    fn more_than_the_limit_is_refused_and_leaves_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stdout");
+        let mut capture = Capture::new(path.clone(), Bytes::mib(2));
+        capture.push(&vec![0; 2 << 20]).unwrap();
+        let error = capture.push(b"x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
+        assert_eq!(error.to_string(), "it is more than 2M");
+        drop(capture);
+        assert!(!path.exists());
     }
 }

@@ -100,6 +100,17 @@ impl ConsoleLog {
         printable(&bytes, count)
     }
 
+    /// Whether the console says `words`, or does within `limit`: they take
+    /// another way than what the guest agent says.
+    pub async fn says(&self, words: &str, limit: Duration) -> bool {
+        let said = async {
+            while !self.last_lines(usize::MAX).contains(words) {
+                tokio::time::sleep(limit / 10).await;
+            }
+        };
+        tokio::time::timeout(limit, said).await.is_ok()
+    }
+
     /// From the kernel's panic message on, at most `count` lines; `None` when
     /// it has not panicked.
     pub fn panic_lines(&self, count: usize) -> Option<String> {

@@ -184,7 +184,11 @@ impl Explain for MachineError {
             Self::GuestPanic { .. } => {
                 "Give the machine more memory with --memory, or use the image's own kernel.".into()
             }
-            Self::GuestEnded { .. } | Self::AgentSilent { .. } => {
+            Self::GuestEnded { .. } => {
+                "See there whether the command restarted it or powered it off; check image and kernel else."
+                    .into()
+            }
+            Self::AgentSilent { .. } => {
                 "Check image and kernel, and that the accelerator works (`bulkhead doctor`).".into()
             }
             Self::Cancelled => "Start it again.".into(),

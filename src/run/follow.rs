@@ -115,7 +115,10 @@ impl Sink {
     ) -> Self {
         match to {
             Some(to) => Self::Pass { to, name },
-            None => Self::Collect(Capture::new(io.spill.join(format!("{owner}.{name}")))),
+            None => {
+                let path = io.spill.join(format!("{owner}.{name}"));
+                Self::Collect(Capture::new(path, io.most))
+            }
         }
     }
 
@@ -139,9 +142,9 @@ impl Sink {
                     }
                 }
             }
-            Self::Collect(capture) => capture.push(bytes).map_err(|source| RunError::Output {
-                place: capture.path().display().to_string(),
-                source,
+            Self::Collect(capture) => capture.push(bytes).map_err(|source| {
+                let place = capture.path().display().to_string();
+                RunError::Output { place, source }
             }),
             Self::Closed => Ok(()),
         }

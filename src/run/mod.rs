@@ -173,6 +173,10 @@ impl Explain for RunError {
             Self::Record(error) => error.remedy(),
             Self::Machine(error) => error.remedy(),
             Self::Workspace(error) => error.remedy(),
+            Self::Output { source, .. } if source.kind() == std::io::ErrorKind::FileTooLarge => {
+                "Collect more with --max-output, or let the command write to /workspace/output."
+                    .into()
+            }
             Self::Output { .. } => {
                 "Make room, write to /workspace/output, or redirect the output elsewhere.".into()
             }

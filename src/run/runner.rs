@@ -22,10 +22,15 @@ use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::image::Image;
 use crate::plan::Channel;
-use crate::spec::{Accel, ChannelKind, Spec, fill_random};
+use crate::spec::{Accel, Bytes, ChannelKind, Spec, fill_random};
 
 /// How long short requests to the agent may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
+
+/// How long the console may be behind the channel.
+const TOLD: Duration = Duration::from_millis(300);
+/// Exit code of a command that was ended by `SIGKILL`, or a shell's whose was.
+const KILLED: i32 = 128 + nix::libc::SIGKILL;
 
 /// A wish of the user while the command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +64,9 @@ pub struct Io {
     pub stderr: Option<Box<dyn AsyncWrite + Send + Unpin>>,
     /// Where collected output goes when it is long: `<id>.stdout`, `<id>.stderr`.
     pub spill: std::path::PathBuf,
+    /// How much of each is collected; a command that writes more is ended, for
+    /// the disk is not its own.
+    pub most: Bytes,
     /// Wishes of the user.
     pub signals: mpsc::Receiver<Signal>,
     /// Size of the terminal, where the spec asks for one.
@@ -68,6 +76,9 @@ pub struct Io {
 }
 
 impl Io {
+    /// How much output is collected unless somebody wants it otherwise.
+    pub const MOST: Bytes = Bytes::gib(4);
+
     /// No input, output collected for the outcome, nobody to interrupt.
     pub fn collecting(spill: std::path::PathBuf) -> Self {
         Self {
@@ -75,6 +86,7 @@ impl Io {
             stdout: None,
             stderr: None,
             spill,
+            most: Self::MOST,
             signals: mpsc::channel(1).1,
             size: Size { rows: 24, cols: 80 },
             progress: Box::new(|_| {}),
@@ -320,8 +332,21 @@ impl Session<'_> {
             }
             Err(error) => return Err(error),
         }
+        if done.command.exit_code == KILLED && self.out_of_memory().await {
+            warnings.push(format!(
+                "the guest ran out of memory ({}) and killed its largest process: give it more \
+                 with --memory",
+                self.spec.limits.memory
+            ));
+        }
         done.warnings = warnings;
         Ok(done)
+    }
+
+    /// Whether the guest's kernel or agent says so, in the same words.
+    async fn out_of_memory(&self) -> bool {
+        let console = self.machine.console();
+        console.says("Out of memory: Killed", TOLD).await
     }
 
     async fn command(&self, io: &mut Io) -> Result<Commanded, RunError> {

@@ -269,7 +269,69 @@ as_text!(Timeout);
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Whatever is accepted reads the same after a round trip, also through
+    /// JSON, and what is refused is refused alike.
+    fn comes_back<T>(text: &str) -> Result<(), TestCaseError>
+    where
+        T: FromStr<Err = Malformed> + fmt::Display + fmt::Debug + PartialEq,
+        T: Serialize + serde::de::DeserializeOwned,
+    {
+        let json = serde_json::to_string(text).unwrap();
+        match text.parse::<T>() {
+            Ok(value) => {
+                prop_assert_eq!(&value.to_string().parse::<T>().unwrap(), &value);
+                let kept = serde_json::to_string(&value).unwrap();
+                prop_assert_eq!(&serde_json::from_str::<T>(&kept).unwrap(), &value);
+                prop_assert_eq!(&serde_json::from_str::<T>(&json).unwrap(), &value);
+            }
+            Err(_) => prop_assert!(serde_json::from_str::<T>(&json).is_err()),
+        }
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_comes_back_or_is_refused(text in "[ -~]{0,8}|\\PC{0,12}") {
+            comes_back::<VmId>(&text)?;
+            comes_back::<Bytes>(&text)?;
+            comes_back::<Timeout>(&text)?;
+        }
+
+        #[test]
+        fn names_come_back(text in "[a-z0-9][a-z0-9-]{0,62}") {
+            let name: VmId = text.parse().unwrap();
+            prop_assert_eq!(name.as_str(), &text);
+            comes_back::<VmId>(&text)?;
+        }
+
+        #[test]
+        fn numbers_with_units_come_back(
+            number in prop_oneof![any::<u64>(), 0..10_000_u64],
+            unit in "|B|[kKmMgGtT](iB)?|ms|s|m|h|d",
+        ) {
+            let text = format!("{number}{unit}");
+            comes_back::<Bytes>(&text)?;
+            comes_back::<Timeout>(&text)?;
+        }
+
+        #[test]
+        fn any_amount_has_a_name(bytes in prop_oneof![
+            any::<u64>(),
+            (any::<u32>(), 0..32_u32).prop_map(|(number, shift)| u64::from(number) << shift),
+        ]) {
+            prop_assert_eq!(Bytes(bytes).to_string().parse(), Ok(Bytes(bytes)));
+        }
+
+        #[test]
+        fn any_time_has_a_name(millis in 1..u64::MAX / 1000) {
+            let timeout = Timeout(Duration::from_millis(millis));
+            prop_assert_eq!(timeout.to_string().parse(), Ok(timeout));
+        }
+    }
 
     #[test]
     fn machine_names() {

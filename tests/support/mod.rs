@@ -59,12 +59,12 @@ impl Bulkhead {
         &self.state
     }
 
-    /// A state directory of its own, with the prepared images in it.
+    /// A state directory of its own, with the prepared images and kernels in it.
     pub(crate) fn with_own_state(self) -> Self {
         let state = self.runtime.path().join("state");
         std::fs::create_dir(&state).unwrap();
-        for dir in ["images", "kernels"] {
-            std::os::unix::fs::symlink(self.state.join(dir), state.join(dir)).unwrap();
+        for name in ["images", "kernels"] {
+            std::os::unix::fs::symlink(self.state.join(name), state.join(name)).unwrap();
         }
         Self { state, ..self }
     }
@@ -123,7 +123,8 @@ impl Bulkhead {
     }
 }
 
-fn ran(output: std::process::Output) -> Ran {
+/// What a call gave that was started by hand.
+pub(crate) fn ran(output: std::process::Output) -> Ran {
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Ran {
         stdout: text(output.stdout),
@@ -252,6 +253,15 @@ impl Started {
 
     pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
         nix::sys::signal::kill(self.pid(), signal).unwrap();
+    }
+
+    /// Gives the command a line and waits for its answer.
+    pub(crate) fn ask(&mut self, line: &str) -> String {
+        let stdin = self.child.stdin.as_mut().unwrap();
+        writeln!(stdin, "{line}").unwrap();
+        let mut answer = String::new();
+        self.stdout.read_line(&mut answer).unwrap();
+        answer
     }
 
     /// Waits for the end; what was read before is not in its output.

@@ -3,6 +3,7 @@
 mod bench;
 mod coverage;
 mod docs;
+mod fuzz;
 mod kernel;
 mod packages;
 mod qemu10;
@@ -34,6 +35,8 @@ enum Task {
     Coverage(coverage::Args),
     /// Write the reference below docs/ from the code.
     Docs(docs::Args),
+    /// Feed hostile bytes to whatever reads them.
+    Fuzz(fuzz::Args),
     /// Build the tuned kernel.
     Kernel(kernel::Args),
     /// Dumps of what each QEMU version offers.
@@ -50,6 +53,7 @@ fn main() -> anyhow::Result<()> {
         Task::Bench(args) => bench::run(args),
         Task::Coverage(args) => coverage::run(args),
         Task::Docs(args) => docs::run(&args),
+        Task::Fuzz(args) => fuzz::run(args),
         Task::Kernel(args) => kernel::run(args),
         Task::QmpSchema(args) => qmp_schema::run(args),
         Task::Qemu10(args) => qemu10::run(args),

@@ -22,6 +22,7 @@ const NEEDED: &[Package] = &[
     package("xz-utils", "reads compressed images"),
     package("zstd", "reads compressed images"),
     package("gcc", "links the programs"),
+    package("g++", "builds libFuzzer"),
     package("libc6-dev", "links the guest agent statically"),
     package("pkg-config", "finds libraries at build time"),
     package("libmnl-dev", "talks to the kernel's firewall"),

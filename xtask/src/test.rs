@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{docs, kernel, qemu10, setup};
+use crate::{docs, fuzz, kernel, qemu10, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -121,6 +121,7 @@ fn static_checks() -> Vec<Check> {
         ("clippy with the service only", clippy(&service)),
         ("documentation", cargo(&["doc", "--workspace", "--no-deps"])),
         ("reference", docs::check()),
+        ("rustfmt and clippy of tests/fuzz", fuzz::lint()),
     ]
 }
 
@@ -129,6 +130,7 @@ fn programs(state: &Path) -> Vec<Check> {
     vec![
         ("examples/embed", embed(state)),
         ("xtask bench boot", bench(state)),
+        ("xtask fuzz", fuzz::briefly()),
     ]
 }
 

@@ -456,16 +456,47 @@ pub struct Process {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    #[test]
-    fn header_survives_the_wire() {
-        let header = Header {
-            len: 5,
-            stream: 0x0102_0304,
-            kind: Kind::Err,
-        };
-        assert_eq!(Header::decode(header.encode()), Ok(header));
+    proptest! {
+        #[test]
+        fn headers_survive_the_wire(
+            len in 0..=MAX_PAYLOAD as u32,
+            stream in 1..=u32::MAX,
+            kind in 0..=9_u8,
+        ) {
+            let kind = Kind::try_from(kind).unwrap();
+            let stream = if kind == Kind::Hello { 0 } else { stream };
+            let header = Header { len, stream, kind };
+            prop_assert_eq!(Header::decode(header.encode()), Ok(header));
+        }
+
+        /// There is one way to write each header, and all bytes count.
+        #[test]
+        fn what_is_taken_for_a_header_is_one(
+            len in prop_oneof![any::<u32>(), 0..100_000_u32],
+            stream in prop_oneof![any::<u32>(), 0..2_u32],
+            kind in 0..12_u8,
+            pad in prop_oneof![Just([0; 3]), any::<[u8; 3]>()],
+        ) {
+            let mut bytes = [0; HEADER_LEN];
+            bytes[..4].copy_from_slice(&len.to_le_bytes());
+            bytes[4..8].copy_from_slice(&stream.to_le_bytes());
+            bytes[8] = kind;
+            bytes[9..].copy_from_slice(&pad);
+            match Header::decode(bytes) {
+                Ok(header) => {
+                    prop_assert!(header.len as usize <= MAX_PAYLOAD);
+                    prop_assert_eq!(header.encode(), bytes);
+                }
+                Err(_) => prop_assert!(
+                    len as usize > MAX_PAYLOAD || kind > 9 || pad != [0; 3]
+                        || (stream == 0) != (kind == 0)
+                ),
+            }
+        }
     }
 
     #[test]

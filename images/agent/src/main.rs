@@ -9,6 +9,7 @@ mod files;
 mod identity;
 mod info;
 mod init;
+mod memory;
 mod server;
 mod watch;
 

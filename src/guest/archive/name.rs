@@ -1,11 +1,10 @@
 //! Names of entries: checked once, then trusted to be relative and plain.
 
 use std::ffi::OsStr;
-use std::fmt::Write as _;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use super::{Error, Limits};
+use super::{Error, Limits, printable};
 
 /// A relative path of plain components: no root, no `.`, no `..`, no NUL.
 ///
@@ -138,45 +137,6 @@ pub(crate) fn link_stays_inside(depth: usize, target: &[u8]) -> bool {
     up <= depth
 }
 
-/// Bytes of a name or message as text without control characters, so that it
-/// can be shown on a terminal: others become `\n`, `\t`, `\xNN` or `\u{N}`.
-pub fn printable(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        for c in chunk.valid().chars() {
-            match c {
-                '\n' => text.push_str("\\n"),
-                '\t' => text.push_str("\\t"),
-                c if c.is_control() || is_bidi_or_invisible(c) => {
-                    let _ = write!(text, "\\u{{{:x}}}", u32::from(c));
-                }
-                c => text.push(c),
-            }
-        }
-        for byte in chunk.invalid() {
-            let _ = write!(text, "\\x{byte:02x}");
-        }
-    }
-    text
-}
-
-/// Characters that reorder or hide text, which would let a name lie. Those
-/// that choose between looks of the one before (emoji have them) do not.
-fn is_bidi_or_invisible(c: char) -> bool {
-    matches!(c, '\u{2028}' | '\u{2029}' | '\u{fff9}'..='\u{fffb}')
-        || is_ignorable(c) && !matches!(c, '\u{fe00}'..='\u{fe0f}')
-}
-
-/// Characters without a look of their own (Unicode's Default_Ignorable_Code_Point),
-/// which file systems that fold case may leave out when they compare names.
-pub(crate) fn is_ignorable(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}'
-        | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}'
-        | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}'
-        | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fff8}'
-        | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,14 +182,5 @@ mod tests {
         assert!(!link_stays_inside(3, b"a/../../b"));
         assert!(!link_stays_inside(3, b"/etc"));
         assert!(!link_stays_inside(3, b""));
-    }
-
-    #[test]
-    fn control_characters_are_shown_escaped() {
-        assert_eq!(
-            printable(b"a\x1b[31m\n\xff\xc3\xa4"),
-            "a\\u{1b}[31m\\n\\xffä"
-        );
-        assert_eq!(printable("x\u{202e}y".as_bytes()), "x\\u{202e}y");
     }
 }

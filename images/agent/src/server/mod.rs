@@ -20,6 +20,7 @@ use crate::exec::cgroup::Cgroups;
 use crate::failure::{Context, Result};
 use crate::files::Tracked;
 use crate::init::{self, Scratch};
+use crate::memory;
 
 /// Open files the agent itself may have: six for each of many commands.
 const OWN_FILES: rlim_t = 65_536;
@@ -117,6 +118,9 @@ async fn serve(source: Source, server: &Arc<Server>) -> Result<Over> {
     let mut connections = source.open().await?;
     if role_has_console(server.role) {
         tokio::spawn(emergency::serve(Arc::clone(server)));
+    }
+    if let Role::Machine { .. } = server.role {
+        tokio::spawn(memory::watch());
     }
     let lost = || "lost the way to the host".to_owned();
     while let Some(channel) = connections.next().await.context(lost)? {

@@ -1,6 +1,7 @@
 //! Which names below a repository's root hold nothing but data.
 
-use crate::guest::archive::{Kind, is_ignorable};
+use crate::guest::archive::Kind;
+use crate::text::is_ignorable;
 
 /// What to do with one name.
 #[derive(Debug, Clone, PartialEq, Eq)]
