@@ -401,6 +401,8 @@ impl Parts {
         begin: Instant,
         spawned_us: u64,
     ) -> Result<Live, MachineError> {
+        let qemu = self.plan.qemu.clone();
+        fault::at("wait for agent").map_err(io_error("wait for", &qemu))?;
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
         let monitor = async {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
@@ -442,6 +444,7 @@ impl Parts {
                 return Err(explain_end(ended, plan, process, console, words, options).await);
             }
         };
+        fault::at("agent answers").map_err(io_error("wait for", &qemu))?;
         let phases = Phases {
             spawned_us,
             qmp_us,

@@ -12,7 +12,8 @@ use super::supervisor::{Start, save_spec};
 use super::view::{Kind, View};
 use super::wire::{ExecId, ExecInfo, Settings};
 use crate::run::{
-    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, detached, look, recover,
+    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, abandon, detached, look,
+    recover,
 };
 use crate::spec::{Spec, Timeout, VmId};
 
@@ -218,7 +219,7 @@ impl Machines {
             Err(SuperviseError::State(_) | SuperviseError::Run(_))
                 if force && self.dirs().run(id).exists() =>
             {
-                return self.remove_damaged(id);
+                return self.remove_damaged(id).await;
             }
             other => other?,
         };
@@ -246,27 +247,17 @@ impl Machines {
         }
     }
 
-    /// Without its state it is what a dead owner left.
-    fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
-        let path = self.dirs().run(id).join(StateFile::NAME);
-        fs::remove_file(&path).map_err(|source| RecordError::Io {
-            action: "remove",
-            path,
-            source,
-        })?;
-        for found in recover(self.dirs(), false)? {
-            match found {
-                Found::Dead {
-                    id: dead, errors, ..
-                } if dead == id.as_str() => {
-                    if let Some(error) = errors.into_iter().next() {
-                        return Err(SuperviseError::Told(error));
-                    }
-                }
-                _ => {}
-            }
+    /// Removes what cannot be looked at. It may run all the same: looking can
+    /// fail for want of a descriptor, too.
+    async fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
+        if look::is_owned(&self.dirs().run(id))? {
+            // Where nobody answers, it stays in use.
+            let _ = self.client(id).stop(None, true).await;
         }
-        Ok(())
+        match abandon(self.dirs(), id)?.into_iter().next() {
+            Some(error) => Err(SuperviseError::Told(error)),
+            None => Ok(()),
+        }
     }
 
     /// A machine as it is now: what is on disk, compared with what lives.

@@ -16,6 +16,7 @@ use super::view::Live;
 use super::wire::{Answer, Ask, ExecRequest, Limit, Settings};
 use crate::error::{Explain, Report};
 use crate::guest::Channel;
+use crate::host::fault;
 use crate::host::lease::{Lease, write_durably};
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
@@ -238,6 +239,7 @@ impl Supervisor<'_> {
             }
         };
         // From here on it is the user's, and a failure is the machine's.
+        let _ = fault::at("tell ready");
         ready();
         let next = match self.main(&up, start).await {
             Ok(()) => self.watch(&mut up, &mut asked).await,
@@ -668,6 +670,7 @@ impl Supervisor<'_> {
         if let Err(error) = self.state.advance(State::Stopping, &end.reason) {
             tracing::error!("{error}");
         }
+        let _ = fault::at("power off");
         up.execs.machine_ends(&end.reason);
         let grace = grace.unwrap_or(self.spec.lifetime.stop_grace.0);
         let machine = &up.detached.machine;
@@ -718,7 +721,9 @@ impl Supervisor<'_> {
             });
         });
         // Whoever waits may start it again at once.
+        let _ = fault::at("let go");
         drop(record);
+        let _ = fault::at("tell end");
         for asked in self.waiting {
             asked.answer(&Answer::Done).await;
         }
