@@ -6,8 +6,10 @@
 //! anybody adding it. Without the feature `faults` there is nothing here.
 //!
 //! `BULKHEAD_FAULT` says what to do: `record=FILE` appends each point to a
-//! file, `stop=ROLE POINT N` stops the program (SIGSTOP) at the N-th passing of
-//! a point, `ERRNO=ROLE POINT N` makes it fail there.
+//! file as `PID ROLE N POINT`, `stop=ROLE N POINT` stops the program (SIGSTOP)
+//! at the N-th passing of a point, `ERRNO=ROLE N POINT` makes it fail there.
+//! `BULKHEAD_FAULT_REACHED` names a file that is given the process id of who
+//! got to that point, before it stops or fails.
 
 /// Which of our programs this is, for telling the same point apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,16 +80,29 @@ mod inner {
             *count += 1;
             *count
         };
-        let here = format!("{role} {point} {count}");
+        let here = format!("{role} {count} {point}");
         match what.as_str() {
             "record" => {
                 let mut file = std::fs::File::options()
                     .append(true)
                     .create(true)
                     .open(of)?;
-                writeln!(file, "{here}")
+                // In one piece: others write to it too.
+                file.write_all(format!("{} {here}\n", std::process::id()).as_bytes())
             }
             _ if *of != here => Ok(()),
+            _ => {
+                if let Some(reached) = std::env::var_os("BULKHEAD_FAULT_REACHED") {
+                    std::fs::write(reached, std::process::id().to_string())?;
+                }
+                act(what)
+            }
+        }
+    }
+
+    /// Does what the test wants at this point.
+    fn act(what: &str) -> io::Result<()> {
+        match what {
             // The test does what it wants to whom it wants, then lets us go on.
             "stop" => Ok(raise(Signal::SIGSTOP)?),
             "ENOSPC" => Err(Errno::ENOSPC.into()),

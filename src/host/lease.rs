@@ -265,7 +265,33 @@ impl Journal {
     }
 }
 
-/// Replaces a file as a whole: a crash leaves the old content or the new.
+/// What the name of a file begins with that is not whole yet.
+const HALF_MADE: &str = ".half-made-";
+
+/// A file beside `path`, to become it when it is whole. What a crash leaves of
+/// it is removed by [`sweep`].
+pub fn half_made(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{HALF_MADE}{name}"))
+}
+
+/// Removes what a dead owner had not finished in its directory. The caller
+/// holds its lock.
+///
+/// # Errors
+/// The directory cannot be read, or one of them stays.
+pub fn sweep(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(HALF_MADE) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Replaces a file as a whole: a crash leaves the old content or the new, and
+/// at most something for [`sweep`].
 ///
 /// # Errors
 /// As the file system says.
@@ -274,7 +300,9 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     fault::at(&format!("write {name}"))?;
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    let mut file = tempfile::Builder::new()
+        .prefix(HALF_MADE)
+        .tempfile_in(dir)?;
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
     fault::at(&format!("rename {name}"))?;
@@ -302,6 +330,22 @@ mod tests {
             journal.release_all().is_empty(),
             "releasing again is not an error"
         );
+    }
+
+    #[test]
+    fn what_a_crash_left_half_made_is_swept_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state.json");
+        write_durably(&path, b"old").unwrap();
+        let half = tempfile::Builder::new()
+            .prefix(HALF_MADE)
+            .tempfile_in(dir.path());
+        half.unwrap().keep().unwrap();
+        fs::write(half_made(&dir.path().join("disk.img")), b"half").unwrap();
+        sweep(dir.path()).unwrap();
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use super::machine::Machine;
 use super::{MachineError, RunError};
 use crate::error::{Explain, Report};
 use crate::guest::Channel;
+use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::qmp::GuestAgent;
 use crate::spec::{Spec, VmId};
@@ -185,7 +186,9 @@ pub(crate) fn listen(path: PathBuf) -> io::Result<(Listener, mpsc::Receiver<Aske
     }
     let _ = std::fs::remove_file(&path);
     // The directory keeps others out; the credentials are checked besides.
+    fault::at("bind control socket")?;
     let listener = UnixListener::bind(&path)?;
+    fault::at("bound control socket")?;
     let (sender, asked) = mpsc::channel(16);
     let task = tokio::spawn(async move {
         loop {
@@ -440,7 +443,9 @@ impl Controller {
     ) -> Result<(T, UnixStream), ControlError> {
         let mut connection = self.connect().await?;
         let answer = async {
+            fault::at("ask owner")?;
             write_line(&mut connection, ask).await?;
+            fault::at("asked owner")?;
             read_line::<T>(&mut connection).await
         };
         let answer = match tokio::time::timeout(within, answer).await {
@@ -456,9 +461,11 @@ impl Controller {
 
     async fn connect(&self) -> Result<UnixStream, ControlError> {
         let path: &Path = &self.path;
-        UnixStream::connect(path)
-            .await
-            .map_err(|source| self.unreachable(source))
+        let connect = async {
+            fault::at("connect to owner")?;
+            UnixStream::connect(path).await
+        };
+        connect.await.map_err(|source| self.unreachable(source))
     }
 
     fn unreachable(&self, source: io::Error) -> ControlError {

@@ -13,7 +13,9 @@ use super::runner::{ANSWER, identity};
 use super::share;
 use super::transfer::joined;
 use super::{MachineError, RunError};
+use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
+use crate::host::fault;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
 
 /// How long a running machine may take to answer its new supervisor.
@@ -76,10 +78,12 @@ pub(crate) async fn boot(
     machine.hold(lock);
     let settle = async {
         let channel = machine.channel().clone();
+        passed("configure guest")?;
         let mut configure = identity(spec);
         configure.machine_id = Some(machine_id);
         let identity = Request::Configure(configure);
         channel.ask("take its identity", &identity, ANSWER).await?;
+        passed("send workspace")?;
         match first || spec.workspace.mode == WorkspaceMode::Share {
             true => exchange.send(&channel, spec).await,
             false => Ok(Vec::new()),
@@ -105,6 +109,14 @@ pub(crate) async fn boot(
             Err((error, record))
         }
     }
+}
+
+/// Passes a point between two requests to the guest.
+fn passed(point: &str) -> Result<(), GuestError> {
+    fault::at(point).map_err(|source| GuestError::Io {
+        action: "preparing the guest",
+        source: source.into(),
+    })
 }
 
 /// Takes over the running machine of `record`, whose supervisor died.

@@ -10,7 +10,7 @@ use tokio::net::UnixStream;
 use super::error::MachineError;
 use super::machine::{StartOptions, io_error};
 use crate::guest::archive::HostDir;
-use crate::host::{fault, probe, sys};
+use crate::host::{fault, lease, probe, sys};
 use crate::image::scratch;
 use crate::plan::{Descriptor, Plan};
 use crate::spec::fill_random;
@@ -35,6 +35,7 @@ impl Ends {
         };
         for descriptor in &plan.descriptors {
             if let Some((name, end)) = ends.end(*descriptor) {
+                fault::at("connect to machine")?;
                 *end = Some(UnixStream::connect(sockets.join(name)).await?);
             }
         }
@@ -90,6 +91,7 @@ pub(super) fn descriptors(
 
 /// A pair of sockets: one end for us, the other for QEMU.
 pub(super) fn pair(end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
+    fault::at("make socket pair")?;
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     *end = Some(UnixStream::from_std(ours)?);
@@ -99,6 +101,7 @@ pub(super) fn pair(end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
 /// A socket that QEMU listens on, and our connection to it: a later owner can
 /// connect again.
 fn listening(path: &Path, end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
+    fault::at("bind machine socket")?;
     let listener = std::os::unix::net::UnixListener::bind(path)?;
     let ours = std::os::unix::net::UnixStream::connect(path)?;
     ours.set_nonblocking(true)?;
@@ -134,18 +137,21 @@ fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<Owned
         if !path.exists() {
             let template = scratch::template(&options.cache, plan.scratch.0)?;
             // Whole or not at all: a machine may be started again after a crash.
-            let fresh = path.with_extension("new");
+            let fresh = lease::half_made(path);
             let _ = fs::remove_file(&fresh);
+            fault::at("copy disk.img").map_err(io_error("make", path))?;
             scratch::copy(&template, &fresh)?;
             fault::at("rename disk.img")
                 .and_then(|()| File::open(&fresh)?.sync_all())
                 .and_then(|()| fs::rename(&fresh, path))
+                .inspect_err(|_| drop(fs::remove_file(&fresh)))
                 .map_err(io_error("make", path))?;
         }
         return Ok(open(path)?.into());
     }
     let template = scratch::template(&options.cache, plan.scratch.0)?;
     let path = dir.join("scratch.img");
+    fault::at("copy scratch.img").map_err(io_error("make", &path))?;
     scratch::copy(&template, &path)?;
     let disk = open(&path)?;
     fs::remove_file(&path).map_err(io_error("unlink", &path))?;

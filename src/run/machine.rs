@@ -441,6 +441,8 @@ impl Parts {
     ) -> Result<Live, MachineError> {
         let disk = OnceLock::new();
         let paused = Cell::new(false);
+        let qemu = self.plan.qemu.clone();
+        fault::at("wait for agent").map_err(io_error("wait for", &qemu))?;
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
         let monitor = async {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
@@ -502,6 +504,7 @@ impl Parts {
             }
             monitor.execute(qapi::qmp::stop {}).await?;
         }
+        fault::at("agent answers").map_err(io_error("wait for", &qemu))?;
         let phases = Phases {
             spawned_us,
             qmp_us,

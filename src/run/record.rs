@@ -193,6 +193,7 @@ impl Record {
             let path = image.use_file(&format!("{}-{}", spec.id, VmId::random()));
             journal.add(Lease::File { path: path.clone() })?;
             let make = || {
+                fault::at("make used-by")?;
                 make_private(path.parent().unwrap_or(&path))?;
                 write_durably(&path, dir.to_string_lossy().as_bytes())
             };
@@ -304,24 +305,21 @@ impl Record {
     /// Removes a detached machine for good: its leases, its disk, its record.
     pub fn destroy(mut self) -> Vec<RecordError> {
         let mut errors = self.release();
-        // As long as anything of it lives, its image must stay.
         if !errors.is_empty() {
             return errors;
+        }
+        // Without this file it is what a dead owner left: whatever ends us from
+        // here on, recovery finishes the work. With it, it is a whole machine,
+        // and has all that it keeps.
+        if let Err(error) = remove_state(&self.dir) {
+            return vec![error];
         }
         match Journal::open(self.dir.join(KEPT)) {
             Ok(mut kept) => errors.extend(kept.release_all().into_iter().map(Into::into)),
             Err(error) => errors.push(error.into()),
         }
-        if !errors.is_empty() {
-            return errors;
-        }
-        // Without this file it is what a dead owner left: whatever ends us from
-        // here on, recovery finishes the work.
-        let state = self.dir.join(StateFile::NAME);
-        let removed = fault::at("remove state.json").and_then(|()| fs::remove_file(&state));
-        if let Err(error) = removed
-            .map_err(io_error("remove", &state))
-            .and_then(|()| self.remove())
+        if errors.is_empty()
+            && let Err(error) = self.remove()
         {
             errors.push(error);
         }
@@ -350,6 +348,13 @@ impl Record {
             }
         }
     }
+}
+
+/// Makes a detached machine what a dead owner left. The caller holds its lock.
+pub(super) fn remove_state(dir: &Path) -> Result<(), RecordError> {
+    let state = dir.join(StateFile::NAME);
+    let removed = fault::at("remove state.json").and_then(|()| fs::remove_file(&state));
+    removed.map_err(io_error("remove", &state))
 }
 
 /// Makes and locks `runs/<id>/` where the name is free.
@@ -406,8 +411,10 @@ fn make_dir(dirs: &Dirs, spec: &Spec) -> Result<(PathBuf, Flock<File>), RecordEr
 }
 
 fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), RecordError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
     serde_json::to_vec_pretty(value)
         .map_err(io::Error::from)
+        .and_then(|text| fault::at(&format!("make {name}")).map(|()| text))
         .and_then(|text| fs::write(path, text))
         .map_err(io_error("write", path))
 }
@@ -420,7 +427,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T
 
 /// Takes a machine's lock, or `None` when somebody keeps it: whoever only looks
 /// at a machine has it for a moment.
-fn lock_soon(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
+pub(super) fn lock_soon(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
     for _ in 0..40 {
         if let Some(lock) = lock_run(dir)? {
             return Ok(Some(lock));
@@ -433,7 +440,9 @@ fn lock_soon(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
 /// Keeps others from making or recovering runs for the moment.
 pub(super) fn lock_runs(runs: &Path) -> Result<Flock<File>, RecordError> {
     let path = runs.join(".lock");
-    let file = File::create(&path).map_err(io_error("open", &path))?;
+    let file = fault::at("lock runs")
+        .and_then(|()| File::create(&path))
+        .map_err(io_error("open", &path))?;
     Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, errno)| io_error("lock", &path)(errno.into()))
 }
@@ -441,7 +450,9 @@ pub(super) fn lock_runs(runs: &Path) -> Result<Flock<File>, RecordError> {
 /// Takes a run's lock; `None` when its owner is alive.
 pub(super) fn lock_run(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
     let path = dir.join("lock");
-    let file = File::create(&path).map_err(io_error("open", &path))?;
+    let file = fault::at("lock run")
+        .and_then(|()| File::create(&path))
+        .map_err(io_error("open", &path))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         // Removed and made again meanwhile, the name is another file's.
         Ok(lock) if !is_at(&lock, &path) => Ok(None),

@@ -6,13 +6,16 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::dirs::Dirs;
-use super::record::{KEPT, LEASES, RecordError, SPEC, io_error, lock_run, lock_runs, read_json};
+use super::record::{
+    KEPT, LEASES, RecordError, SPEC, io_error, lock_run, lock_runs, lock_soon, read_json,
+    remove_state,
+};
 use super::share;
 use super::state::{Ended, State, StateFile, now_ms};
 use crate::error::{Explain, Report};
 use crate::guest::archive::HostDir;
 use crate::host::fault;
-use crate::host::lease::{Journal, Lease};
+use crate::host::lease::{self, Journal, Lease};
 use crate::spec::{Spec, Survivors, VmId, WorkspaceMode};
 
 /// What was found in one run's directory.
@@ -247,6 +250,26 @@ pub(crate) mod look {
     }
 }
 
+/// Clears away a detached machine whose record is damaged.
+///
+/// # Errors
+/// Somebody has it, or something of it stays.
+pub(crate) fn abandon(dirs: &Dirs, id: &VmId) -> Result<Vec<Report>, RecordError> {
+    let dir = dirs.run(id);
+    let lock = lock_soon(&dir)?.ok_or_else(|| RecordError::Busy { id: id.clone() })?;
+    // Without its state nobody starts it any more.
+    if StateFile::is_in(&dir) {
+        remove_state(&dir)?;
+    }
+    drop(lock);
+    let _runs = lock_runs(&dirs.runs())?;
+    match recover_one(&dir) {
+        Found::Dead { errors, .. } => Ok(errors),
+        // Somebody else is at it.
+        _ => Ok(Vec::new()),
+    }
+}
+
 /// Releases one run if its owner is dead. The caller holds the lock on all runs.
 pub(super) fn recover_one(dir: &Path) -> Found {
     let id = name(dir);
@@ -261,6 +284,11 @@ pub(super) fn recover_one(dir: &Path) -> Found {
         Err(found) => return found,
     };
     let found = run.found();
+    // Also of one that is in order: its owner may have died before it changed anything.
+    if let Err(source) = lease::sweep(dir) {
+        let error = io_error("clear", dir)(source);
+        return dead(id, run.journal.leases().to_vec(), &[&error]);
+    }
     if matches!(found, Found::Kept { .. }) {
         return found;
     }

@@ -13,6 +13,7 @@ use super::log::ExecLog;
 use super::server::{FromClient, Inputs, ToClient, failure};
 use super::wire::{ExecEnd, ExecId, ExecInfo, ExecRequest, Open};
 use crate::guest::{Channel, GuestError, Input, Output, Stream};
+use crate::host::fault;
 use crate::run::{FAILED, TIMED_OUT, now_ms};
 
 /// How long the guest may take to say whether it can run a command.
@@ -76,6 +77,14 @@ impl Drop for KeptBusy {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Passes a point in the life of a command.
+fn passed(point: &str) -> Result<(), GuestError> {
+    fault::at(point).map_err(|source| GuestError::Io {
+        action: "starting a command",
+        source: source.into(),
+    })
 }
 
 /// How a command ended, before it is put into words.
@@ -224,6 +233,7 @@ impl Execs {
         let stdin = exec.stdin || exec.terminal.is_some();
         let mut log = ExecLog::begin(&self.logs, &info);
         let started = async {
+            passed("begin exec")?;
             let mut stream = self.channel.open(&Request::Exec(exec)).await?;
             match tokio::time::timeout(ANSWER, stream.started(&what)).await {
                 Ok(Ok(Reply::Started { pid })) => Ok((stream, pid)),
@@ -251,6 +261,8 @@ impl Execs {
                 return Err(error);
             }
         };
+        // The guest runs it, whatever becomes of us.
+        let _ = passed("began exec");
         let (followers, _) = broadcast::channel(FOLLOWED);
         let (over, ended) = watch::channel(None);
         let running = Running {
@@ -296,6 +308,7 @@ impl Execs {
         })
         .await;
         let (end, exit) = self.words(ending);
+        let _ = passed("end exec");
         log.end(&end);
         lock(&self.running).remove(&id);
         over.send_replace(Some(exit.clone()));

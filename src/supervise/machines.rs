@@ -13,7 +13,8 @@ use super::view::{Kind, View};
 use super::wire::{ExecId, ExecInfo, Settings};
 use crate::host::lease::Lease;
 use crate::run::{
-    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, detached, look, recover,
+    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, abandon, detached, look,
+    recover,
 };
 use crate::spec::{Spec, Timeout, VmId};
 
@@ -298,41 +299,17 @@ impl Machines {
         }
     }
 
-    /// Without its state it is what a dead owner left.
+    /// Removes what cannot be read.
     async fn remove_damaged(&self, id: &VmId) -> Result<(), SuperviseError> {
-        let dir = self.dirs().run(id);
-        if look::is_owned(&dir)? {
-            // Its supervisor knows more than the disk.
-            let stopped = tokio::time::timeout(FORCE, self.client(id).stop(None, true)).await;
-            if !matches!(stopped, Ok(Ok(()))) || look::is_owned(&dir)? {
-                return Err(RecordError::Busy { id: id.clone() }.into());
-            }
+        if look::is_owned(&self.dirs().run(id))? {
+            // Its supervisor knows more than the disk; where it does not answer,
+            // the machine stays in use.
+            let _ = tokio::time::timeout(FORCE, self.client(id).stop(None, true)).await;
         }
-        let path = dir.join(StateFile::NAME);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                return Err(RecordError::Io {
-                    action: "remove",
-                    path,
-                    source,
-                }
-                .into());
-            }
-            _ => {}
+        match abandon(self.dirs(), id)?.into_iter().next() {
+            Some(error) => Err(SuperviseError::Told(error)),
+            None => Ok(()),
         }
-        for found in recover(self.dirs(), false)? {
-            match found {
-                Found::Dead {
-                    id: dead, errors, ..
-                } if dead == id.as_str() => {
-                    if let Some(error) = errors.into_iter().next() {
-                        return Err(SuperviseError::Told(error));
-                    }
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
 
     /// A machine as it is now: what is on disk, compared with what lives.

@@ -15,6 +15,7 @@ use super::view::Live;
 use super::wire::{Answer, Ask, ExecRequest};
 use super::{tune, watch as watching};
 use crate::error::{Explain, Report};
+use crate::host::fault;
 use crate::host::lease::{Lease, write_durably};
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
@@ -278,6 +279,7 @@ impl Supervisor<'_> {
             return (record, with_leaks(End::never(error.into()), left));
         }
         // From here on it is the user's, and a failure is the machine's.
+        let _ = fault::at("tell ready");
         ready();
         let next = match self.main(&up, start, stopped) {
             Ok(()) => self.watch(&up, &mut clock, &mut asked).await,
@@ -438,6 +440,7 @@ impl Supervisor<'_> {
         if let Err(error) = self.state.advance(State::Stopping, &end.reason) {
             tracing::error!("{error}");
         }
+        let _ = fault::at("power off");
         up.execs.machine_ends(&end.reason);
         let grace = grace.unwrap_or(self.spec.lifetime.stop_grace.0);
         let machine = &up.detached.machine;
@@ -490,7 +493,9 @@ impl Supervisor<'_> {
             });
         });
         // Whoever waits may start it again at once.
+        let _ = fault::at("let go");
         drop(record);
+        let _ = fault::at("tell end");
         self.waiting.tell().await;
         match end.error {
             Some(error) => Err(error),

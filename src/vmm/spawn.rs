@@ -11,6 +11,7 @@ use nix::libc;
 
 use super::process::VmmProcess;
 use crate::error::Explain;
+use crate::host::fault;
 use crate::host::lease::LeaseError;
 use crate::plan::FIRST_FD;
 
@@ -161,6 +162,7 @@ impl Spawn {
         let mut env_pointers: Vec<*const libc::c_char> =
             env.iter().map(|word| word.as_ptr()).collect();
         env_pointers.push(std::ptr::null());
+        fault::at("fork").map_err(fork_error)?;
         let (go_read, go_write) = pipe().map_err(fork_error)?;
         let (fail_read, fail_write) = pipe().map_err(fork_error)?;
         let child = Child {
@@ -187,6 +189,7 @@ impl Spawn {
         };
         drop((go_read, fail_write));
         let process = VmmProcess::adopt_child(pid).map_err(fork_error)?;
+        fault::at("forked").map_err(fork_error)?;
         journal(&process).map_err(|source| SpawnError::Lease {
             program: self.program.clone(),
             source,
@@ -196,6 +199,7 @@ impl Spawn {
             step,
             source,
         };
+        fault::at("permit exec").map_err(|source| step_error(SpawnStep::Permission, source))?;
         io::Write::write_all(&mut std::fs::File::from(go_write), b"g")
             .map_err(|source| step_error(SpawnStep::Permission, source))?;
         // The pipe closes on a successful exec; a failed step sends itself.

@@ -6,9 +6,11 @@ mod docs;
 mod fuzz;
 mod kernel;
 mod packages;
+mod probe;
 mod qemu10;
 mod qmp_schema;
 mod setup;
+mod soak;
 mod test;
 mod try_run;
 
@@ -31,6 +33,10 @@ enum Task {
     Setup(setup::Args),
     /// Measure, against bare QEMU in the same run.
     Bench(bench::Args),
+    /// Let things go wrong on purpose, and look at what is left.
+    Probe(probe::Args),
+    /// Keep many machines and many runs going, and look for what grows or stays.
+    Soak(soak::Args),
     /// Measure which lines of the library the tests reach.
     Coverage(coverage::Args),
     /// Write the reference below docs/ from the code.
@@ -51,6 +57,8 @@ fn main() -> anyhow::Result<()> {
         Task::Test(args) => test::run(args),
         Task::Setup(args) => setup::run(args),
         Task::Bench(args) => bench::run(args),
+        Task::Probe(args) => probe::run(args),
+        Task::Soak(args) => soak::run(args),
         Task::Coverage(args) => coverage::run(args),
         Task::Docs(args) => docs::run(&args),
         Task::Fuzz(args) => fuzz::run(args),

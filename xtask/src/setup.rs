@@ -120,25 +120,35 @@ fn confirm(question: &str) -> Result<bool> {
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
+/// The workspace.
+pub(crate) fn root() -> Result<&'static Path> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    root.context("xtask lies in the workspace")
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target() -> Result<PathBuf> {
+    let root = root()?;
+    Ok(std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), |dir| root.join(dir)))
+}
+
+/// Cargo in the workspace.
+pub(crate) fn cargo(args: &[&str]) -> Result<Command> {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    command.current_dir(root()?).args(args).arg("--quiet");
+    Ok(command)
+}
+
+/// Builds the release binary.
+pub(crate) fn bulkhead() -> Result<PathBuf> {
+    let words = ["build", "--release", "--package", "bulkhead-vm", "--bin"];
+    call(cargo(&words)?.arg("bulkhead"))?;
+    Ok(target()?.join("release/bulkhead"))
+}
+
 /// Builds the release binary and, beside it, the static guest agent.
 fn binaries() -> Result<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .context("xtask lies in the workspace")?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root.join("target"), PathBuf::from);
-    let cargo = |args: &[&str]| {
-        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-        command.current_dir(root).args(args).arg("--quiet");
-        command
-    };
-    call(&mut cargo(&[
-        "build",
-        "--release",
-        "--package",
-        "bulkhead-vm",
-        "--bin",
-        "bulkhead",
-    ]))?;
+    let (target, bulkhead) = (target()?, bulkhead()?);
     call(
         cargo(&[
             "build",
@@ -148,7 +158,7 @@ fn binaries() -> Result<PathBuf> {
             "bulkhead-agent",
             "--target",
             AGENT_TARGET,
-        ])
+        ])?
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static"),
     )?;
     let built = target.join(AGENT_TARGET).join("agent/bulkhead-agent");
@@ -158,7 +168,7 @@ fn binaries() -> Result<PathBuf> {
     std::fs::copy(&built, &fresh)
         .and_then(|_| std::fs::rename(&fresh, &beside))
         .with_context(|| format!("cannot copy {} to {}", built.display(), beside.display()))?;
-    Ok(target.join("release/bulkhead"))
+    Ok(bulkhead)
 }
 
 fn image(store: &Store, name: &str, agent: &AgentBinary) -> Result<()> {

@@ -1,7 +1,7 @@
 //! `cargo xtask bench`: how long things take, against bare QEMU in the same run.
 
 mod boot;
-mod stats;
+pub(crate) mod stats;
 
 use clap::Subcommand;
 

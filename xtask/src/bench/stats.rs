@@ -53,7 +53,7 @@ pub(super) struct Ratio {
 }
 
 /// The value below which `part` of the samples lie, interpolated.
-pub(super) fn quantile(samples: &[f64], part: f64) -> f64 {
+pub(crate) fn quantile(samples: &[f64], part: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
     let Some(last) = sorted.len().checked_sub(1) else {

@@ -1,0 +1,125 @@
+//! `cargo xtask probe`: what goes wrong on purpose, and what is left then.
+
+mod case;
+mod faults;
+pub(crate) mod place;
+mod points;
+pub(crate) mod verdict;
+
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Result;
+use clap::Subcommand;
+use serde::Serialize;
+
+/// Options.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    probe: Probe,
+}
+
+#[derive(Subcommand)]
+enum Probe {
+    /// Kill each of our processes, and fail each call, at every step of every verb.
+    Faults(faults::Args),
+}
+
+/// Runs the task.
+pub(crate) fn run(args: Args) -> Result<()> {
+    let passed = match args.probe {
+        Probe::Faults(args) => faults::run(args)?,
+    };
+    if !passed {
+        // Without a word: the closing line is the last.
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+/// What came of one case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Came {
+    Passed,
+    Failed,
+    Skipped,
+}
+
+/// One case.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    /// What was tried.
+    pub(crate) case: String,
+    /// What came of it.
+    pub(crate) came: Came,
+    /// What was wrong, or why it was skipped.
+    pub(crate) why: Vec<String>,
+    /// How to try it again.
+    pub(crate) again: String,
+    /// How long it took.
+    pub(crate) ms: u128,
+}
+
+/// The cases so far. What fails is said at once.
+#[derive(Debug, Default)]
+pub(crate) struct Rows(Mutex<Vec<Row>>);
+
+impl Rows {
+    /// Takes one in.
+    pub(crate) fn add(&self, row: Row) {
+        if row.came != Came::Passed {
+            let why = row.why.join("\n    ");
+            let came = format!("{:?}", row.came).to_lowercase();
+            eprintln!("{came}: {}\n    {why}\n    again: {}", row.case, row.again);
+        }
+        let mut rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        rows.push(row);
+    }
+
+    /// Prints the rows as JSON where that is wanted, and the closing line: last
+    /// on stdout, or on stderr beside JSON. Gives whether none failed.
+    ///
+    /// # Errors
+    /// They cannot be printed.
+    pub(crate) fn close(self, json: bool) -> Result<bool> {
+        let rows = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let line = closing(&rows);
+        match json {
+            true => {
+                println!("{}", serde_json::to_string_pretty(&rows)?);
+                eprintln!("{line}");
+            }
+            false => println!("{line}"),
+        }
+        Ok(rows.iter().all(|row| row.came != Came::Failed))
+    }
+}
+
+fn closing(rows: &[Row]) -> String {
+    let count = |came| rows.iter().filter(|row| row.came == came).count();
+    format!(
+        "{} passed, {} failed, {} skipped",
+        count(Came::Passed),
+        count(Came::Failed),
+        count(Came::Skipped)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_closing_line_counts_each_kind() {
+        let row = |came| Row {
+            case: String::new(),
+            came,
+            why: Vec::new(),
+            again: String::new(),
+            ms: 0,
+        };
+        let rows = [Came::Passed, Came::Failed, Came::Passed, Came::Skipped].map(row);
+        assert_eq!(closing(&rows), "2 passed, 1 failed, 1 skipped");
+    }
+}

@@ -1,0 +1,197 @@
+//! Whether what is on disk and what lives are the same, and nothing else is left.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use bulkhead::run::{State, StateFile, Transition};
+use bulkhead::supervise::{Kind, View};
+
+use super::place::{Place, VERB, entries};
+
+/// How long it may take until everything is in order.
+const ORDER: Duration = Duration::from_secs(5);
+
+/// What is there, and what is wrong with it.
+#[derive(Debug, Default)]
+pub(crate) struct Found {
+    pub(crate) machines: Vec<View>,
+    pub(crate) wrong: Vec<String>,
+    /// Somebody alive is still at work on one of them.
+    busy: bool,
+}
+
+impl Place {
+    /// Waits up to five seconds until everything is in order. A machine that
+    /// comes up or goes down in good hands may take its time besides.
+    pub(crate) fn settled(&self) -> Result<Found> {
+        let begin = Instant::now();
+        let mut since = Instant::now();
+        loop {
+            let found = self.look()?;
+            if found.busy && begin.elapsed() < VERB {
+                since = Instant::now();
+            } else if found.wrong.is_empty() || since.elapsed() > ORDER {
+                return Ok(found);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// What is wrong where nothing at all should be.
+    pub(crate) fn left(&self) -> Vec<String> {
+        let dirs = self.dirs();
+        let mut left: Vec<String> = self.processes().iter().map(|one| one.shown()).collect();
+        let allowed = [
+            dirs.runs(),
+            dirs.runs().join(".lock"),
+            dirs.state.join("images"),
+            dirs.state.join("kernels"),
+            dirs.state.join("cache"),
+        ];
+        let places = [&dirs.runtime, &dirs.state, &dirs.runs()].map(|dir| entries(dir));
+        let places = places.into_iter().flatten().chain(self.used_by());
+        let more = places.filter(|path| !allowed.contains(path));
+        left.extend(more.map(|path| path.display().to_string()));
+        left
+    }
+
+    fn look(&self) -> Result<Found> {
+        let given = self.run(&["ls", "--json"])?;
+        let mut found = Found::default();
+        if given.code != Some(0) {
+            let said = given.stderr.trim();
+            found
+                .wrong
+                .push(format!("ls gave {:?}: {said}", given.code));
+            return Ok(found);
+        }
+        found.machines = serde_json::from_slice(&given.stdout).context("ls gave no JSON")?;
+        let (wrong, mut expected) = (&mut found.wrong, BTreeSet::new());
+        let processes = self.processes();
+        let living: BTreeSet<i32> = processes.iter().map(|process| process.pid).collect();
+        let dirs = self.dirs();
+        let (mut runtime, mut records) = (BTreeSet::new(), BTreeSet::new());
+        for view in &found.machines {
+            let (id, state) = (&view.id, view.state);
+            let mut say = |what: String| wrong.push(format!("{id} is {state}: {what}"));
+            if view.kind == Kind::Run {
+                say("it is that of a `bulkhead run`".into());
+                continue;
+            }
+            records.insert(dirs.run(id));
+            illegal(&view.history).into_iter().for_each(&mut say);
+            let last = view.history.last();
+            if last.is_none_or(|last| last.to != state || last.reason != view.reason) {
+                say("its history ends otherwise".into());
+            }
+            let supervisor = view.supervisor.as_ref().map(|owner| owner.pid);
+            let vmm = view.live.as_ref().and_then(|live| live.vmm_pid);
+            if state == State::Lost {
+                say("it was not cleared away".into());
+            }
+            if state.is_live() {
+                expected.extend(supervisor.into_iter().chain(vmm));
+                runtime.extend([dirs.control_socket(id), dirs.machine_sockets(id)]);
+                if !supervisor.is_some_and(|pid| living.contains(&pid)) {
+                    say(format!("its supervisor ({supervisor:?}) is dead"));
+                } else if matches!(state, State::Starting | State::Stopping) {
+                    found.busy = true;
+                } else if !vmm.is_some_and(|pid| living.contains(&pid)) {
+                    say(format!("its VMM ({vmm:?}) is dead"));
+                } else if !view.live.as_ref().is_some_and(|live| live.agent) {
+                    say("its guest agent does not answer".into());
+                }
+            } else if supervisor.is_some() || view.live.is_some() {
+                say("it has a supervisor".into());
+            }
+        }
+        for process in &processes {
+            if !expected.contains(&process.pid) {
+                wrong.push(format!("{} is left", process.shown()));
+            }
+        }
+        for path in entries(&dirs.runtime) {
+            if !runtime.contains(&path) {
+                wrong.push(format!("{} is left", path.display()));
+            }
+        }
+        for dir in entries(&dirs.runs()) {
+            if !records.contains(&dir) && dir.is_dir() {
+                wrong.push(format!("{} is no machine's", dir.display()));
+            } else if dir.is_dir() && !StateFile::is_in(&dir) {
+                wrong.push(format!("{} has no state", dir.display()));
+            }
+            for file in entries(&dir) {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                if name.starts_with('.') || name == "scratch.img" {
+                    wrong.push(format!("{} is half made", file.display()));
+                }
+            }
+        }
+        let uses = self.used_by();
+        for file in &uses {
+            let of = fs::read_to_string(file).unwrap_or_default();
+            if !records.iter().any(|dir| dir.as_os_str() == of.as_str()) {
+                wrong.push(format!("{} is left", file.display()));
+            }
+        }
+        if uses.len() != records.len() {
+            let (uses, records) = (uses.len(), records.len());
+            wrong.push(format!("{records} machines have {uses} files of use"));
+        }
+        Ok(found)
+    }
+}
+
+/// What is wrong with a history.
+fn illegal(history: &[Transition]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for pair in history.windows(2) {
+        if !pair[0].to.may_become(pair[1].to) {
+            let (from, to) = (pair[0].to, pair[1].to);
+            wrong.push(format!("it went from {from} to {to}"));
+        }
+    }
+    if history
+        .first()
+        .is_none_or(|first| first.to != State::Created)
+    {
+        wrong.push("its history does not begin with its creation".into());
+    }
+    if history.iter().any(|one| one.reason.is_empty()) {
+        wrong.push("its history has a state without a reason".into());
+    }
+    wrong
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn history(states: &[State]) -> Vec<Transition> {
+        let one = |to: &State| Transition {
+            at_ms: 1,
+            to: *to,
+            reason: "why".into(),
+        };
+        states.iter().map(one).collect()
+    }
+
+    #[test]
+    fn a_history_is_held_to_the_states_that_may_follow() {
+        use State as S;
+        let good = [S::Created, S::Starting, S::Running, S::Lost, S::Failed];
+        assert!(illegal(&history(&good)).is_empty());
+        let jump = [S::Created, S::Running];
+        assert_eq!(
+            illegal(&history(&jump)),
+            ["it went from created to running"]
+        );
+        assert_eq!(illegal(&history(&good[1..])).len(), 1);
+        let mut silent = history(&good);
+        silent[1].reason.clear();
+        assert_eq!(illegal(&silent).len(), 1);
+    }
+}
