@@ -18,6 +18,7 @@ const HISTORY: usize = 100;
 
 /// What a detached machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Written down, never started.
@@ -112,6 +113,7 @@ impl std::fmt::Display for State {
 
 /// One change of state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Transition {
     /// When, in milliseconds since 1970-01-01 UTC.
@@ -124,6 +126,7 @@ pub struct Transition {
 
 /// A process that is responsible for a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Owner {
     /// Its process id.
@@ -153,6 +156,7 @@ impl Owner {
 
 /// How the main command of a machine ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Ended {
     /// What `bulkhead wait` exits with: the command's code, 128 + signal, 124
@@ -164,6 +168,7 @@ pub struct Ended {
 
 /// The image a machine was made from. Its disk fits no other.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ImageUse {
     /// The name it had.

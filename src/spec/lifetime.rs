@@ -9,6 +9,7 @@ use super::units::{Malformed, Timeout};
 
 /// What ends a detached machine besides its user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Lifetime {
     /// Stopped so long after its start; never when absent.

@@ -11,6 +11,7 @@ use crate::spec::{
 
 /// Whether a machine outlives its command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// Made with `bulkhead create`.
@@ -21,6 +22,7 @@ pub enum Kind {
 
 /// A machine as it is shown. In JSON its fields stay; others may be added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct View {
     /// Version of this schema.
     pub schema: u32,
@@ -75,6 +77,7 @@ pub struct View {
 
 /// What the supervisor of a running machine says of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Live {
     /// State of the machine.
     pub state: State,

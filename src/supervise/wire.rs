@@ -13,6 +13,7 @@ use crate::spec::{Bytes, IoLimits, Malformed, Timeout};
 
 /// Number of a command in a machine; 0 is its main command, written `main`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(try_from = "String", into = "String")]
 pub struct ExecId(pub u32);
 
@@ -72,6 +73,7 @@ pub struct ExecRequest {
 
 /// A command in a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ExecInfo {
     /// Its number.
@@ -90,6 +92,7 @@ pub struct ExecInfo {
 
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ExecEnd {
     /// When, in milliseconds since 1970-01-01 UTC.

@@ -141,8 +141,8 @@ pub(crate) fn cargo(args: &[&str]) -> Result<Command> {
 
 /// Builds the release binary.
 pub(crate) fn bulkhead() -> Result<PathBuf> {
-    let words = ["build", "--release", "--package", "bulkhead-vm", "--bin"];
-    call(cargo(&words)?.arg("bulkhead"))?;
+    let words = ["build", "--release", "--package", "bulkhead-vm"];
+    call(cargo(&words)?.args(["--bin", "bulkhead"]))?;
     Ok(target()?.join("release/bulkhead"))
 }
 

@@ -130,8 +130,16 @@ fn programs(state: &Path) -> Vec<Check> {
     vec![
         ("examples/embed", embed(state)),
         ("xtask bench boot", bench(state)),
+        ("xtask probe faults", faults(state)),
         ("xtask fuzz", fuzz::briefly()),
     ]
+}
+
+/// A sample of the steps at which processes die and calls fail.
+fn faults(state: &Path) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["probe", "faults", "--accel", "tcg", "--kernel", "tuned"]);
+    setup::call(command.arg("--state-dir").arg(state))
 }
 
 /// The library in somebody else's program, without the command line's dependencies.
@@ -266,7 +274,7 @@ fn leaks(state: &Path) -> Result<Vec<String>> {
     for process in fs::read_dir("/proc")?.flatten() {
         let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        let program = ["qemu-system", "mmdebstrap", "tar2sqfs"]
+        let program = ["qemu-system", "mmdebstrap", "tar2sqfs", " supervise "]
             .iter()
             .any(|name| line.contains(name));
         if program && ours(&line) {
@@ -274,6 +282,7 @@ fn leaks(state: &Path) -> Result<Vec<String>> {
             leaks.push(format!("process {}: {line}", pid.to_string_lossy()));
         }
     }
+    leaks.extend(cgroups());
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
     leaks.extend(
@@ -282,6 +291,23 @@ fn leaks(state: &Path) -> Result<Vec<String>> {
             .map(|place| format!("mount {place}")),
     );
     Ok(leaks)
+}
+
+/// Control groups of machines: below any mount, three levels deep.
+fn cgroups() -> Vec<String> {
+    let below = |dir: &PathBuf| -> Vec<PathBuf> {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        dirs.map(|entry| entry.path()).collect()
+    };
+    let mut level = vec![PathBuf::from("/sys/fs/cgroup")];
+    let mut found = Vec::new();
+    for _ in 0..4 {
+        level = level.iter().flat_map(below).collect();
+        let ours = level.iter().filter(|dir| dir.ends_with("bulkhead"));
+        found.extend(ours.map(|dir| format!("control group {}", dir.display())));
+    }
+    found
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use bulkhead::error::Failed;
 use bulkhead::run::Outcome;
 use bulkhead::spec::Setting;
+use bulkhead::supervise::{ExecInfo, View};
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
@@ -65,6 +66,9 @@ fn outputs() -> Vec<(&'static str, Value)> {
     vec![
         ("config-show", schema::<Vec<Setting>>()),
         ("error", schema::<Failed>()),
+        ("inspect", schema::<View>()),
+        ("logs-list", schema::<Vec<ExecInfo>>()),
+        ("ls", schema::<Vec<View>>()),
         ("outcome", schema::<Outcome>()),
     ]
 }
