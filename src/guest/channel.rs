@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent::{
-    HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request, VERSION,
+    HEADER_LEN, Header, Hello, Kind, MAX_PAYLOAD, MAX_STREAMS, Reply, Request, VERSION, WINDOW,
 };
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
 
@@ -84,6 +84,16 @@ fn json(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>, Gu
     Ok(bytes)
 }
 
+/// Our `Hello` as it goes over the wire.
+fn our_hello() -> Result<Vec<u8>, GuestError> {
+    let ours = Hello {
+        version: VERSION,
+        program: format!("bulkhead {}", env!("CARGO_PKG_VERSION")),
+        boot_id: String::new(),
+    };
+    Ok(frame(0, Kind::Hello, &json("Hello", &ours)?))
+}
+
 impl Channel {
     /// Waits for the agent's `Hello`, answers it, and starts to serve.
     ///
@@ -95,7 +105,7 @@ impl Channel {
     where
         IO: AsyncRead + AsyncWrite + Send + 'static,
     {
-        let (mut reader, mut writer) = tokio::io::split(io);
+        let (mut reader, writer) = tokio::io::split(io);
         let (header, payload) = read_frame(&mut reader).await?;
         if header.kind != Kind::Hello {
             return Err(GuestError::Protocol(format!(
@@ -103,20 +113,51 @@ impl Channel {
                 header.kind
             )));
         }
-        let hello = words::hello(decode(&payload)?);
+        Self::serve(reader, writer, &payload, true).await
+    }
+
+    /// As [`Channel::connect`], where the agent has not noticed that the
+    /// connection is another: it is told, and what it said before is dropped.
+    ///
+    /// # Errors
+    /// As [`Channel::connect`].
+    pub(crate) async fn connect_again<IO>(io: IO) -> Result<(Self, Hello), GuestError>
+    where
+        IO: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (mut reader, mut writer) = tokio::io::split(io);
+        write_all(&mut writer, &our_hello()?).await?;
+        // The windows of all streams bound what can be on its way.
+        for _ in 0..MAX_STREAMS * (WINDOW as usize / MAX_PAYLOAD + 4) {
+            let (header, payload) = read_frame(&mut reader).await?;
+            if header.kind == Kind::Hello {
+                return Self::serve(reader, writer, &payload, false).await;
+            }
+        }
+        Err(GuestError::Protocol("no Hello among its frames".into()))
+    }
+
+    /// Takes in the agent's `Hello`, answers it where it `expects` that, and
+    /// starts to serve.
+    async fn serve<IO>(
+        mut reader: ReadHalf<IO>,
+        mut writer: WriteHalf<IO>,
+        payload: &[u8],
+        expects: bool,
+    ) -> Result<(Self, Hello), GuestError>
+    where
+        IO: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let hello = words::hello(decode(payload)?);
         if hello.version != VERSION {
             return Err(GuestError::Version {
                 ours: VERSION,
                 theirs: hello.version,
             });
         }
-        let program = format!("bulkhead {}", env!("CARGO_PKG_VERSION"));
-        let ours = Hello {
-            version: VERSION,
-            program,
-            boot_id: String::new(),
-        };
-        write_all(&mut writer, &frame(0, Kind::Hello, &json("Hello", &ours)?)).await?;
+        if expects {
+            write_all(&mut writer, &our_hello()?).await?;
+        }
 
         let (frames, queue) = mpsc::channel(WRITE_QUEUE);
         let streams = Streams {

@@ -458,6 +458,8 @@ impl Parts {
         let (agent, cid) = (ends.agent.take(), self.plan.cid);
         let channel = async {
             let connected = match (agent, cid) {
+                // It stood still while the connection changed.
+                (Some(stream), _) if paused.get() => Channel::connect_again(stream).await,
                 (Some(stream), _) => Channel::connect(stream).await,
                 (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
                     Ok(stream) => Channel::connect(stream).await,
@@ -471,7 +473,13 @@ impl Parts {
             let (channel, hello) = connected?;
             Ok::<_, MachineError>((channel, hello, since(begin)))
         };
-        let ready = async { tokio::try_join!(monitor, channel) };
+        let ready = async {
+            match spawned_us {
+                // Taken over: the monitor tells how to speak to the agent.
+                0 => Ok((monitor.await?, channel.await?)),
+                _ => tokio::try_join!(monitor, channel),
+            }
+        };
         let ready = tokio::select! {
             // An end of QEMU explains a lost monitor or channel better than they do.
             biased;
