@@ -11,7 +11,7 @@ use super::run::signals;
 use super::terminal::{self, RawMode};
 use crate::run::{Captured, Commanded, Io};
 use crate::spec::{Timeout, VmId};
-use crate::supervise::{ExecId, ExecRequest, Machines};
+use crate::supervise::{ExecId, ExecRequest, Machines, SuperviseError};
 
 /// Ctrl-] leaves, as in telnet and virsh.
 const LEAVE: u8 = 0x1d;
@@ -111,7 +111,6 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
 pub(super) async fn attach(args: Attach, global: &Global) -> Result<i32, Failure> {
     let machines = Machines::new(global.host()?);
     let client = machines.running(&args.vm).await?;
-    machines.exec(&args.vm, args.exec)?;
     let raw = RawMode::enter();
     let (leave, left) = oneshot::channel();
     let stdin: Option<Box<dyn AsyncRead + Send + Unpin>> = match &raw {
@@ -135,6 +134,10 @@ pub(super) async fn attach(args: Attach, global: &Global) -> Result<i32, Failure
         }
     };
     drop((io, raw));
+    if let Err(SuperviseError::ExecEnded { .. }) = &done {
+        // One that never was is no command that has ended.
+        machines.exec(&args.vm, args.exec)?;
+    }
     Ok(report(done?, global.json))
 }
 

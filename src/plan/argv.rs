@@ -343,18 +343,26 @@ fn balloon(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
     if !plan.balloon {
         return;
     }
-    let options = vec![
+    let mut options = vec![
         ("id", "balloon".to_owned()),
         // A guest that runs out takes memory back by itself.
         ("deflate-on-oom", "on".to_owned()),
         // What the guest frees goes back to the host without being asked for.
         ("free-page-reporting", "on".to_owned()),
     ];
+    options.extend(slot(plan, 2));
     list.push(Box::new(VirtioDevice {
         kind: "virtio-balloon",
         machine: plan.machine,
         options,
     }));
+}
+
+/// Where on microvm's bus a device is that not every machine has. QEMU fills it
+/// from slot 7 down, and slot 3 has interrupt 8, which is the clock's: the fifth
+/// device would be dead. The slots below have interrupts of their own.
+fn slot(plan: &Plan, number: u32) -> Option<(&'static str, String)> {
+    (plan.machine == MachineType::Microvm).then(|| ("bus", format!("virtio-mmio-bus.{number}")))
 }
 
 fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
@@ -373,10 +381,11 @@ fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
         fsdev = fsdev.set("readonly", "on");
     }
     list.push(Box::new(Valued("-fsdev", fsdev.0)));
-    let options = vec![
+    let mut options = vec![
         ("fsdev", SHARE_TAG.to_owned()),
         ("mount_tag", SHARE_TAG.to_owned()),
     ];
+    options.extend(slot(plan, 1));
     list.push(Box::new(VirtioDevice {
         kind: "virtio-9p",
         machine: plan.machine,

@@ -87,7 +87,9 @@ fn a_balloon_only_where_it_is_asked_for() {
     assert_eq!(devices(""), [""; 0]);
     assert_eq!(
         devices("balloon = true"),
-        ["virtio-balloon-device,id=balloon,deflate-on-oom=on,free-page-reporting=on"]
+        [
+            "virtio-balloon-device,id=balloon,deflate-on-oom=on,free-page-reporting=on,bus=virtio-mmio-bus.2"
+        ]
     );
     let q35 = devices("balloon = true\nmachine = \"q35\"");
     assert!(q35[0].starts_with("virtio-balloon-pci,"), "{q35:?}");

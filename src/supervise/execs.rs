@@ -51,6 +51,8 @@ pub(super) struct Execs {
     busy: AtomicUsize,
     /// Told how the main command ended.
     main: watch::Sender<Option<ExecEnd>>,
+    /// There is, or is to be, a main command.
+    main_expected: AtomicBool,
     /// The machine stands still: nothing can be started.
     paused: AtomicBool,
     /// Why the machine ends, for those whose commands end with it.
@@ -106,6 +108,7 @@ impl Execs {
             running: Mutex::default(),
             busy: AtomicUsize::new(0),
             main: watch::channel(None).0,
+            main_expected: AtomicBool::new(false),
             paused: AtomicBool::new(false),
             why: Mutex::default(),
         }
@@ -368,6 +371,9 @@ impl Execs {
 
     /// Lets a client follow a running command, and write to it.
     async fn attach(&self, id: ExecId, to: ToClient, mut inputs: Inputs) {
+        if id == ExecId::MAIN {
+            self.main_begun().await;
+        }
         let found = lock(&self.running).get(&id).map(|running| {
             let pieces = running.followers.subscribe();
             let ended = running.ended.clone();
@@ -423,6 +429,23 @@ impl Execs {
                 to.exit(&exit).await;
             },
             () = input => {}
+        }
+    }
+
+    /// The main command is about to be started.
+    pub(super) fn expect_main(&self) {
+        self.main_expected.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the main command runs or has ended, where there is to be one.
+    async fn main_begun(&self) {
+        let begin = tokio::time::Instant::now();
+        while self.main_expected.load(Ordering::Relaxed)
+            && !lock(&self.running).contains_key(&ExecId::MAIN)
+            && self.main.borrow().is_none()
+            && begin.elapsed() < ANSWER
+        {
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 

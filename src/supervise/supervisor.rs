@@ -415,6 +415,7 @@ impl Supervisor<'_> {
             timeout: None,
         };
         let execs = Arc::clone(&up.execs);
+        execs.expect_main();
         tokio::spawn(async move { execs.detach(request, true).await });
         Ok(())
     }

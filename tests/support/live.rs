@@ -110,7 +110,9 @@ pub(crate) async fn sh(machine: &Machine, script: &str) -> String {
 pub(crate) fn disk_file(machine: &Machine) -> File {
     let fds = format!("/proc/{}/fd", machine.process().pid());
     let disk = fs::read_dir(&fds).unwrap().flatten().find(|fd| {
-        fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains("scratch.img"))
+        fs::read_link(fd.path()).is_ok_and(|to| {
+            to.to_string_lossy().contains("scratch.img") || to.ends_with("disk.img")
+        })
     });
     File::open(disk.expect("QEMU has its disk open").path()).unwrap()
 }
