@@ -163,7 +163,7 @@ impl Asked {
 
     /// Waits until whoever asked is gone.
     pub(crate) async fn gone(&mut self) {
-        while matches!(self.connection.read_u8().await, Ok(_)) {}
+        while self.connection.read_u8().await.is_ok() {}
     }
 
     /// Answers, and gives the connection for what follows.

@@ -404,8 +404,7 @@ impl Execs {
                     Err(broadcast::error::RecvError::Closed) => break,
                 }
             }
-            let ended = ended.wait_for(Option::is_some).await.ok()?.clone();
-            ended
+            ended.wait_for(Option::is_some).await.ok()?.clone()
         };
         let input = async {
             while let Some(message) = inputs.recv().await {

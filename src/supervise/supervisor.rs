@@ -262,13 +262,14 @@ impl Supervisor<'_> {
             Ok(up) => up,
             Err((error, record)) => return clear(record, End::never(error)),
         };
-        let (up, mut clock) = match self.up(detached, start) {
-            Ok(up) => up,
-            Err((error, detached)) => {
+        let mut clock = match self.up(start) {
+            Ok(clock) => clock,
+            Err(error) => {
                 let (record, left) = detached.end().await;
                 return (record, with_leaks(End::never(error), left));
             }
         };
+        let up = Self::open(detached);
         // What it may use is part of what was asked for.
         let tuned = match start {
             Start::Boot => tune::all(up.machine(), &self.spec.tuning).await,
@@ -282,8 +283,8 @@ impl Supervisor<'_> {
         let _ = fault::at("tell ready");
         ready();
         let next = match self.main(&up, start, stopped) {
-            Ok(()) => self.watch(&up, &mut clock, &mut asked).await,
-            Err(end) => Next::Stop {
+            None => self.watch(&up, &mut clock, &mut asked).await,
+            Some(end) => Next::Stop {
                 grace: Some(Duration::ZERO),
                 end,
             },
@@ -350,12 +351,8 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Writes down that it is up.
-    fn up(
-        &mut self,
-        detached: Detached,
-        start: Start,
-    ) -> Result<(Up, Clock), (SuperviseError, Detached)> {
+    /// Writes down that it is up; gives when it is to end.
+    fn up(&mut self, start: Start) -> Result<Clock, SuperviseError> {
         let now = Instant::now();
         let status = self.state.status();
         let ttl = self.spec.lifetime.ttl.map(|ttl| ttl.0);
@@ -370,45 +367,43 @@ impl Supervisor<'_> {
             Start::Boot => "the guest agent answers",
             Start::TakeOver => "taken over by a new supervisor",
         };
-        let advanced = self.state.advance_with(State::Running, reason, |status| {
+        self.state.advance_with(State::Running, reason, |status| {
             status.supervisor = Some(Owner::current());
             status.provisioned = true;
             status.deadline_ms = deadline.map(|at| at_ms(at, now));
-        });
-        if let Err(error) = advanced {
-            return Err((error.into(), detached));
-        }
+        })?;
+        let idle = Idle::new(now);
+        Ok(Clock { idle, deadline })
+    }
+
+    /// What it is asked for over its socket.
+    fn open(mut detached: Detached) -> Up {
         for warning in &detached.warnings {
             tracing::warn!("{warning}");
         }
-        let mut detached = detached;
         let logs = detached::logs(detached.machine.dir());
         // Without it there are no logs, and the commands run all the same.
         if let Err(error) = std::fs::create_dir_all(&logs) {
             tracing::warn!("cannot make {}: {error}", logs.display());
         }
-        let up = Up {
+        Up {
             execs: Arc::new(Execs::new(detached.machine.channel().clone(), logs)),
             desk: Arc::new(Desk::new(&mut detached.machine)),
             detached,
-        };
-        let idle = Idle::new(now);
-        Ok((up, Clock { idle, deadline }))
+        }
     }
 
     /// Starts the main command, if there is one; how that goes is seen where its
     /// end is waited for. `stopped` is a wish that came while it was brought up.
-    fn main(&self, up: &Up, start: Start, stopped: bool) -> Result<(), End> {
+    /// Gives the end, where this is it already.
+    fn main(&self, up: &Up, start: Start, stopped: bool) -> Option<End> {
         if stopped {
-            return Err(End::stopped("stopped while it came up"));
+            return Some(End::stopped("stopped while it came up"));
         }
-        let Some(exec) = detached::main_command(&self.spec, NO_TERMINAL) else {
-            return Ok(());
-        };
+        let exec = detached::main_command(&self.spec, NO_TERMINAL)?;
         if start == Start::TakeOver {
-            return Err(End::failed(
-                "its command was lost with the supervisor that died",
-            ));
+            let why = "its command was lost with the supervisor that died";
+            return Some(End::failed(why));
         }
         let request = ExecRequest {
             exec,
@@ -417,7 +412,7 @@ impl Supervisor<'_> {
         let execs = Arc::clone(&up.execs);
         execs.expect_main();
         tokio::spawn(async move { execs.detach(request, true).await });
-        Ok(())
+        None
     }
 
     pub(super) fn not_now(&self, what: &'static str) -> Answer {
