@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use bulkhead::image::{Image, KernelFormat, Manifest};
 use bulkhead::plan::{HostFacts, KernelChoice, Plan};
-use bulkhead::spec::{Request, Spec};
+use bulkhead::spec::{Catalog, Request, Spec};
 use bulkhead_fuzz::{check_error, temp};
 use tempfile::TempDir;
 
@@ -21,10 +21,10 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     };
     // Files and flags are laid over each other.
     let request = Request::default().over(request);
-    if let Err(error) = request.clone().resolve() {
+    if let Err(error) = request.clone().resolve(&Catalog::default()) {
         check_error(&error);
     }
-    let Ok(spec) = request.resolve_machine() else {
+    let Ok(spec) = request.resolve_machine(&Catalog::default()) else {
         return;
     };
     let text = serde_json::to_string(&spec).expect("what resolves can be kept");
