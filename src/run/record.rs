@@ -195,7 +195,9 @@ impl Record {
             let make = || {
                 fault::at("make used-by")?;
                 make_private(path.parent().unwrap_or(&path))?;
-                write_durably(&path, dir.to_string_lossy().as_bytes())
+                // In place: it is written down, and a half-made one counts as well.
+                fs::write(&path, dir.to_string_lossy().as_bytes())?;
+                File::open(&path)?.sync_all()
             };
             make().map_err(io_error("make", &path))?;
             // The machine exists with this file, and not before.
