@@ -7,10 +7,9 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use bulkhead::host::process;
 use nix::sys::signal::Signal;
 
-use super::place::{Kit, Place, Process, VERB};
+use super::place::{Kit, Place, Process, VERB, end};
 use super::points::{Point, REACHED, Scenario, Since, VM, arm, reached};
 use super::verdict::Found;
 
@@ -300,15 +299,9 @@ impl Actors {
         ];
         let of = |killed: bool| {
             let groups = groups.iter().filter(move |group| group.0 == killed);
-            groups.flat_map(|group| group.1.iter())
+            groups.flat_map(|group| group.1.iter().cloned())
         };
-        of(true).for_each(|one| one.signal(Signal::SIGKILL));
-        let begin = Instant::now();
-        while of(true).any(|one| process::is_same(one.pid, one.start_time))
-            && begin.elapsed() < NOTICE
-        {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        end(&of(true).collect::<Vec<_>>());
         of(false).for_each(|one| one.signal(Signal::SIGCONT));
     }
 }

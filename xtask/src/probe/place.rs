@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead::host::process;
@@ -66,6 +66,18 @@ impl Process {
         if process::is_same(self.pid, self.start_time) {
             let _ = kill(Pid::from_raw(self.pid), signal);
         }
+    }
+}
+
+/// Kills processes and waits until they have let go of everything.
+pub(crate) fn end(processes: &[Process]) {
+    for process in processes {
+        process.signal(Signal::SIGKILL);
+    }
+    let begin = Instant::now();
+    let lives = |one: &Process| process::is_same(one.pid, one.start_time);
+    while processes.iter().any(lives) && begin.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -208,10 +220,7 @@ impl Drop for Place {
             if left.is_empty() {
                 break;
             }
-            for process in left {
-                process.signal(Signal::SIGKILL);
-            }
-            std::thread::sleep(Duration::from_millis(50));
+            end(&left);
         }
         for file in self.used_by() {
             let _ = fs::remove_file(file);
@@ -260,7 +269,7 @@ fn belongs(pid: i32, dir: &Path) -> bool {
 
 /// Waits for a child; kills it when it takes longer than `limit`.
 pub(crate) fn wait(child: &mut std::process::Child, limit: Duration) -> Result<Option<i32>> {
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status.code());

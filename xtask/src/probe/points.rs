@@ -7,10 +7,8 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 use std::time::Duration;
 
+use super::place::{Kit, Place, VERB, end, wait};
 use anyhow::{Context as _, Result, bail};
-use nix::sys::signal::Signal;
-
-use super::place::{Kit, Place, VERB, wait};
 
 /// Name of the machine in every scenario.
 pub(super) const VM: &str = "m";
@@ -139,9 +137,7 @@ impl Scenario {
                 Step::KillSupervisor | Step::KillAll => {
                     let all = place.processes().into_iter();
                     let all = all.filter(|one| one.ours || matches!(step, Step::KillAll));
-                    for process in all {
-                        process.signal(Signal::SIGKILL);
-                    }
+                    end(&all.collect::<Vec<_>>());
                 }
                 Step::Crash(words, point) => {
                     let mut command = place.verb(*words)?;
