@@ -69,10 +69,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
         output.status.success() || count.failed > 0,
         "the tests could not be built or run; see above"
     );
+    // Before the probe, which kills whole machines and clears away after itself.
+    let mut left: BTreeSet<String> = cgroups().into_iter().collect();
+    left.extend(leaks(&state)?);
     if args.filter.is_none() {
         count.checks(programs(&state));
     }
-    for leak in leaks(&state)? {
+    left.extend(leaks(&state)?);
+    for leak in left {
         println!("left behind: {leak}");
         count.failed += 1;
     }
@@ -282,7 +286,6 @@ fn leaks(state: &Path) -> Result<Vec<String>> {
             leaks.push(format!("process {}: {line}", pid.to_string_lossy()));
         }
     }
-    leaks.extend(cgroups());
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
     leaks.extend(

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead::host::process;
-use bulkhead::run::Dirs;
+use bulkhead::run::{Dirs, Found};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -221,6 +221,16 @@ impl Drop for Place {
                 break;
             }
             end(&left);
+        }
+        // What they held outlives them: control groups, for one. The dying keep
+        // their locks for a moment.
+        for _ in 0..20 {
+            let found = bulkhead::run::recover(&self.dirs(), false).unwrap_or_default();
+            let busy = |one: &Found| matches!(one, Found::Alive { .. } | Found::Dead { .. });
+            if !found.iter().any(busy) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
         }
         for file in self.used_by() {
             let _ = fs::remove_file(file);
