@@ -307,7 +307,11 @@ fn cgroups() -> Vec<String> {
     let mut found = Vec::new();
     for _ in 0..4 {
         level = level.iter().flat_map(below).collect();
-        let ours = level.iter().filter(|dir| dir.ends_with("bulkhead"));
+        // Each a machine's; the directory around them goes with the last one.
+        let ours = level.iter().filter(|dir| {
+            let parent = dir.parent();
+            parent.is_some_and(|parent| parent.ends_with("bulkhead"))
+        });
         found.extend(ours.map(|dir| format!("control group {}", dir.display())));
     }
     found
