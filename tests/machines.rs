@@ -9,19 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use support::terminal::Terminal;
-use support::{Bulkhead, machines};
-
-/// What is below a directory, but for the locks of the store.
-fn entries(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name != ".lock" && name != "state")
-        .collect();
-    names.sort();
-    names
-}
+use support::{Bulkhead, entries, machines};
 
 fn states(view: &serde_json::Value) -> Vec<&str> {
     let history = view["history"].as_array().unwrap();

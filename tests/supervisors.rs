@@ -3,24 +3,11 @@
 mod support;
 
 use std::fs;
-use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use support::{Bulkhead, machines};
-
-/// What is below a directory, but for the locks of the store.
-fn entries(dir: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name != ".lock" && name != "state")
-        .collect();
-    names.sort();
-    names
-}
+use support::{Bulkhead, entries, machines};
 
 #[test]
 fn time_limits_end_a_machine_and_can_be_extended() {
@@ -387,6 +374,45 @@ fn whoever_leaves_is_not_waited_for_and_force_needs_no_answer() {
     assert!(!alive(supervisor) && !alive(vmm));
     assert_eq!(vm.state(), "failed");
     assert_eq!(entries(bulkhead.runtime()), [""; 0]);
+
+    // Neither does one live on that may outlive its supervisor.
+    let vm = bulkhead.create("adoptable", &["--survivors", "adopt", "--start"]);
+    let (supervisor, vmm) = (vm.supervisor(), vm.vmm());
+    kill(supervisor, Signal::SIGSTOP).unwrap();
+    bulkhead.must(&["stop", "--force", "adoptable"]);
+    assert!(!alive(supervisor) && !alive(vmm));
+    assert_eq!(vm.state(), "failed");
+    assert_eq!(entries(bulkhead.runtime()), [""; 0]);
+}
+
+#[test]
+fn two_state_directories_do_not_take_each_others_sockets() {
+    let one = Bulkhead::new().with_own_state();
+    let vm = one.create("same", &[]);
+    let other = tempfile::tempdir().unwrap();
+    for name in ["images", "kernels"] {
+        let prepared = Bulkhead::new().state().join(name);
+        std::os::unix::fs::symlink(prepared, other.path().join(name)).unwrap();
+    }
+    let in_other = |words: &[&str]| {
+        let dir = other.path().to_str().unwrap();
+        one.raw(&[&["--state-dir", dir], words].concat())
+    };
+    let words = [
+        "create", "--accel", "tcg", "--kernel", "tuned", "--image", "base", "--memory", "256M",
+        "--name", "same",
+    ];
+    assert_eq!(in_other(&words).code, 0);
+    vm.start();
+    let refused = in_other(&["start", "same"]);
+    assert!(
+        refused.code == 125 && refused.stderr.contains("same.sock"),
+        "{refused:?}"
+    );
+    // The first is as it was, and can be reached.
+    assert_eq!(one.must(&["exec", "same", "echo", "on"]), "on\n");
+    assert_eq!(in_other(&["rm", "-f", "same"]).code, 0);
+    assert_eq!(one.must(&["exec", "same", "echo", "on"]), "on\n");
 }
 
 #[test]

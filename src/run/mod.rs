@@ -2,6 +2,7 @@
 
 mod capture;
 mod command;
+mod connect;
 mod console;
 mod control;
 pub(crate) mod detached;
@@ -32,7 +33,7 @@ use std::path::PathBuf;
 
 pub use command::{Commanded, command};
 pub use console::ConsoleLog;
-pub(crate) use control::{Asked, Desk, listen};
+pub(crate) use control::{Asked, Desk, is_served, listen};
 pub use control::{ControlError, Controller};
 pub use dirs::Dirs;
 pub use disk::{DiskState, DiskWatch};

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::control::is_served;
 use super::dirs::{Dirs, make_private};
 use super::recovery::{self, Found};
 use super::state::{ImageUse, StateError, StateFile};
@@ -397,7 +398,7 @@ fn make_dir(dirs: &Dirs, spec: &Spec) -> Result<(PathBuf, Flock<File>), RecordEr
         }
     }
     // Two state directories may share one runtime directory.
-    if std::os::unix::net::UnixStream::connect(&control).is_ok() {
+    if is_served(&control) {
         return Err(RecordError::InUse { id: id() });
     }
     fault::at("make run").map_err(io_error("make", &dir))?;

@@ -41,7 +41,7 @@ pub enum Survivors {
     /// The kernel ends it with its supervisor.
     #[default]
     Kill,
-    /// It runs on, and the next look at it gives it a new supervisor.
+    /// It runs on, and `bulkhead gc` or its next `start` gives it a new supervisor.
     Adopt,
 }
 

@@ -10,16 +10,15 @@ use bulkhead_agent::{Control, Exit, FailureKind, Kind, Reply, Request};
 use tokio::sync::{broadcast, watch};
 
 use super::log::ExecLog;
+use super::relay::{Ending, drive};
 use super::server::{FromClient, Inputs, ToClient, failure};
 use super::wire::{ExecEnd, ExecId, ExecInfo, ExecRequest, Open};
-use crate::guest::{Channel, GuestError, Input, Output, Stream};
+use crate::guest::{Channel, GuestError, Input, Stream};
 use crate::host::fault;
 use crate::run::{FAILED, TIMED_OUT, now_ms};
 
 /// How long the guest may take to say whether it can run a command.
 const ANSWER: Duration = Duration::from_secs(30);
-/// How long a killed command may take to end before it is given up.
-const KILL_GRACE: Duration = Duration::from_secs(5);
 /// Pieces of output kept for followers that are slow.
 const FOLLOWED: usize = 64;
 /// Commands of one machine at a time.
@@ -87,15 +86,6 @@ fn passed(point: &str) -> Result<(), GuestError> {
         action: "starting a command",
         source: source.into(),
     })
-}
-
-/// How a command ended, before it is put into words.
-enum Ending {
-    Exit(Exit),
-    TimedOut,
-    /// Its client is gone.
-    Abandoned,
-    Lost(GuestError),
 }
 
 impl Execs {
@@ -488,76 +478,6 @@ struct Begun {
     timeout: Option<Duration>,
     followers: broadcast::Sender<Piece>,
     over: watch::Sender<Option<Exit>>,
-}
-
-/// Carries a stream to its end, the client's, or that of its time.
-async fn drive(
-    mut stream: Stream,
-    timeout: Option<Duration>,
-    to: Option<&ToClient>,
-    inputs: Option<Inputs>,
-    mut each: impl FnMut(Kind, &[u8]),
-) -> Ending {
-    let control = stream.input();
-    let limit = async {
-        match timeout {
-            Some(timeout) => tokio::time::sleep(timeout).await,
-            None => std::future::pending().await,
-        }
-    };
-    let follow = async {
-        loop {
-            let (kind, bytes) = match stream.next().await {
-                Ok(Output::Exit(exit)) => return Ending::Exit(exit),
-                Ok(Output::Out(bytes)) => (Kind::Out, bytes),
-                Ok(Output::Err(bytes)) => (Kind::Err, bytes),
-                Err(error) => return Ending::Lost(error),
-            };
-            each(kind, &bytes);
-            if let Some(to) = to
-                && to.output(kind, &bytes).await.is_none()
-            {
-                return Ending::Abandoned;
-            }
-        }
-    };
-    let mut follow = std::pin::pin!(follow);
-    // A client that reads slowly stops neither the clock nor its own input.
-    tokio::select! {
-        ending = &mut follow => return ending,
-        () = forward(inputs, &control, to) => return Ending::Abandoned,
-        () = limit => {}
-    }
-    let killed = async {
-        let _ = control.control(&Control::Kill).await;
-        follow.await
-    };
-    match tokio::time::timeout(KILL_GRACE, killed).await {
-        Ok(Ending::Lost(error)) => Ending::Lost(error),
-        _ => Ending::TimedOut,
-    }
-}
-
-/// Passes on what a client sends, for as long as it is there.
-async fn forward(inputs: Option<Inputs>, control: &Input, to: Option<&ToClient>) {
-    let (Some(mut inputs), Some(to)) = (inputs, to) else {
-        return std::future::pending().await;
-    };
-    while let Some(message) = inputs.recv().await {
-        // What goes wrong shows where output is read.
-        match message {
-            FromClient::In(bytes) => {
-                let _ = control.send(&bytes).await;
-                to.passed(bytes.len()).await;
-            }
-            FromClient::End => {
-                let _ = control.end().await;
-            }
-            FromClient::Control(message) => {
-                let _ = control.control(&message).await;
-            }
-        }
-    }
 }
 
 /// Why a request was not fulfilled, for a client.

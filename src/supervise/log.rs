@@ -138,8 +138,8 @@ impl ExecLog {
         }
     }
 
-    /// Reads a log, the older file first; `from` skips so many bytes of the
-    /// newer one. Gives the entries with their times, and how far it was read.
+    /// Reads a log, the older file first, and calls `each` with the time (in
+    /// milliseconds since 1970-01-01 UTC) and the entry.
     ///
     /// # Errors
     /// There is none, or it cannot be read.
@@ -159,8 +159,7 @@ impl ExecLog {
         whole().map_err(|source| LogError { path, source })
     }
 
-    /// Follows a log from its beginning in the newer file: calls `each` for what
-    /// is there, then gives a reader for what comes.
+    /// Follows a log while it is written, from the beginning of the newer file.
     ///
     /// # Errors
     /// There is none, or it cannot be read.

@@ -202,6 +202,14 @@ impl Machines {
             };
             lease.release().map_err(RecordError::from)?;
         }
+        // Also one that could live on: it was to be stopped.
+        look::note_loss(&self.dirs().run(id), id)?;
+        let (mut record, ..) = Record::open(self.dirs(), id)?;
+        let errors = record.release();
+        if !errors.is_empty() {
+            return Err(leaked(id, &errors));
+        }
+        drop(record);
         recover(self.dirs(), false)?;
         Ok(())
     }

@@ -8,16 +8,20 @@
 
 mod client;
 mod copy;
+mod end;
 mod error;
 mod execs;
+mod health;
 mod idle;
 mod launch;
 mod log;
 mod machines;
+mod relay;
 mod server;
 mod supervisor;
 mod tune;
 mod view;
+mod waiting;
 mod watch;
 mod wire;
 

@@ -22,6 +22,9 @@ use crate::guest::channel::{frame, read_frame};
 const WRITE_QUEUE: usize = 32;
 /// Streams of one connection.
 const MAX_STREAMS: usize = 64;
+/// Messages of a client that a stream has not passed on yet. A command line
+/// sends a window of input in a few dozen.
+const INPUTS: usize = 8192;
 
 /// What a client sends on a stream.
 #[derive(Debug)]
@@ -45,11 +48,11 @@ pub(super) struct ToClient {
 }
 
 /// Receives from the client of one stream; ends when the client is gone.
-pub(super) type Inputs = mpsc::UnboundedReceiver<FromClient>;
+pub(super) type Inputs = mpsc::Receiver<FromClient>;
 
 #[derive(Debug)]
 struct Served {
-    inputs: mpsc::UnboundedSender<FromClient>,
+    inputs: mpsc::Sender<FromClient>,
     credit: Arc<Semaphore>,
     /// Bytes of input that were not passed on yet.
     pending: Arc<AtomicU32>,
@@ -209,9 +212,11 @@ async fn take(
         }
         _ => return None,
     };
-    // The stream's task may be over already.
-    let _ = served.inputs.send(message);
-    Some(())
+    match served.inputs.try_send(message) {
+        Err(mpsc::error::TrySendError::Full(_)) => None,
+        // The stream's task may be over already.
+        _ => Some(()),
+    }
 }
 
 async fn open(
@@ -221,7 +226,7 @@ async fn open(
     streams: &Streams,
     execs: &Arc<Execs>,
 ) -> Option<()> {
-    let (inputs, received) = mpsc::unbounded_channel();
+    let (inputs, received) = mpsc::channel(INPUTS);
     let credit = Arc::new(Semaphore::new(WINDOW as usize));
     let pending = Arc::new(AtomicU32::new(0));
     let to = ToClient {

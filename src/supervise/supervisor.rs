@@ -5,23 +5,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::Size;
-use tokio::sync::{Notify, mpsc, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{Notify, mpsc};
 
+use super::end::{End, Next, with_leaks};
 use super::error::SuperviseError;
 use super::execs::Execs;
 use super::idle::Idle;
 use super::view::Live;
+use super::waiting::Waiting;
 use super::wire::{Answer, Ask, ExecRequest};
-use super::{tune, watch as watching};
-use crate::error::{Explain, Report};
+use super::{tune, watch};
+use crate::error::Report;
 use crate::host::fault;
 use crate::host::lease::{Lease, write_durably};
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
 use crate::run::{
-    Asked, Desk, Ended, FAILED, Host, Machine, MachineError, Owner, Record, RecordError, RunError,
-    State, StateFile, listen, now_ms,
+    Asked, Desk, Ended, Host, Machine, Owner, Record, RecordError, State, StateFile, is_served,
+    listen, now_ms,
 };
 use crate::spec::{Spec, VmId};
 
@@ -100,68 +101,6 @@ fn leaked(id: &VmId, left: impl Iterator<Item = String>) -> SuperviseError {
     }
 }
 
-/// How a machine ended.
-pub(super) struct End {
-    pub(super) to: State,
-    pub(super) reason: String,
-    pub(super) exit_code: i32,
-    /// Why it never came up.
-    pub(super) error: Option<SuperviseError>,
-}
-
-impl End {
-    pub(super) fn stopped(reason: impl Into<String>) -> Self {
-        Self {
-            to: State::Stopped,
-            reason: reason.into(),
-            exit_code: 0,
-            error: None,
-        }
-    }
-
-    pub(super) fn failed(reason: impl Into<String>) -> Self {
-        Self {
-            to: State::Failed,
-            reason: reason.into(),
-            exit_code: FAILED,
-            error: None,
-        }
-    }
-
-    /// It did not come up.
-    fn never(error: SuperviseError) -> Self {
-        let report = Report::of(&error);
-        let reason = match report.cause.as_str() {
-            "" => report.what,
-            cause => format!("{}: {cause}", report.what),
-        };
-        // Stopped by the user meanwhile is not a failure.
-        let cancelled = matches!(
-            &error,
-            SuperviseError::Run(RunError::Machine(MachineError::Cancelled))
-        );
-        Self {
-            to: match cancelled {
-                true => State::Stopped,
-                false => State::Failed,
-            },
-            reason,
-            exit_code: FAILED,
-            error: Some(error),
-        }
-    }
-}
-
-/// What the loop does next.
-pub(super) enum Next {
-    /// Goes on.
-    Stay,
-    /// Powers the machine off.
-    Stop { grace: Option<Duration>, end: End },
-    /// The machine is gone already.
-    Gone(End),
-}
-
 pub(super) struct Supervisor<'a> {
     host: &'a Host,
     pub(super) spec: Spec,
@@ -169,42 +108,6 @@ pub(super) struct Supervisor<'a> {
     pub(super) stop: mpsc::Receiver<()>,
     /// Answered when the machine has ended.
     pub(super) waiting: Waiting,
-}
-
-/// Those who wait for the machine's end.
-pub(super) struct Waiting {
-    tasks: JoinSet<()>,
-    over: watch::Sender<bool>,
-}
-
-impl Waiting {
-    fn new() -> Self {
-        Self {
-            tasks: JoinSet::new(),
-            over: watch::channel(false).0,
-        }
-    }
-
-    /// Answers when the machine has ended, unless whoever asked is gone by then.
-    pub(super) fn push(&mut self, mut asked: Asked) {
-        while self.tasks.try_join_next().is_some() {}
-        let mut over = self.over.subscribe();
-        self.tasks.spawn(async move {
-            let ended = tokio::select! {
-                over = over.wait_for(|over| *over) => over.is_ok(),
-                () = asked.gone() => false,
-            };
-            if ended {
-                asked.answer(&Answer::Done).await;
-            }
-        });
-    }
-
-    /// The machine has ended.
-    async fn tell(mut self) {
-        self.over.send_replace(true);
-        while self.tasks.join_next().await.is_some() {}
-    }
 }
 
 /// A machine that is up.
@@ -245,15 +148,18 @@ impl Supervisor<'_> {
         ready: impl FnOnce(),
     ) -> (Record, End) {
         let path = self.host.dirs.control_socket(self.id());
-        let socket = || {
+        let refused = |source| SuperviseError::Socket {
+            path: path.clone(),
+            source,
+        };
+        let mut socket = || {
+            if is_served(&path) {
+                return Err(refused(std::io::ErrorKind::AddrInUse.into()));
+            }
             let lease = Lease::File { path: path.clone() };
             record.lease(lease).map_err(RecordError::from)?;
-            listen(path.clone()).map_err(|source| SuperviseError::Socket {
-                path: path.clone(),
-                source,
-            })
+            listen(path.clone()).map_err(refused)
         };
-        let mut socket = socket;
         let (_listener, mut asked) = match socket() {
             Ok(socket) => socket,
             Err(error) => return clear(record, End::never(error)),
@@ -469,7 +375,7 @@ impl Supervisor<'_> {
                     }
                     Some(Ask::Stop { .. } | Ask::Wait) => self.waiting.push(asked),
                     Some(Ask::Status) => {
-                        let live = watching::live(self.state.status().state, up, Duration::ZERO);
+                        let live = watch::live(self.state.status().state, up, Duration::ZERO);
                         tokio::spawn(async move {
                             asked.answer(&Answer::Status(Box::new(live.await))).await;
                         });
@@ -504,29 +410,6 @@ impl Supervisor<'_> {
 fn clear(mut record: Record, end: End) -> (Record, End) {
     let left = record.release().iter().map(ToString::to_string).collect();
     (record, with_leaks(end, left))
-}
-
-fn with_leaks(end: End, left: Vec<String>) -> End {
-    match left[..] {
-        [] => end,
-        _ => End {
-            reason: format!(
-                "{}; left behind, `bulkhead gc` will try again: {}",
-                end.reason,
-                left.join("; ")
-            ),
-            ..end
-        },
-    }
-}
-
-/// An error and its causes in one line.
-pub(super) fn told(error: &dyn Explain) -> String {
-    let report = Report::of(error);
-    match report.cause.as_str() {
-        "" => report.what,
-        cause => format!("{}: {cause}", report.what),
-    }
 }
 
 pub(super) fn at_ms(at: Instant, now: Instant) -> u64 {

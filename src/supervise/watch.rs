@@ -12,10 +12,12 @@ use bulkhead_agent::Request;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
+use super::end::{End, Next, told};
 use super::error::SuperviseError;
+use super::health::{Health, PING, ping};
 use super::idle::Idle;
 use super::server;
-use super::supervisor::{Clock, End, Next, Supervisor, Up, at_ms, save_spec, told};
+use super::supervisor::{Clock, Supervisor, Up, at_ms, save_spec};
 use super::tune;
 use super::view::Live;
 use super::wire::{Answer, Ask, Limit, Settings};
@@ -24,14 +26,6 @@ use crate::qmp::Event;
 use crate::run::{Asked, DiskState, MachineError, State};
 use crate::spec::{Spec, Timeout};
 
-/// How long the guest agent may take to show that it is there.
-const PING: Duration = Duration::from_secs(1);
-/// How often it is asked to.
-const HEALTH: Duration = Duration::from_secs(5);
-/// So many times without an answer and without any work done, and a guest has halted.
-const SILENT: u32 = 3;
-/// CPU time of a guest that does nothing at all, between two looks at it.
-const HALTED_MS: u64 = 20;
 /// Longest queue of changes asked for while another is under way.
 const QUEUE: usize = 32;
 
@@ -60,14 +54,6 @@ enum After {
     Changed(Box<Spec>, Settings),
 }
 
-/// Whether the guest is alive.
-#[derive(Debug)]
-struct Health {
-    /// Looks in a row without an answer and without work done.
-    silent: u32,
-    cpu_ms: Option<u64>,
-}
-
 impl Supervisor<'_> {
     /// Watches the machine until it ends or is to be stopped.
     pub(super) async fn watch(
@@ -84,10 +70,7 @@ impl Supervisor<'_> {
         let mut look = Instant::now();
         let mut job: Option<Job> = None;
         let mut queue = VecDeque::new();
-        let mut health = Health {
-            silent: 0,
-            cpu_ms: None,
-        };
+        let mut health = Health::default();
         let mut pinging = Some(Box::pin(ping(up)));
         // It may have been paused when it was taken over.
         self.reconcile(up).await;
@@ -415,39 +398,6 @@ impl Done {
     }
 }
 
-impl Health {
-    /// Takes in whether the guest agent answered, and QEMU's CPU time. A guest
-    /// that is only busy uses some; one that has halted never will again.
-    fn look(&mut self, answered: bool, cpu_ms: Option<u64>) -> Next {
-        let before = std::mem::replace(&mut self.cpu_ms, cpu_ms);
-        let idle = match (before, cpu_ms) {
-            (Some(before), Some(now)) => now.saturating_sub(before) < HALTED_MS,
-            _ => false,
-        };
-        self.silent = match !answered && idle {
-            true => self.silent + 1,
-            false => 0,
-        };
-        match self.silent >= SILENT {
-            true => Next::Stop {
-                grace: Some(Duration::ZERO),
-                end: End::stopped("the guest halted"),
-            },
-            false => Next::Stay,
-        }
-    }
-}
-
-/// Asks the guest agent for a sign of life, after a while.
-async fn ping(up: &Up) -> bool {
-    tokio::time::sleep(HEALTH).await;
-    let ask = up
-        .machine()
-        .channel()
-        .ask("show that it is there", &Request::Ping, PING);
-    ask.await.is_ok()
-}
-
 /// Waits for a future that may not be there.
 async fn finished<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
     match future {
@@ -545,32 +495,4 @@ pub(super) fn live(state: State, up: &Up, idle: Duration) -> impl Future<Output 
 fn disk_bytes(path: &Path) -> Option<u64> {
     use std::os::unix::fs::MetadataExt;
     Some(std::fs::metadata(path).ok()?.blocks() * 512)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_guest_that_neither_answers_nor_works_has_halted() {
-        let mut health = Health {
-            silent: 0,
-            cpu_ms: None,
-        };
-        let mut cpu = 1000;
-        let mut look = |answered, used| {
-            cpu += used;
-            matches!(health.look(answered, Some(cpu)), Next::Stop { .. })
-        };
-        // Busy, and too busy to answer.
-        for _ in 0..10 {
-            assert!(!look(false, 900));
-        }
-        // Idle, and there.
-        for _ in 0..10 {
-            assert!(!look(true, 5));
-        }
-        assert!(!look(false, 0) && !look(false, 0) && !look(true, 0));
-        assert!(!look(false, 0) && !look(false, 1) && look(false, 0));
-    }
 }

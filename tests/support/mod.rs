@@ -288,6 +288,18 @@ impl Drop for Started {
     }
 }
 
+/// What is below a directory, but for the locks of the store.
+pub(crate) fn entries(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != ".lock" && name != "state")
+        .collect();
+    names.sort();
+    names
+}
+
 /// QEMU processes whose command line names this machine.
 pub(crate) fn machines(name: &str) -> Vec<String> {
     let name = format!("{name},debug-threads=on");
