@@ -58,7 +58,7 @@ fn git_and_patch_apply_the_diff() {
             .output()
             .is_err()
         {
-            println!("SKIPPED: `{tool}`: not installed");
+            println!("skipped: git_and_patch_apply_the_diff: no `{tool}`");
             continue;
         }
         sh(&exchange.host, tool);
@@ -419,7 +419,7 @@ fn a_guest_cannot_remove_what_it_never_had() {
 #[test]
 fn directories_of_others_keep_their_owner() {
     if !nix::unistd::Uid::effective().is_root() {
-        println!("SKIPPED: only root can give files to another user");
+        println!("skipped: directories_of_others_keep_their_owner: not root");
         return;
     }
     let exchange = Exchange::new(|dir| sh(dir, "mkdir d; chown 1234:2345 .; chown 77 d").clear());
@@ -432,7 +432,7 @@ fn directories_of_others_keep_their_owner() {
 #[test]
 fn everything_belongs_to_the_owner_of_the_workspace() {
     if !nix::unistd::Uid::effective().is_root() {
-        println!("SKIPPED: only root can give files to another user");
+        println!("skipped: everything_belongs_to_the_owner_of_the_workspace: not root");
         return;
     }
     let exchange = Exchange::new(|dir| sh(dir, "echo 1 > a").clear());
@@ -533,7 +533,7 @@ fn a_full_disk_is_named_and_leaves_the_workspace_alone() {
             .unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         if text.contains("unshare failed") {
-            println!("SKIPPED: no private mount namespace: {text}");
+            println!("skipped: {name}: no private mount namespace: {text}");
             return;
         }
         assert!(
@@ -594,7 +594,7 @@ fn other_file_systems_inside_the_workspace_are_written() {
             .unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         if text.contains("unshare failed") {
-            println!("SKIPPED: no private mount namespace: {text}");
+            println!("skipped: {name}: no private mount namespace: {text}");
             return;
         }
         assert!(

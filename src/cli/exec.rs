@@ -58,7 +58,7 @@ pub(super) struct Attach {
 /// What came of a command in a machine.
 #[derive(Debug, serde::Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-struct Outcome {
+pub struct ExecOutcome {
     /// Its exit code as a shell has it; 124 after its time limit.
     exit_code: i32,
     /// The signal that ended it.
@@ -183,7 +183,7 @@ fn io(global: &Global, stdin: Option<Box<dyn AsyncRead + Send + Unpin>>) -> Resu
 
 fn report(done: Commanded, json: bool) -> i32 {
     if json {
-        print_json(&Outcome {
+        print_json(&ExecOutcome {
             exit_code: done.exit_code,
             signal: done.exit.signal,
             timed_out: done.timed_out,

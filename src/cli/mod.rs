@@ -37,6 +37,9 @@ use crate::spec::SpecError;
 use message::Failure;
 use settings::Settings;
 
+#[cfg(feature = "schema")]
+pub use self::{exec::ExecOutcome, stats::MachineUse};
+
 /// Run coding agents, or any command, in disposable QEMU/KVM microVMs.
 #[derive(Debug, Parser)]
 #[command(name = "bulkhead", version, propagate_version = true)]

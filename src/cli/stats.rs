@@ -34,7 +34,7 @@ pub(super) struct Top {
 /// What one machine uses.
 #[derive(Debug, serde::Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-struct Use {
+pub struct MachineUse {
     /// The machine.
     id: VmId,
     /// CPU time of QEMU in percent of one processor.
@@ -66,13 +66,13 @@ impl Before {
         }
     }
 
-    fn used(&self, view: &View) -> Option<Use> {
+    fn used(&self, view: &View) -> Option<MachineUse> {
         let live = view.live.as_ref()?;
         let before = self.cpu.get(&view.id).copied().unwrap_or(live.vmm_cpu_ms);
         let wall = self.at.elapsed().as_secs_f64().max(0.001);
         #[expect(clippy::cast_precision_loss)] // milliseconds of a look's interval
         let cpu = live.vmm_cpu_ms.saturating_sub(before) as f64 / 10.0 / wall;
-        Some(Use {
+        Some(MachineUse {
             id: view.id.clone(),
             cpu_percent: (cpu * 10.0).round() / 10.0,
             cpu_ms: live.vmm_cpu_ms,
@@ -99,7 +99,7 @@ async fn running(machines: &Machines, vms: &[VmId]) -> Result<Vec<View>, Failure
     Ok(views)
 }
 
-fn table(uses: &[Use]) -> Table {
+fn table(uses: &[MachineUse]) -> Table {
     let mut table = Table::new(&[
         "NAME", "CPU %", "CPU TIME", "MEMORY", "DISK", "BUSY", "IDLE",
     ]);
@@ -123,7 +123,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let before = Before::of(&running(&machines, &args.vms).await?);
     tokio::time::sleep(args.interval.0).await;
     let views = running(&machines, &args.vms).await?;
-    let uses: Vec<Use> = views.iter().filter_map(|view| before.used(view)).collect();
+    let uses: Vec<MachineUse> = views.iter().filter_map(|view| before.used(view)).collect();
     match global.json {
         true => print_json(&uses),
         false => table(&uses).print(),
@@ -164,7 +164,7 @@ pub(super) async fn top(args: Top, global: &Global) -> Result<i32, Failure> {
         }
         pause = args.interval.0;
         let (views, _) = machines.list().await?;
-        let mut uses: Vec<Use> = views.iter().filter_map(|view| before.used(view)).collect();
+        let mut uses: Vec<MachineUse> = views.iter().filter_map(|view| before.used(view)).collect();
         uses.sort_by(|a, b| b.cpu_percent.total_cmp(&a.cpu_percent));
         before = Before::of(&views);
         let size = terminal::size();

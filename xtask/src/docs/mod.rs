@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use bulkhead::cli::{ExecOutcome, MachineUse};
 use bulkhead::error::Failed;
 use bulkhead::run::Outcome;
 use bulkhead::spec::Setting;
@@ -66,10 +67,12 @@ fn outputs() -> Vec<(&'static str, Value)> {
     vec![
         ("config-show", schema::<Vec<Setting>>()),
         ("error", schema::<Failed>()),
+        ("exec", schema::<ExecOutcome>()),
         ("inspect", schema::<View>()),
         ("logs-list", schema::<Vec<ExecInfo>>()),
         ("ls", schema::<Vec<View>>()),
         ("outcome", schema::<Outcome>()),
+        ("stats", schema::<Vec<MachineUse>>()),
     ]
 }
 
