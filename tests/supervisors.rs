@@ -155,8 +155,20 @@ fn a_survivor_is_taken_over_by_a_new_supervisor() {
     assert_eq!(vm.state(), "running");
     bulkhead.must(&["stop", "adopted"]);
     assert_eq!(machines("adopted"), [""; 0]);
-    // One whose VMM died with its supervisor is no survivor.
+    // Who looks for its sockets in another place leaves it alone, and says so.
     vm.start();
+    kill(vm.supervisor(), Signal::SIGKILL).unwrap();
+    vm.becomes("lost");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let refused = bulkhead.raw(&["--runtime-dir", elsewhere.path().to_str().unwrap(), "gc"]);
+    let place = bulkhead.runtime().to_str().unwrap();
+    assert!(
+        refused.code != 0 && refused.stderr.contains(place),
+        "{refused:?}"
+    );
+    assert_eq!(vm.state(), "lost");
+    assert!(bulkhead.must(&["gc"]).contains("took over adopted"));
+    // One whose VMM died with its supervisor is no survivor.
     let (vmm, supervisor) = (vm.vmm(), vm.supervisor());
     kill(supervisor, Signal::SIGKILL).unwrap();
     kill(vmm, Signal::SIGKILL).unwrap();

@@ -37,7 +37,6 @@ use crate::spec::SpecError;
 use message::Failure;
 use settings::Settings;
 
-#[cfg(feature = "schema")]
 pub use self::{exec::ExecOutcome, stats::MachineUse};
 
 /// Run coding agents, or any command, in disposable QEMU/KVM microVMs.

@@ -77,6 +77,16 @@ pub enum SuperviseError {
         #[source]
         source: io::Error,
     },
+    /// It runs on without a supervisor, and its sockets are in another place.
+    #[error("{id} runs, and its sockets are in {found}, not in {looked}")]
+    Elsewhere {
+        /// The machine.
+        id: VmId,
+        /// The directory they are in.
+        found: PathBuf,
+        /// Where they were looked for.
+        looked: PathBuf,
+    },
     /// A file or directory cannot be copied there.
     #[error("cannot copy {from} to {to}: {why}")]
     Copy {
@@ -144,6 +154,7 @@ impl Explain for SuperviseError {
             Self::ExecEnded { .. } => "exec-ended",
             Self::Leaked { .. } => "lease-not-released",
             Self::Socket { .. } => "runtime-dir-unusable",
+            Self::Elsewhere { .. } => "runtime-dir-differs",
             Self::Run(error) => error.code(),
             Self::State(error) => error.code(),
             Self::Control(error) => error.code(),
@@ -174,6 +185,9 @@ impl Explain for SuperviseError {
             }
             Self::Leaked { .. } => "Run `bulkhead gc`.".into(),
             Self::Socket { .. } => "Name another directory with --runtime-dir.".into(),
+            Self::Elsewhere { found, .. } => {
+                format!("Say it again with --runtime-dir {}.", found.display())
+            }
             Self::Run(error) => error.remedy(),
             Self::State(error) => error.remedy(),
             Self::Control(error) => error.remedy(),

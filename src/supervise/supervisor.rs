@@ -71,6 +71,9 @@ pub async fn supervise(
             },
         });
     }
+    if start == Start::TakeOver {
+        in_reach(host, id, &record)?;
+    }
     if start == Start::Boot {
         // What an earlier life could not release.
         let left = record.release();
@@ -98,6 +101,26 @@ fn leaked(id: &VmId, left: impl Iterator<Item = String>) -> SuperviseError {
     SuperviseError::Leaked {
         id: id.clone(),
         why: left.collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// Refuses a survivor whose sockets another `--runtime-dir` made: failing to
+/// connect to it would end it.
+fn in_reach(host: &Host, id: &VmId, record: &Record) -> Result<(), SuperviseError> {
+    let looked = host.dirs.machine_sockets(id);
+    let theirs = record.leases().iter().find_map(|lease| match lease {
+        Lease::Dir { path } if path.file_name() == looked.file_name() => path.parent(),
+        _ => None,
+    });
+    // The same directory may have two names.
+    let real = |path: &Path| path.canonicalize().unwrap_or(path.to_owned());
+    match theirs {
+        Some(found) if real(found) != real(&host.dirs.runtime) => Err(SuperviseError::Elsewhere {
+            id: id.clone(),
+            found: found.to_owned(),
+            looked: host.dirs.runtime.clone(),
+        }),
+        _ => Ok(()),
     }
 }
 
