@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bulkhead::error::Explain as _;
 use bulkhead::run::{DiskState, Machine};
 use bulkhead::spec::{Bytes, Request as Wish};
+use nix::sys::signal::{Signal, kill};
 use support::Bulkhead;
 use support::live::{KERNELS, Live, Tmpfs, disk_file, own_state, sh};
 
@@ -160,6 +161,30 @@ fn a_run_waits_for_space_as_long_as_its_time_limit_allows() {
         "{told}"
     );
     assert!(later.stderr.contains("paused"), "{later:?}");
+}
+
+#[test]
+fn a_survivor_on_a_full_disk_is_left_until_there_is_space() {
+    let tmpfs = Tmpfs::new(96);
+    let ballast = tmpfs.ballast(40);
+    let bulkhead = Bulkhead::new().with_state(&own_state(tmpfs.path()));
+    let vm = bulkhead.create("brimful", &["--survivors", "adopt", "--start"]);
+    let script = "head -c 70000000 /dev/urandom > /root/f; sync";
+    bulkhead.must(&["exec", "-d", "-u", "root", "brimful", "sh", "-c", script]);
+    vm.becomes("paused");
+    let vmm = vm.vmm();
+    kill(vm.supervisor(), Signal::SIGKILL).unwrap();
+    vm.becomes("lost");
+    let refused = bulkhead.must_fail(&["gc"], "machine-stands-still");
+    assert!(refused.contains("bytes free"), "{refused:?}");
+    kill(vmm, None).unwrap();
+    assert_eq!(vm.state(), "lost");
+    fs::remove_file(&ballast).unwrap();
+    assert!(bulkhead.must(&["gc"]).contains("took over brimful"));
+    let script = "head -c 1000000 /dev/zero > f && sync && echo on";
+    let on = bulkhead.must(&["exec", "brimful", "sh", "-c", script]);
+    assert_eq!(on, "on\n");
+    assert_eq!(vm.vmm(), vmm);
 }
 
 /// A disk on which every discard fails, by QEMU's own means.

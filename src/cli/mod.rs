@@ -169,6 +169,9 @@ pub fn main() -> ExitCode {
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
         )
         .with_writer(std::io::stderr)
+        // It would tell of a log on a full disk on stderr, which is that log,
+        // and panic.
+        .log_internal_errors(false)
         .without_time()
         .init();
     let Cli { global, verb } = cli;

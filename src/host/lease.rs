@@ -246,12 +246,20 @@ impl Journal {
         errors
     }
 
-    /// Writes down what is still leased after [`Journal::release_all`].
+    /// Writes down what is still leased after [`Journal::release_all`]. On a
+    /// full disk the older, longer list stays: what is on it besides is released
+    /// once more, which does no harm.
     ///
     /// # Errors
-    /// The file cannot be written.
+    /// The file cannot be written for another reason.
     pub fn save(&self) -> Result<(), LeaseError> {
-        self.write()
+        match self.write() {
+            Err(LeaseError::Journal { source, path }) if crate::host::is_full(&source) => {
+                tracing::warn!("cannot write {}: {source}", path.display());
+                Ok(())
+            }
+            written => written,
+        }
     }
 
     fn write(&self) -> Result<(), LeaseError> {

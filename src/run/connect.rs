@@ -50,7 +50,7 @@ impl Parts {
             // A boot writes, too.
             disk.get_or_init(|| DiskWatch::start(&monitor, dir));
             // Standing still, the agent could not answer: it does so again after.
-            if spawned_us == 0 && is_paused(&monitor).await? {
+            if spawned_us == 0 && run_state(&monitor).await? == "paused" {
                 paused.set(true);
                 monitor.execute(qapi::qmp::cont {}).await?;
             }
@@ -59,8 +59,8 @@ impl Parts {
         let (agent, cid) = (ends.agent.take(), self.plan.cid);
         let channel = async {
             let connected = match (agent, cid) {
-                // It stood still while the connection changed.
-                (Some(stream), _) if paused.get() => Channel::connect_again(stream).await,
+                // It may have stood still while the connection changed.
+                (Some(stream), _) if spawned_us == 0 => Channel::connect_again(stream).await,
                 (Some(stream), _) => Channel::connect(stream).await,
                 (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
                     Ok(stream) => Channel::connect(stream).await,
@@ -137,14 +137,14 @@ impl Parts {
     }
 }
 
-/// Whether the machine stands still.
-async fn is_paused(monitor: &Monitor) -> Result<bool, MachineError> {
+/// What QEMU says the machine does, such as `running`, `paused` or `io-error`.
+pub(super) async fn run_state(monitor: &Monitor) -> Result<String, MachineError> {
     #[derive(Deserialize)]
     struct RunState {
         status: String,
     }
     let found: RunState = monitor.execute_into(qapi::qmp::query_status {}).await?;
-    Ok(found.status == "paused")
+    Ok(found.status)
 }
 
 /// Why a start came to nothing.

@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use bulkhead_agent::{Exec, Request, Size};
 
+use super::connect::run_state;
+use super::disk::{DiskState, DiskWatch};
+use super::ends::Ends;
 use super::exchange::{self, Exchange};
 use super::host::Host;
 use super::machine::{Machine, StartOptions};
@@ -16,10 +19,13 @@ use super::{MachineError, RunError};
 use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::host::fault;
+use crate::qmp::Monitor;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
 
 /// How long a running machine may take to answer its new supervisor.
 const TAKE_OVER: Duration = Duration::from_secs(20);
+/// How long a machine may take to go on once its disk has space.
+const CURE: Duration = Duration::from_secs(2);
 
 /// A detached machine that is up.
 pub(crate) struct Detached {
@@ -117,6 +123,28 @@ fn passed(point: &str) -> Result<(), GuestError> {
         action: "preparing the guest",
         source: source.into(),
     })
+}
+
+/// What the running machine of `record` waits for, where it cannot answer: to
+/// take it over would only end it.
+pub(crate) async fn standing_still(host: &Host, record: &Record) -> Option<DiskState> {
+    let plan = record.plan().ok()?;
+    let sockets = host.options(&plan, record).sockets?;
+    let monitor = Ends::monitor(&sockets).await.ok()?;
+    let monitor = Monitor::connect(monitor, TAKE_OVER).await.ok()?;
+    if run_state(&monitor).await.ok()? != "io-error" {
+        return None;
+    }
+    let watch = DiskWatch::start(&monitor, record.dir());
+    let mut state = watch.state();
+    // It lets the machine go on where there is space by now.
+    let trouble = state.wait_for(|state| *state != DiskState::Fine);
+    tokio::time::timeout(CURE, trouble).await.ok()?.ok()?;
+    let cured = state.wait_for(|state| *state == DiskState::Fine);
+    match tokio::time::timeout(CURE, cured).await {
+        Ok(_) => None,
+        Err(_) => watch.trouble(),
+    }
 }
 
 /// Takes over the running machine of `record`, whose supervisor died.

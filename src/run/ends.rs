@@ -42,6 +42,11 @@ impl Ends {
         Ok(ends)
     }
 
+    /// Connects to the monitor only.
+    pub(super) async fn monitor(sockets: &Path) -> io::Result<UnixStream> {
+        UnixStream::connect(sockets.join("qmp")).await
+    }
+
     /// Name and place of a descriptor that is a socket.
     fn end(&mut self, descriptor: Descriptor) -> Option<(&'static str, &mut Option<UnixStream>)> {
         match descriptor {

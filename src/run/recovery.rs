@@ -11,7 +11,7 @@ use super::record::{
     remove_state,
 };
 use super::share;
-use super::state::{Ended, State, StateFile, now_ms};
+use super::state::{Ended, State, StateFile, Status, now_ms};
 use crate::error::{Explain, Report};
 use crate::guest::archive::HostDir;
 use crate::host::fault;
@@ -208,19 +208,6 @@ fn settle_share(run: &Path) {
     }
 }
 
-/// Says on disk that the supervisor of a live machine is gone.
-fn lose(file: &mut StateFile) -> Result<(), super::StateError> {
-    if !file.status().state.is_live() {
-        return Ok(());
-    }
-    let reason = match &file.status().supervisor {
-        Some(owner) if owner.is_of_earlier_boot() => "the host was started again".to_owned(),
-        Some(owner) => format!("its supervisor (process {}) died", owner.pid),
-        None => "its supervisor died".to_owned(),
-    };
-    file.advance(State::Lost, &reason)
-}
-
 /// Looking at one machine without changing anything but what it says of itself.
 pub(crate) mod look {
     use super::*;
@@ -241,12 +228,15 @@ pub(crate) mod look {
         read_json(&dir.join(SPEC))
     }
 
-    /// Writes down that the supervisor of a detached machine is gone, if it is.
-    pub(crate) fn note_loss(dir: &Path, id: &VmId) -> Result<(), crate::run::StateError> {
-        let Ok(Some(_lock)) = lock_run(dir) else {
-            return Ok(());
-        };
-        lose(&mut StateFile::open(dir, id)?)
+    /// What is known of a detached machine; that its supervisor is gone is
+    /// written down, if it is.
+    pub(crate) fn note_loss(dir: &Path, id: &VmId) -> Result<Status, crate::run::StateError> {
+        let lock = lock_run(dir);
+        let mut file = StateFile::open(dir, id)?;
+        if matches!(lock, Ok(Some(_))) {
+            file.lose()?;
+        }
+        Ok(file.status().clone())
     }
 }
 
@@ -294,7 +284,7 @@ pub(super) fn recover_one(dir: &Path) -> Found {
     }
     let leases = run.journal.leases().to_vec();
     if let Some((file, _)) = &mut run.state
-        && let Err(error) = lose(file)
+        && let Err(error) = file.lose()
     {
         return dead(id, leases, &[&error]);
     }

@@ -406,6 +406,42 @@ impl StateFile {
         self.replace(next)
     }
 
+    /// Says that the supervisor of a live machine is gone. The caller holds the
+    /// lock that it would hold.
+    ///
+    /// # Errors
+    /// As [`StateFile::note`].
+    pub(crate) fn lose(&mut self) -> Result<(), StateError> {
+        if !self.status.state.is_live() {
+            return Ok(());
+        }
+        let reason = match &self.status.supervisor {
+            Some(owner) if owner.is_of_earlier_boot() => "the host was started again".to_owned(),
+            Some(owner) => format!("its supervisor (process {}) died", owner.pid),
+            None => "its supervisor died".to_owned(),
+        };
+        self.note(State::Lost, &reason)
+    }
+
+    /// As [`StateFile::advance`] for what has happened already, whether or not
+    /// it can be written down: on a full disk it is known here only, until the
+    /// next change is written.
+    ///
+    /// # Errors
+    /// It may not follow, or the disk refuses for another reason.
+    pub(crate) fn note(&mut self, to: State, reason: &str) -> Result<(), StateError> {
+        let mut next = self.status.clone();
+        next.advance(&self.id, to, reason)?;
+        match self.write(&next) {
+            Err(StateError::Write { source, path }) if crate::host::is_full(&source) => {
+                tracing::warn!("cannot write {}: {source}", path.display());
+            }
+            written => written?,
+        }
+        self.status = next;
+        Ok(())
+    }
+
     /// Says better why it is in its state.
     ///
     /// # Errors

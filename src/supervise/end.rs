@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use super::error::SuperviseError;
+use super::supervisor::Up;
 use crate::error::{Explain, Report};
+use crate::qmp::{Event, Events};
 use crate::run::{FAILED, MachineError, RunError, State};
 
 /// How a machine ended.
@@ -86,4 +88,70 @@ pub(super) fn told(error: &dyn Explain) -> String {
         "" => report.what,
         cause => format!("{}: {cause}", report.what),
     }
+}
+
+/// The VMM has ended.
+pub(super) async fn by_itself(up: &Up, known: bool, shutdown: Option<String>) -> End {
+    match up.machine().end_reason().await {
+        Some(error @ MachineError::GuestPanic { .. }) => End::failed(told(&error)),
+        Some(MachineError::GuestEnded { .. }) => End::stopped(match shutdown.as_deref() {
+            Some("guest-reset") => "the guest restarted, which ends it",
+            _ => "the guest powered off",
+        }),
+        // A process that was taken over leaves no status, but QEMU said why.
+        _ if shutdown.as_deref() == Some("guest-shutdown") => End::stopped("the guest powered off"),
+        _ if shutdown.as_deref() == Some("guest-reset") => {
+            End::stopped("the guest restarted, which ends it")
+        }
+        Some(error) => End::failed(told(&error)),
+        None if known => End::failed("QEMU ended"),
+        None => End::failed("QEMU ended, and nobody knows how"),
+    }
+}
+
+/// Why QEMU ended: what it said before may be read later than its end is seen.
+pub(super) async fn last_words(
+    events: &mut Events,
+    mut shutdown: Option<String>,
+) -> Option<String> {
+    let rest = async {
+        loop {
+            match events.next().await {
+                Ok(event) => shutdown = reason(&event).or(shutdown.take()),
+                Err(error) if error.is_closed() => break,
+                // Some were missed.
+                Err(_) => {}
+            }
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
+    shutdown
+}
+
+/// What `SHUTDOWN` says.
+pub(super) fn reason(event: &Event) -> Option<String> {
+    let reason = (event.name == "SHUTDOWN").then(|| event.data["reason"].as_str())??;
+    Some(reason.to_owned())
+}
+
+/// The channel to the guest agent is gone, or the monitor, and with it what the
+/// machine is for.
+pub(super) async fn gone(
+    up: &Up,
+    error: &dyn Explain,
+    what: &str,
+    events: &mut Events,
+    shutdown: Option<String>,
+) -> Next {
+    let process = up.machine().process();
+    // Mostly the machine is about to be gone as a whole.
+    Next::Gone(
+        match tokio::time::timeout(Duration::from_secs(1), process.wait()).await {
+            Ok(status) => {
+                let why = last_words(events, shutdown).await;
+                by_itself(up, status.is_ok(), why).await
+            }
+            Err(_) => End::failed(format!("{what}: {}", told(error))),
+        },
+    )
 }

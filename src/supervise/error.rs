@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::log::LogError;
 use crate::error::{Explain, Report};
 use crate::guest::GuestError;
-use crate::run::{ControlError, MachineError, RecordError, RunError, State, StateError};
+use crate::run::{ControlError, DiskState, MachineError, RecordError, RunError, State, StateError};
 use crate::spec::VmId;
 
 /// Something with a detached machine failed.
@@ -87,6 +87,14 @@ pub enum SuperviseError {
         /// Where they were looked for.
         looked: PathBuf,
     },
+    /// It runs on without a supervisor, and cannot answer a new one.
+    #[error("{id} cannot be taken over yet: {disk}")]
+    StandsStill {
+        /// The machine.
+        id: VmId,
+        /// What keeps it.
+        disk: DiskState,
+    },
     /// A file or directory cannot be copied there.
     #[error("cannot copy {from} to {to}: {why}")]
     Copy {
@@ -155,6 +163,7 @@ impl Explain for SuperviseError {
             Self::Leaked { .. } => "lease-not-released",
             Self::Socket { .. } => "runtime-dir-unusable",
             Self::Elsewhere { .. } => "runtime-dir-differs",
+            Self::StandsStill { .. } => "machine-stands-still",
             Self::Run(error) => error.code(),
             Self::State(error) => error.code(),
             Self::Control(error) => error.code(),
@@ -185,6 +194,11 @@ impl Explain for SuperviseError {
             }
             Self::Leaked { .. } => "Run `bulkhead gc`.".into(),
             Self::Socket { .. } => "Name another directory with --runtime-dir.".into(),
+            Self::StandsStill { id, .. } => {
+                format!(
+                    "Free space there and run `bulkhead gc`, or give it up: bulkhead rm -f {id}"
+                )
+            }
             Self::Elsewhere { found, .. } => {
                 format!("Say it again with --runtime-dir {}.", found.display())
             }

@@ -334,10 +334,10 @@ impl Machines {
         if !StateFile::is_in(&dir) {
             return Ok(of_run(&dir, &spec, owned));
         }
-        if !owned {
-            look::note_loss(&dir, id)?;
-        }
-        let status = StateFile::open(&dir, id)?.status().clone();
+        let status = match owned {
+            true => StateFile::open(&dir, id)?.status().clone(),
+            false => look::note_loss(&dir, id)?,
+        };
         let mut view = View {
             reason: status.reason,
             since_ms: status.since_ms,
@@ -351,6 +351,12 @@ impl Machines {
         };
         if owned && view.state.is_live() {
             view.live = self.client(id).status().await.ok();
+        }
+        // On a full disk the supervisor knows better.
+        if let Some(live) = view.live.as_ref().filter(|live| live.state != view.state) {
+            view.state = live.state;
+            view.reason = live.reason.clone();
+            view.since_ms = live.since_ms;
         }
         Ok(view)
     }

@@ -55,6 +55,10 @@ pub async fn supervise(
     ready: impl FnOnce(),
 ) -> Result<(), SuperviseError> {
     let (mut record, spec, mut state) = Record::open(&host.dirs, id)?;
+    if start == Start::TakeOver {
+        // Nobody watches it: the lock was free.
+        state.lose()?;
+    }
     let found = state.status().clone();
     let fits = match start {
         Start::Boot => found.state.may_start(),
@@ -73,6 +77,10 @@ pub async fn supervise(
     }
     if start == Start::TakeOver {
         in_reach(host, id, &record)?;
+        if let Some(disk) = detached::standing_still(host, &record).await {
+            let id = id.clone();
+            return Err(SuperviseError::StandsStill { id, disk });
+        }
     }
     if start == Start::Boot {
         // What an earlier life could not release.
@@ -267,7 +275,7 @@ impl Supervisor<'_> {
                     }
                     Some(Ask::Wait) => self.waiting.push(asked),
                     Some(Ask::Status) => {
-                        let live = Live::of(self.state.status().state);
+                        let live = Live::of(self.state.status());
                         asked.answer(&Answer::Status(Box::new(live))).await;
                     }
                     _ => asked.answer(&self.not_now("asked that")).await,
@@ -398,7 +406,7 @@ impl Supervisor<'_> {
                     }
                     Some(Ask::Stop { .. } | Ask::Wait) => self.waiting.push(asked),
                     Some(Ask::Status) => {
-                        let live = watch::live(self.state.status().state, up, Duration::ZERO);
+                        let live = watch::live(self.state.status(), up, Duration::ZERO);
                         tokio::spawn(async move {
                             asked.answer(&Answer::Status(Box::new(live.await))).await;
                         });

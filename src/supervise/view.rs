@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::run::{Ended, ImageUse, Owner, State, Transition};
+use crate::run::{Ended, ImageUse, Owner, State, Status, Transition};
 use crate::spec::{
     Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
 };
@@ -79,8 +79,12 @@ pub struct View {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Live {
-    /// State of the machine.
+    /// State of the machine; it counts, should a full disk hold another.
     pub state: State,
+    /// Why it is in it.
+    pub reason: String,
+    /// Since when, in milliseconds since 1970.
+    pub since_ms: u64,
     /// QEMU's process id.
     pub vmm_pid: Option<i32>,
     /// QEMU's own word for its state (`query-status`): `running`, `paused`, `io-error`.
@@ -100,10 +104,12 @@ pub struct Live {
 }
 
 impl Live {
-    /// Of a machine in this state, of which nothing more is known.
-    pub(super) fn of(state: State) -> Self {
+    /// Of a machine of which nothing more is known.
+    pub(super) fn of(status: &Status) -> Self {
         Self {
-            state,
+            state: status.state,
+            reason: status.reason.clone(),
+            since_ms: status.since_ms,
             vmm_pid: None,
             vmm: None,
             agent: false,

@@ -12,7 +12,7 @@ use bulkhead_agent::Request;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
-use super::end::{End, Next, told};
+use super::end::{End, Next, by_itself, gone, last_words, reason};
 use super::error::SuperviseError;
 use super::health::{Health, PING, ping};
 use super::idle::Idle;
@@ -21,9 +21,9 @@ use super::supervisor::{Clock, Supervisor, Up, at_ms, save_spec};
 use super::tune;
 use super::view::Live;
 use super::wire::{Answer, Ask, Limit, Settings};
-use crate::error::{Explain, Report};
+use crate::error::Report;
 use crate::qmp::Event;
-use crate::run::{Asked, DiskState, MachineError, State};
+use crate::run::{Asked, DiskState, MachineError, State, Status};
 use crate::spec::{Spec, Timeout};
 
 /// Longest queue of changes asked for while another is under way.
@@ -85,10 +85,11 @@ impl Supervisor<'_> {
                 // What has happened to the machine comes before what is asked of it.
                 biased;
                 status = up.machine().process().wait() => {
-                    Next::Gone(by_itself(up, status.is_ok(), shutdown.take()).await)
+                    let why = last_words(&mut events, shutdown.take()).await;
+                    Next::Gone(by_itself(up, status.is_ok(), why).await)
                 }
                 error = up.machine().channel().closed() => {
-                    gone(up, &error, "the guest agent is gone", shutdown.take()).await
+                    gone(up, &error, "the guest agent is gone", &mut events, shutdown.take()).await
                 }
                 event = events.next() => {
                     match event {
@@ -98,7 +99,7 @@ impl Supervisor<'_> {
                         }
                         // It ends with QEMU, or QEMU is not to be trusted any more.
                         Err(error) if error.is_closed() => {
-                            gone(up, &error, "the monitor is gone", shutdown.take()).await
+                            gone(up, &error, "the monitor is gone", &mut events, shutdown.take()).await
                         }
                         // Some were missed.
                         Err(_) => {
@@ -152,7 +153,7 @@ impl Supervisor<'_> {
     /// Takes in what QEMU tells.
     fn event(&mut self, up: &Up, event: &Event, shutdown: &mut Option<String>) {
         match event.name.as_str() {
-            "SHUTDOWN" => *shutdown = event.data["reason"].as_str().map(str::to_owned),
+            "SHUTDOWN" => *shutdown = reason(event),
             "STOP" => self.stands(up, true),
             "RESUME" => self.stands(up, false),
             _ => {}
@@ -165,9 +166,9 @@ impl Supervisor<'_> {
         let advanced = match (self.state.status().state, still) {
             (State::Running, true) => {
                 let why = trouble.map_or("asked to pause".into(), |trouble| trouble.to_string());
-                self.state.advance(State::Paused, &why)
+                self.state.note(State::Paused, &why)
             }
-            (State::Paused, false) => self.state.advance(State::Running, "resumed"),
+            (State::Paused, false) => self.state.note(State::Running, "resumed"),
             _ => return,
         };
         up.execs.stand_still(still);
@@ -238,7 +239,7 @@ impl Supervisor<'_> {
         match ask {
             Ask::Status => {
                 let idle = clock.idle.time(Instant::now());
-                let live = live(self.state.status().state, up, idle);
+                let live = live(self.state.status(), up, idle);
                 tokio::spawn(async move {
                     asked.answer(&Answer::Status(Box::new(live.await))).await;
                 });
@@ -430,40 +431,8 @@ fn idle(up: &Up, clock: &mut Clock, limit: Duration) -> Next {
     }
 }
 
-/// The VMM has ended.
-async fn by_itself(up: &Up, known: bool, shutdown: Option<String>) -> End {
-    match up.machine().end_reason().await {
-        Some(error @ MachineError::GuestPanic { .. }) => End::failed(told(&error)),
-        Some(MachineError::GuestEnded { .. }) => End::stopped(match shutdown.as_deref() {
-            Some("guest-reset") => "the guest restarted, which ends it",
-            _ => "the guest powered off",
-        }),
-        // A process that was taken over leaves no status, but QEMU said why.
-        _ if shutdown.as_deref() == Some("guest-shutdown") => End::stopped("the guest powered off"),
-        _ if shutdown.as_deref() == Some("guest-reset") => {
-            End::stopped("the guest restarted, which ends it")
-        }
-        Some(error) => End::failed(told(&error)),
-        None if known => End::failed("QEMU ended"),
-        None => End::failed("QEMU ended, and nobody knows how"),
-    }
-}
-
-/// The channel to the guest agent is gone, or the monitor, and with it what the
-/// machine is for.
-async fn gone(up: &Up, error: &dyn Explain, what: &str, shutdown: Option<String>) -> Next {
-    let process = up.machine().process();
-    // Mostly the machine is about to be gone as a whole.
-    Next::Gone(
-        match tokio::time::timeout(Duration::from_secs(1), process.wait()).await {
-            Ok(status) => by_itself(up, status.is_ok(), shutdown).await,
-            Err(_) => End::failed(format!("{what}: {}", told(error))),
-        },
-    )
-}
-
 /// How the machine is; asks QEMU and guest without holding anything up.
-pub(super) fn live(state: State, up: &Up, idle: Duration) -> impl Future<Output = Live> + use<> {
+pub(super) fn live(status: &Status, up: &Up, idle: Duration) -> impl Future<Output = Live> + use<> {
     let machine = up.machine();
     let (cpu, rss) = machine
         .process()
@@ -476,7 +445,7 @@ pub(super) fn live(state: State, up: &Up, idle: Duration) -> impl Future<Output 
         vmm_cpu_ms: cpu,
         vmm_rss_kib: rss,
         disk_bytes: disk_bytes(&machine.dir().join("disk.img")),
-        ..Live::of(state)
+        ..Live::of(status)
     };
     let (monitor, channel) = (up.monitor(), machine.channel().clone());
     async move {
