@@ -45,6 +45,9 @@ pub(super) struct MachineArgs {
     /// How the guest agent is reached: auto, vsock or serial [default: auto].
     #[arg(long, value_name = "KIND", value_parser = word::<ChannelKind>)]
     channel: Option<ChannelKind>,
+    /// Let the guest run virtual machines of its own: more of the host's kernel to attack.
+    #[arg(long)]
+    nested: bool,
     /// Set NAME=VALUE in the command's environment, or pass NAME on.
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -77,6 +80,7 @@ impl MachineArgs {
             accel: self.accel,
             machine: self.machine,
             channel: self.channel,
+            nested: self.nested.then_some(true),
             env: self.env.into_iter().collect(),
             labels: self.labels.into_iter().collect(),
             workdir: self.workdir,

@@ -198,19 +198,19 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
             .set("hpet", "off"),
     };
     list.push(Box::new(Valued("-machine", machine.0)));
-    let (accel, cpu) = match spec.accel {
-        // Nested virtualization is a way out that nobody asked for.
-        Accel::Kvm => ("kvm".to_owned(), "host,-vmx,-svm"),
+    let (accel, cpu) = match (spec.accel, spec.nested) {
+        // Nested virtualization is a way out: only for who asks for it.
+        (Accel::Kvm, false) => ("kvm", "host,-vmx,-svm"),
+        (Accel::Kvm, true) => ("kvm", "host"),
         // Without SVM, QEMU 7.2 ends the extended CPUID leaves before the one
         // with the address sizes, and a kernel with five-level page tables then
         // takes its own addresses for wild ones: paths in /proc read "xxxx".
         // Four levels are also less to walk.
-        Accel::Tcg => (
-            "tcg,thread=multi".to_owned(),
-            "max,-svm,-la57,xlevel=0x80000008",
-        ),
+        (Accel::Tcg, false) => ("tcg,thread=multi", "max,-svm,-la57,xlevel=0x80000008"),
+        // QEMU emulates AMD's SVM, not Intel's VMX.
+        (Accel::Tcg, true) => ("tcg,thread=multi", "max,-la57"),
     };
-    list.push(Box::new(Valued("-accel", accel)));
+    list.push(Box::new(Valued("-accel", accel.into())));
     list.push(Box::new(Valued("-cpu", cpu.into())));
     list.push(Box::new(Valued("-smp", spec.limits.vcpus.to_string())));
     list.push(Box::new(Valued(

@@ -96,6 +96,24 @@ fn a_balloon_only_where_it_is_asked_for() {
 }
 
 #[test]
+fn nested_virtualization_only_where_it_is_asked_for() {
+    let cpu = |request: &str| {
+        let args = plan(request, true).unwrap().args;
+        let at = args.iter().position(|word| word == "-cpu").unwrap();
+        args[at + 1].clone()
+    };
+    for accel in ["kvm", "tcg"] {
+        let accel = format!("accel = \"{accel}\"\n");
+        assert!(cpu(&accel).contains("-svm"), "{accel}");
+        let nested = cpu(&format!("{accel}nested = true"));
+        assert!(
+            !nested.contains("-svm") && !nested.contains("-vmx"),
+            "{nested}"
+        );
+    }
+}
+
+#[test]
 fn vsock_is_not_quietly_replaced() {
     assert!(matches!(
         plan("channel = \"vsock\"", false),

@@ -48,6 +48,10 @@ pub struct Request {
     /// Give the machine a balloon: its memory can be taken back while it runs.
     /// By default a detached machine has one, and a run of one command has none.
     pub balloon: Option<bool>,
+    /// Let the guest run virtual machines of its own: more of the host's kernel
+    /// to attack. Not among the keys of configuration files: who wants it says
+    /// so for each machine.
+    pub nested: Option<bool>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
     /// Name of the network: a mode, or one of `[network.NAME]`.
@@ -140,6 +144,7 @@ impl Request {
             survivors: self.survivors.or(below.survivors),
             stop_grace: self.stop_grace.or(below.stop_grace),
             balloon: self.balloon.or(below.balloon),
+            nested: self.nested.or(below.nested),
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
@@ -280,6 +285,7 @@ impl Request {
             lifetime,
             // A device less to start, for a machine that is gone in a moment.
             balloon: self.balloon.unwrap_or(detached),
+            nested: self.nested.unwrap_or_default(),
             labels: self.labels,
             command: Command {
                 argv: self.command,

@@ -62,6 +62,9 @@ pub struct Spec {
     /// Whether its memory can be taken back while it runs.
     #[serde(default)]
     pub balloon: bool,
+    /// Whether the guest may run virtual machines of its own.
+    #[serde(default)]
+    pub nested: bool,
     /// What a detached machine is held to besides its limits.
     #[serde(default)]
     pub tuning: Tuning,
