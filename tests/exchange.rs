@@ -317,9 +317,10 @@ fn a_read_only_share_cannot_be_written() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
     fs::write(dir.path().join("in"), "x\n").unwrap();
+    std::os::unix::fs::symlink("in", dir.path().join("link")).unwrap();
     let before = files(dir.path());
     // Root in the guest may remount as it likes: the host says no.
-    let script = "cat in; mount -o remount,rw /workspace/work; echo y > in; touch new; rm in";
+    let script = "cat link; mount -o remount,rw /workspace/work; echo y > in; touch new; rm in";
     let path = dir.path().to_str().unwrap();
     let words = [
         "--workspace",

@@ -373,9 +373,17 @@ fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
         .set("id", SHARE_TAG)
         // Not its name, which somebody else may give to another directory.
         .set("path", format!("/proc/self/fd/{fd}"))
-        // What the guest believes of owners and modes is kept in extended
-        // attributes: it can make no device and no setuid file on the host.
-        .set("security_model", "mapped-xattr")
+        .set(
+            "security_model",
+            match share.read_only {
+                // Nothing is written, and links can be read: with the other
+                // model the guest is told of a loop instead (ELOOP).
+                true => "none",
+                // What the guest believes of owners and modes is kept in extended
+                // attributes: it can make no device and no setuid file on the host.
+                false => "mapped-xattr",
+            },
+        )
         .set("multidevs", "remap");
     if share.read_only {
         fsdev = fsdev.set("readonly", "on");
