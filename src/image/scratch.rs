@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -122,7 +122,13 @@ fn copy_data(source: &fs::File, target: &fs::File) -> io::Result<u64> {
         while at < end {
             let (mut from, mut to) = (at, at);
             let want = usize::try_from(end - at).unwrap_or(usize::MAX);
-            let done = copy_file_range(source, Some(&mut from), target, Some(&mut to), want)?;
+            let done = match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
+                // Two file systems, or one that cannot (copy_file_range(2)).
+                Err(Errno::EXDEV | Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                    copy_block(source, target, at, want)?
+                }
+                done => done?,
+            };
             if done == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -132,10 +138,22 @@ fn copy_data(source: &fs::File, target: &fs::File) -> io::Result<u64> {
     }
 }
 
+/// Copies up to a block by reading and writing it. Zeroes are left out: the
+/// target is a hole there, and the source may be unable to tell of its holes.
+fn copy_block(source: &fs::File, target: &fs::File, at: i64, want: usize) -> io::Result<usize> {
+    let mut block = [0; 64 << 10];
+    let want = want.min(block.len());
+    let at = u64::try_from(at).map_err(io::Error::other)?;
+    let done = source.read_at(&mut block[..want], at)?;
+    if block[..done].iter().any(|byte| *byte != 0) {
+        target.write_all_at(&block[..done], at)?;
+    }
+    Ok(done)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::FileExt as _;
 
     #[test]
     fn a_large_disk_costs_little() {
@@ -171,5 +189,21 @@ mod tests {
         file.set_len(9 << 20).unwrap();
         copy(&from, &to).unwrap();
         assert_eq!(fs::read(&from).unwrap(), fs::read(&to).unwrap());
+    }
+
+    #[test]
+    fn a_disk_is_copied_to_another_file_system() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir_in("/dev/shm").unwrap();
+        let (from, to) = (dir.path().join("a"), other.path().join("b"));
+        let file = fs::File::create(&from).unwrap();
+        file.write_all_at(&[7; 100_000], 5 << 20).unwrap();
+        file.write_all_at(&[0; 1 << 20], 7 << 20).unwrap();
+        file.set_len(9 << 20).unwrap();
+        let device = |path: &Path| fs::metadata(path).unwrap().dev();
+        assert_ne!(device(dir.path()), device(other.path()));
+        copy(&from, &to).unwrap();
+        assert_eq!(fs::read(&from).unwrap(), fs::read(&to).unwrap());
+        assert!(fs::metadata(&to).unwrap().blocks() * 512 < 256 << 10);
     }
 }
