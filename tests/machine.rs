@@ -109,6 +109,22 @@ async fn a_silent_guest_is_given_up() {
     assert!(!host.dirs.runs().join(spec.id.as_str()).exists());
 }
 
+#[test]
+fn how_long_a_guest_may_take_is_the_users_to_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = dir.path().join("qemu");
+    std::fs::write(&qemu, "#!/bin/sh\nexec qemu-system-x86_64 -S \"$@\"\n").unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&qemu, executable).unwrap();
+    let qemu = qemu.to_str().unwrap();
+    let words = ["--boot-timeout", "2s", "--qemu", qemu];
+    let run = Bulkhead::new().run(&[&words[..], &["--", "true"]].concat());
+    assert!(
+        run.code == 125 && run.stderr.contains("within 2s"),
+        "{run:?}"
+    );
+}
+
 #[tokio::test]
 async fn an_image_in_use_cannot_be_removed() {
     let runtime = tempfile::tempdir().unwrap();

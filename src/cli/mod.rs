@@ -33,7 +33,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::run::{FAILED, Host};
-use crate::spec::SpecError;
+use crate::spec::{SpecError, Timeout};
 use message::Failure;
 use settings::Settings;
 
@@ -66,6 +66,10 @@ struct Global {
     /// The QEMU binary [env: BULKHEAD_QEMU] [default: qemu-system-x86_64 in PATH].
     #[arg(long, global = true, value_name = "FILE")]
     qemu: Option<PathBuf>,
+    /// How long a guest may take until its agent answers [env: BULKHEAD_BOOT_TIMEOUT]
+    /// [default: 90s, and 10s in the proof that KVM works].
+    #[arg(long, global = true, value_name = "TIME")]
+    boot_timeout: Option<Timeout>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::Global;
 use crate::run::{Dirs, Host};
-use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, merge};
+use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, Timeout, merge};
 use crate::supervise::Launcher;
 
 /// The system's configuration file.
@@ -25,6 +25,8 @@ pub(super) struct Settings {
     pub(super) dirs: Dirs,
     /// The QEMU binary, where one is named.
     pub(super) qemu: Option<PathBuf>,
+    /// How long a guest may take until its agent answers, where it is said.
+    boot_timeout: Option<Timeout>,
     /// Lowest first.
     layers: Vec<Layer>,
 }
@@ -48,6 +50,7 @@ impl Settings {
             state_dir: global.state_dir.clone(),
             runtime_dir: global.runtime_dir.clone(),
             qemu: global.qemu.clone(),
+            boot_timeout: global.boot_timeout,
             ..Config::default()
         }));
         let config = merge(&layers)?.config;
@@ -62,6 +65,7 @@ impl Settings {
         Ok(Self {
             dirs: dirs.ok_or(SpecError::NoPlace)?,
             qemu: config.qemu,
+            boot_timeout: config.boot_timeout,
             layers,
         })
     }
@@ -69,11 +73,15 @@ impl Settings {
     /// The host these settings describe.
     pub(super) fn host(&self) -> Host {
         // The one thread of this program lives as long as its machines.
-        Host {
+        let mut host = Host {
             qemu: self.qemu.clone(),
             die_with_thread: true,
             ..Host::new(self.dirs.clone())
+        };
+        if let Some(timeout) = self.boot_timeout {
+            (host.boot_timeout, host.proof_timeout) = (timeout.0, timeout.0);
         }
+        host
     }
 
     /// How a supervisor with these settings is started.
@@ -91,6 +99,9 @@ impl Settings {
                 _ => std::path::absolute(qemu).unwrap_or_else(|_| qemu.clone()),
             };
             args.push(qemu.into());
+        }
+        if let Some(timeout) = self.boot_timeout {
+            args.extend(["--boot-timeout".into(), timeout.to_string().into()]);
         }
         args.push("supervise".into());
         Launcher {

@@ -50,6 +50,16 @@ pub struct KernelChoice {
     pub format: KernelFormat,
 }
 
+impl KernelChoice {
+    /// The kernel an image brings.
+    pub fn own(image: &Image) -> Self {
+        Self {
+            path: image.kernel(),
+            format: image.manifest.kernel.format,
+        }
+    }
+}
+
 /// What QEMU is given as open descriptors, from [`FIRST_FD`] on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

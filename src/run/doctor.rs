@@ -11,6 +11,7 @@ use super::host::Host;
 use super::{RunError, prove};
 use crate::error::Explain;
 use crate::host::probe;
+use crate::plan::KernelChoice;
 use crate::qmp::{Needs, Offer, Schema};
 
 /// How well something is provided.
@@ -103,7 +104,8 @@ async fn accelerator(host: &Host) -> Check {
         let qemu = probe::find_qemu(host.qemu.as_deref())?;
         let images = host.images();
         let image = images.get("base").or_else(|_| images.get("default"))?;
-        prove::kvm(host, &qemu, &image, prove::Earlier::Good).await
+        let kernel = KernelChoice::own(&image);
+        prove::kvm(host, &qemu, &image, kernel, prove::Earlier::Good).await
     };
     match proved.await {
         Ok(verdict) if verdict.usable => check(name, Status::Ok, verdict.reason, ""),

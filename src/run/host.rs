@@ -23,6 +23,8 @@ pub struct Host {
     pub qemu: Option<PathBuf>,
     /// How long a guest may take until its agent answers.
     pub boot_timeout: Duration,
+    /// How long a small guest may take in the proof that KVM works.
+    pub proof_timeout: Duration,
     /// End machines with the thread that starts them.
     pub die_with_thread: bool,
 }
@@ -32,12 +34,17 @@ impl Host {
     /// emulation on a busy host.
     pub const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 
+    /// How long a small guest may take under KVM: real hardware needs less than
+    /// two seconds with the slowest kernel here.
+    pub const PROOF_TIMEOUT: Duration = Duration::from_secs(10);
+
     /// A host with these directories and the QEMU of its `PATH`.
     pub fn new(dirs: Dirs) -> Self {
         Self {
             dirs,
             qemu: None,
             boot_timeout: Self::BOOT_TIMEOUT,
+            proof_timeout: Self::PROOF_TIMEOUT,
             die_with_thread: false,
         }
     }
@@ -61,10 +68,7 @@ impl Host {
 
     fn kernel(&self, spec: &Spec, image: &Image) -> Result<KernelChoice, RunError> {
         let Some(asked) = &spec.kernel else {
-            return Ok(KernelChoice {
-                path: image.kernel(),
-                format: image.manifest.kernel.format,
-            });
+            return Ok(KernelChoice::own(image));
         };
         let path = if asked.contains('/') {
             PathBuf::from(asked)
@@ -114,7 +118,8 @@ impl Host {
         plan: &Plan,
     ) -> Result<(), RunError> {
         if spec.accel == Accel::Kvm {
-            let verdict = prove::kvm(self, &plan.qemu, image, prove::Earlier::Any).await?;
+            let (kernel, earlier) = (plan.kernel.clone(), prove::Earlier::Any);
+            let verdict = prove::kvm(self, &plan.qemu, image, kernel, earlier).await?;
             if !verdict.usable {
                 return Err(RunError::NoKvm {
                     reason: verdict.reason,

@@ -2,13 +2,12 @@
 //!
 //! Opening /dev/kvm proves nothing, nor does a stub: there are hosts where
 //! both work and no Linux boots. The verdict is kept for this boot of the
-//! host, this kernel and this QEMU.
+//! host, its kernel, this QEMU and the guest's kernel.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -22,10 +21,6 @@ use crate::host::process;
 use crate::image::Image;
 use crate::plan::{KernelChoice, Plan};
 use crate::spec::{Accel, Bytes, Catalog, Request, Spec, VmId};
-
-/// How long a small guest may take under KVM. Real hardware needs less than
-/// two seconds with the slowest kernel here.
-const DEADLINE: Duration = Duration::from_secs(10);
 
 /// QEMU's words for what passes.
 const BUSY: [&str; 2] = ["Device or resource busy", "Cannot allocate memory"];
@@ -51,7 +46,7 @@ pub enum Earlier {
     Good,
 }
 
-/// Proves KVM with `image`, or finds the earlier verdict.
+/// Proves KVM with `image` and `kernel`, or finds the earlier verdict.
 ///
 /// # Errors
 /// The proof itself could not be attempted (no space, no image ...).
@@ -59,6 +54,7 @@ pub async fn kvm(
     host: &Host,
     qemu: &Path,
     image: &Image,
+    kernel: KernelChoice,
     earlier: Earlier,
 ) -> Result<Verdict, RunError> {
     let refused = |reason: String| Verdict {
@@ -74,7 +70,14 @@ pub async fn kvm(
             _ => format!("/dev/kvm cannot be opened: {error}"),
         }));
     }
-    let path = verdict_file(host, qemu);
+    // The small image answers soonest; the asked one serves where it is missing.
+    let small = host.images().get("base").unwrap_or_else(|_| image.clone());
+    // An image's own kernel may need the modules it brings.
+    let kernel = match kernel == KernelChoice::own(image) {
+        true => KernelChoice::own(&small),
+        false => kernel,
+    };
+    let path = verdict_file(host, qemu, &kernel.path);
     if let Some(verdict) = fs::read(&path)
         .ok()
         .and_then(|text| serde_json::from_slice::<Verdict>(&text).ok())
@@ -85,7 +88,7 @@ pub async fn kvm(
             ..verdict
         });
     }
-    let verdict = match boot(host, qemu, image).await {
+    let verdict = match boot(host, qemu, &small, kernel).await {
         Ok(machine) => {
             let ms = machine.phases().agent_us / 1000;
             let _ = machine.kill().await;
@@ -117,17 +120,17 @@ pub async fn kvm(
     Ok(verdict)
 }
 
-async fn boot(host: &Host, qemu: &Path, image: &Image) -> Result<Machine, RunError> {
-    // The small image answers soonest; the asked one serves where it is missing.
-    let image = host.images().get("base").unwrap_or_else(|_| image.clone());
+async fn boot(
+    host: &Host,
+    qemu: &Path,
+    image: &Image,
+    kernel: KernelChoice,
+) -> Result<Machine, RunError> {
     let spec = proof_spec(&image.id)?;
-    let kernel = KernelChoice {
-        path: image.kernel(),
-        format: image.manifest.kernel.format,
-    };
     let facts = crate::host::probe::facts(qemu.to_owned());
-    let plan = Plan::new(&spec, &image, kernel, &facts)?;
-    host.start_unproved(&spec, plan, DEADLINE, None).await
+    let plan = Plan::new(&spec, image, kernel, &facts)?;
+    host.start_unproved(&spec, plan, host.proof_timeout, None)
+        .await
 }
 
 fn proof_spec(image: &str) -> Result<Spec, RunError> {
@@ -144,18 +147,22 @@ fn proof_spec(image: &str) -> Result<Spec, RunError> {
     Ok(request.resolve(&Catalog::default())?)
 }
 
-/// One file for each boot of the host, kernel and QEMU build.
-fn verdict_file(host: &Host, qemu: &Path) -> PathBuf {
+/// One file for each boot of the host, its kernel, QEMU build and guest kernel.
+fn verdict_file(host: &Host, qemu: &Path, guest: &Path) -> PathBuf {
     let kernel = nix::sys::utsname::uname()
         .map(|name| format!("{:?} {:?}", name.release(), name.version()))
         .unwrap_or_default();
-    let build = fs::metadata(qemu)
-        .map(|meta| format!("{} {} {}", meta.size(), meta.mtime(), meta.ino()))
-        .unwrap_or_default();
+    let build = |path: &Path| {
+        let build = fs::metadata(path)
+            .map(|meta| format!("{} {} {}", meta.size(), meta.mtime(), meta.ino()))
+            .unwrap_or_default();
+        format!("{}\n{build}", path.display())
+    };
     let key = format!(
-        "{}\n{kernel}\n{}\n{build}",
+        "{}\n{kernel}\n{}\n{}",
         process::boot_id(),
-        qemu.display()
+        build(qemu),
+        build(guest)
     );
     let digest: String = Sha256::digest(key.as_bytes())
         .iter()

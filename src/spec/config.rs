@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::layer::Layer;
 use super::{
     Catalog, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request, Spec,
-    SpecError,
+    SpecError, Timeout,
 };
 
 /// What a configuration file can say.
@@ -25,6 +25,9 @@ pub struct Config {
     /// The QEMU binary; an absolute path. Without it the first
     /// `qemu-system-x86_64` in `PATH`.
     pub qemu: Option<PathBuf>,
+    /// How long a guest may take until its agent answers, such as `5m` on a slow
+    /// host: 90 s when absent, and 10 s in the proof that KVM works.
+    pub boot_timeout: Option<Timeout>,
     /// What every machine gets unless asked otherwise.
     pub machine: Request,
     /// Custom profiles by name; no name of a built-in one.
@@ -58,7 +61,7 @@ pub const MACHINE_KEYS: [&str; 19] = [
 ];
 
 /// Keys beside the tables.
-const TOP_KEYS: [&str; 3] = ["state_dir", "runtime_dir", "qemu"];
+const TOP_KEYS: [&str; 4] = ["state_dir", "runtime_dir", "qemu", "boot_timeout"];
 
 /// Keys of `[machine]` that a profile decides together.
 const LIMITS: [&str; 4] = ["cpus", "memory", "disk", "timeout"];
@@ -83,6 +86,7 @@ impl Config {
             state_dir: self.state_dir.or(below.state_dir),
             runtime_dir: self.runtime_dir.or(below.runtime_dir),
             qemu: self.qemu.or(below.qemu),
+            boot_timeout: self.boot_timeout.or(below.boot_timeout),
             machine: self.machine.over(below.machine),
             profile,
             network,

@@ -310,3 +310,25 @@ fn a_file_means_the_same_wherever_it_is_used() {
     }
     file(SYSTEM, "[machine]\nkernel = \"tuned\"\n");
 }
+
+#[test]
+fn the_boot_timeout_is_read_from_every_layer() {
+    let layers = [
+        file(SYSTEM, "boot_timeout = \"1m\"\n"),
+        environment(&[("BULKHEAD_BOOT_TIMEOUT", "2m")]).unwrap(),
+        Layer::flags(Config {
+            boot_timeout: Some(Timeout::secs(180)),
+            ..Config::default()
+        }),
+    ];
+    for (count, seconds) in [(1, 60), (2, 120), (3, 180)] {
+        let merged = merge(&layers[..count]).unwrap();
+        assert_eq!(merged.config.boot_timeout, Some(Timeout::secs(seconds)));
+    }
+    let refused = environment(&[("BULKHEAD_BOOT_TIMEOUT", "x")]);
+    assert_says(
+        &Report::of(&refused.unwrap_err()),
+        "variable-invalid",
+        &["BULKHEAD_BOOT_TIMEOUT"],
+    );
+}

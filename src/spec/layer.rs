@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use toml::de::DeTable;
 
 use super::config::{Config, Key, MACHINE_KEYS, MAPS, key};
-use super::{Origin, Request, SpecError};
+use super::{Origin, Request, SpecError, Timeout};
 
 /// What one place says.
 #[derive(Debug, Clone)]
@@ -115,10 +115,21 @@ impl Layer {
             machine = Request::deserialize(table.clone())
                 .map_err(|error| refuse(error.message().into()))?;
         }
+        let boot_timeout = match get("boot_timeout") {
+            None => None,
+            Some(value) => {
+                let parsed = value.to_string_lossy().parse::<Timeout>();
+                Some(parsed.map_err(|error| SpecError::Variable {
+                    name: variable("boot_timeout"),
+                    why: error.to_string(),
+                })?)
+            }
+        };
         let config = Config {
             state_dir: path("state_dir"),
             runtime_dir: path("runtime_dir"),
             qemu: path("qemu"),
+            boot_timeout,
             machine,
             ..Config::default()
         };

@@ -205,7 +205,7 @@ pub(super) fn page(schema: &Value) -> Result<String> {
 fn order<'k>(keys: &'k Map<String, Value>, above: Option<&str>) -> Vec<&'k str> {
     let mut names: Vec<&str> = keys.keys().map(String::as_str).collect();
     let place = |name: &str| match above {
-        None => ["state_dir", "runtime_dir", "qemu"]
+        None => ["state_dir", "runtime_dir", "qemu", "boot_timeout"]
             .iter()
             .position(|known| *known == name),
         _ if name == "base" => Some(0),
