@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead::guest::Output;
 use bulkhead::run::{Dirs, Host, Machine, recover};
-use bulkhead::spec::{Accel, Bytes, Request as Wish};
+use bulkhead::spec::{Accel, Bytes, Request as Wish, Timeout};
 use bulkhead_agent::{Exec, Request};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -31,13 +31,18 @@ impl Live {
 
     /// Everything below `dir`.
     pub(crate) fn at(dir: &Path) -> Self {
-        let host = Host {
+        let mut host = Host {
             die_with_thread: true,
             ..Host::new(Dirs {
                 state: own_state(dir),
-                runtime: dir.join("runtime"),
+                runtime: super::runtime(&dir.join("runtime")),
             })
         };
+        // As the program reads it: the lab is slow.
+        if let Ok(text) = std::env::var("BULKHEAD_BOOT_TIMEOUT") {
+            let timeout: Timeout = text.parse().unwrap();
+            (host.boot_timeout, host.proof_timeout) = (timeout.0, timeout.0);
+        }
         Self { host, _dir: None }
     }
 
@@ -46,7 +51,10 @@ impl Live {
         let wish = wish.over(Wish {
             image: Some("base".into()),
             kernel: Some("tuned".into()),
-            accel: Some(Accel::Tcg),
+            accel: Some(match super::accel().as_str() {
+                "kvm" => Accel::Kvm,
+                _ => Accel::Tcg,
+            }),
             cpus: Some(1),
             memory: Some(Bytes::mib(512)),
             disk: Some(Bytes::gib(2)),

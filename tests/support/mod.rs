@@ -11,8 +11,20 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 /// The `bulkhead` binary, on the state directory that `cargo xtask test` prepared.
 pub(crate) struct Bulkhead {
     state: PathBuf,
-    runtime: tempfile::TempDir,
+    runtime: PathBuf,
     image: &'static str,
+    own: tempfile::TempDir,
+}
+
+/// What executes guests: `tcg`, or `kvm` in the lab.
+pub(crate) fn accel() -> String {
+    std::env::var("BULKHEAD_TEST_ACCEL").unwrap_or_else(|_| "tcg".into())
+}
+
+/// `own`, or one directory for all tests, where a proof that KVM works serves
+/// all of them.
+pub(crate) fn runtime(own: &Path) -> PathBuf {
+    std::env::var_os("BULKHEAD_TEST_RUNTIME").map_or(own.to_owned(), PathBuf::from)
 }
 
 /// What one call gave.
@@ -32,26 +44,32 @@ impl Bulkhead {
     pub(crate) fn with_image(image: &'static str) -> Self {
         let state = std::env::var_os("BULKHEAD_TEST_STATE")
             .expect("these tests need images: run them with `cargo xtask test`");
+        let own = tempfile::tempdir().unwrap();
         Self {
             state: state.into(),
-            runtime: tempfile::tempdir().unwrap(),
+            runtime: runtime(own.path()),
             image,
+            own,
         }
     }
 
-    /// `bulkhead run` under emulation; options come before `--`.
+    /// `bulkhead run`, under emulation unless in the lab; options come before `--`.
     pub(crate) fn run(&self, words: &[&str]) -> Ran {
         self.run_with_input(words, b"")
     }
 
     pub(crate) fn run_with_input(&self, words: &[&str], input: &[u8]) -> Ran {
-        let fixed = ["run", "--accel", "tcg", "--image", self.image];
+        let fixed = ["run", "--accel", &accel(), "--image", self.image];
         self.call(&[&fixed, words].concat(), input)
     }
 
     /// Any call.
     pub(crate) fn raw(&self, words: &[&str]) -> Ran {
         self.call(words, b"")
+    }
+
+    pub(crate) fn raw_with_input(&self, words: &[&str], input: &[u8]) -> Ran {
+        self.call(words, input)
     }
 
     /// Directory with images and runs.
@@ -61,7 +79,7 @@ impl Bulkhead {
 
     /// A state directory of its own, with the prepared images and kernels in it.
     pub(crate) fn with_own_state(self) -> Self {
-        let state = self.runtime.path().join("state");
+        let state = self.own.path().join("state");
         std::fs::create_dir(&state).unwrap();
         for name in ["images", "kernels"] {
             std::os::unix::fs::symlink(self.state.join(name), state.join(name)).unwrap();
@@ -82,15 +100,21 @@ impl Bulkhead {
             .args(words)
             .env("BULKHEAD_CONFIG", "none")
             .env("BULKHEAD_STATE_DIR", &self.state)
-            .env("BULKHEAD_RUNTIME_DIR", self.runtime.path());
+            .env("BULKHEAD_RUNTIME_DIR", &self.runtime);
         command
     }
 
-    /// Starts `bulkhead run --name NAME` under emulation and waits until the
-    /// command's first line, which must be `ready`.
+    /// Starts `bulkhead run --name NAME` and waits until the command's first
+    /// line, which must be `ready`.
     pub(crate) fn start(&self, name: &str, words: &[&str]) -> Started {
         let fixed = [
-            "run", "--accel", "tcg", "--image", self.image, "--name", name,
+            "run",
+            "--accel",
+            &accel(),
+            "--image",
+            self.image,
+            "--name",
+            name,
         ];
         let mut child = self
             .command(&[&fixed, words].concat())
@@ -140,12 +164,23 @@ pub(crate) struct Detached<'a> {
 }
 
 impl Bulkhead {
-    /// `bulkhead create` under emulation with the tuned kernel; options and, after
-    /// `--`, its command.
+    /// `bulkhead create` with the tuned kernel; options and, after `--`, its
+    /// command.
     pub(crate) fn create(&self, name: &str, words: &[&str]) -> Detached<'_> {
         let fixed = [
-            "create", "--accel", "tcg", "--kernel", "tuned", "--image", self.image, "--memory",
-            "256M", "--cpus", "1", "--name", name,
+            "create",
+            "--accel",
+            &accel(),
+            "--kernel",
+            "tuned",
+            "--image",
+            self.image,
+            "--memory",
+            "256M",
+            "--cpus",
+            "1",
+            "--name",
+            name,
         ];
         let made = self.raw(&[&fixed, words].concat());
         assert_eq!(
@@ -183,7 +218,7 @@ impl Bulkhead {
 
     /// Directory with sockets.
     pub(crate) fn runtime(&self) -> &Path {
-        self.runtime.path()
+        &self.runtime
     }
 
     /// Runs in a machine: the command after its name.

@@ -5,6 +5,7 @@ mod coverage;
 mod docs;
 mod fuzz;
 mod kernel;
+mod lab;
 mod packages;
 mod probe;
 mod qemu10;
@@ -33,6 +34,8 @@ enum Task {
     Setup(setup::Args),
     /// Measure, against bare QEMU in the same run.
     Bench(bench::Args),
+    /// Run commands and tests in a real KVM host, made by emulation.
+    Lab(lab::Args),
     /// Let things go wrong on purpose, and look at what is left.
     Probe(probe::Args),
     /// Keep many machines and many runs going, and look for what grows or stays.
@@ -57,6 +60,7 @@ fn main() -> anyhow::Result<()> {
         Task::Test(args) => test::run(args),
         Task::Setup(args) => setup::run(args),
         Task::Bench(args) => bench::run(args),
+        Task::Lab(args) => lab::run(args),
         Task::Probe(args) => probe::run(args),
         Task::Soak(args) => soak::run(args),
         Task::Coverage(args) => coverage::run(args),

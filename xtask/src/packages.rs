@@ -18,6 +18,7 @@ const NEEDED: &[Package] = &[
     package("e2fsprogs", "makes the disk a machine writes to"),
     package("mmdebstrap", "makes Debian root file systems"),
     package("squashfs-tools-ng", "packs root file systems (tar2sqfs)"),
+    package("iproute2", "makes what tests of networks need"),
     package("util-linux", "ends helpers with their parent (setpriv)"),
     package("xz-utils", "reads compressed images"),
     package("zstd", "reads compressed images"),

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
-use crate::{docs, fuzz, kernel, qemu10, setup};
+use crate::{docs, fuzz, kernel, lab, qemu10, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -69,6 +69,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         output.status.success() || count.failed > 0,
         "the tests could not be built or run; see above"
     );
+    if args.filter.is_none() {
+        count.lab(lab::ci(&state));
+    }
     // Before the probe, which kills whole machines and clears away after itself.
     let mut left: BTreeSet<String> = cgroups().into_iter().collect();
     left.extend(leaks(&state)?);
@@ -201,6 +204,23 @@ impl Count {
                     self.failed += 1;
                 }
             }
+        }
+    }
+
+    /// Adds the tests that were run in the lab.
+    fn lab(&mut self, tested: Result<lab::Tested>) {
+        let before = self.failed;
+        let name = "tests in the lab";
+        match tested {
+            Ok(tested) => {
+                self.tests(&tested.text);
+                let failed = tested.failed.join(", ");
+                // A program that died tells no result.
+                if !failed.is_empty() && self.failed == before {
+                    self.checks(vec![(name, Err(anyhow!("not well ended: {failed}")))]);
+                }
+            }
+            Err(error) => self.checks(vec![(name, Err(error))]),
         }
     }
 
