@@ -37,6 +37,29 @@ fn without_kvm_it_stops_with_reason_and_cure() {
 }
 
 #[test]
+fn a_bad_verdict_on_kvm_says_nothing_of_a_longer_time() {
+    if let Err(error) = std::fs::File::options().write(true).open("/dev/kvm") {
+        println!("skipped: a_bad_verdict_on_kvm: /dev/kvm: {error}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Started, but its processors never run.
+    let text = "#!/bin/sh\nexec qemu-system-x86_64 -S \"$@\"\n";
+    let qemu = program(dir.path(), text);
+    let bulkhead = Bulkhead::new();
+    for (given, seen) in [
+        ("1s", "within 1s"),
+        ("2s", "within 2s"),
+        ("1s", "within 2s"),
+    ] {
+        let words = ["--boot-timeout", given, "--qemu", qemu.to_str().unwrap()];
+        let run = ["run", "--image", "base", "--", "true"];
+        let run = bulkhead.raw(&[&words[..], &run[..]].concat());
+        assert_report(&run, "kvm-unusable", &[seen]);
+    }
+}
+
+#[test]
 fn a_missing_image_and_a_missing_qemu_are_named() {
     let bulkhead = Bulkhead::new();
     let run = bulkhead.raw(&["run", "--accel", "tcg", "--image", "nowhere", "--", "true"]);

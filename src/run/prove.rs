@@ -32,6 +32,9 @@ pub struct Verdict {
     pub usable: bool,
     /// What was seen.
     pub reason: String,
+    /// How long the guest was given, in milliseconds: a bad verdict says nothing
+    /// of a longer time.
+    pub within_ms: u64,
     /// Taken from an earlier proof in this boot of the host.
     #[serde(skip)]
     pub cached: bool,
@@ -57,9 +60,11 @@ pub async fn kvm(
     kernel: KernelChoice,
     earlier: Earlier,
 ) -> Result<Verdict, RunError> {
+    let within_ms = u64::try_from(host.proof_timeout.as_millis()).unwrap_or(u64::MAX);
     let refused = |reason: String| Verdict {
         usable: false,
         reason,
+        within_ms,
         cached: false,
     };
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
@@ -81,7 +86,9 @@ pub async fn kvm(
     if let Some(verdict) = fs::read(&path)
         .ok()
         .and_then(|text| serde_json::from_slice::<Verdict>(&text).ok())
-        .filter(|verdict| verdict.usable || earlier == Earlier::Any)
+        .filter(|verdict| {
+            verdict.usable || earlier == Earlier::Any && verdict.within_ms >= within_ms
+        })
     {
         return Ok(Verdict {
             cached: true,
@@ -95,6 +102,7 @@ pub async fn kvm(
             Verdict {
                 usable: true,
                 reason: format!("a guest kernel reached its agent in {ms} ms"),
+                within_ms,
                 cached: false,
             }
         }

@@ -122,9 +122,9 @@ fn with_lab<T>(options: &Options, work: impl AsyncFnOnce(&Lab) -> Result<T>) -> 
         if result.is_err() {
             lab.say_last_words().await;
         }
-        lab.end().await?;
+        let ended = lab.end().await;
         say("gone");
-        result
+        result.and_then(|value| ended.map(|()| value))
     });
     // A thread may wait for input that never comes.
     runtime.shutdown_timeout(Duration::ZERO);
