@@ -5,13 +5,14 @@
 mod support;
 
 use std::io::Read;
-use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bulkhead::run::{Machine, Record, StartOptions};
-use bulkhead::spec::{Accel, Bytes, Catalog, Request as Wish};
+use bulkhead::guest::Channel;
+use bulkhead::image::Store;
+use bulkhead_agent::{AGENT_PORT, ROOT_SERIAL};
 use serde_json::Value;
-use support::live::{Live, sh};
+use support::live::sh_over;
 use support::{Bulkhead, Ran, machines};
 
 /// The smallest machine that boots soonest.
@@ -190,63 +191,74 @@ for (1..60) {
 die "no answer";
 "#;
 
-/// The kernel's own virtio-net device, fed by a tap: what networks are made of.
-#[tokio::test(flavor = "multi_thread")]
+/// QEMU by hand with a tap on vhost-net: what networks are made of, whatever
+/// Bulkhead makes of it.
+fn qemu(dir: &Path, tap: &str) -> tokio::process::Child {
+    let state: PathBuf = std::env::var_os("BULKHEAD_TEST_STATE").unwrap().into();
+    let image = Store::new(state.clone()).get("base").unwrap();
+    let show = |path: &Path| path.display().to_string();
+    let agent = format!(
+        "socket,id=agent,path={},server=on,wait=off",
+        show(&dir.join("agent"))
+    );
+    let port = format!("virtserialport,chardev=agent,nr=1,name={AGENT_PORT}");
+    let root = format!(
+        "driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={}",
+        show(&image.root())
+    );
+    let disk = format!("virtio-blk-device,drive=root,serial={ROOT_SERIAL}");
+    let netdev = format!("tap,id=n0,ifname={tap},script=no,downscript=no,vhost=on");
+    let (kernel, initramfs) = (state.join("kernels/tuned/vmlinux"), image.initramfs());
+    let mut command = tokio::process::Command::new("qemu-system-x86_64");
+    command
+        .args(["-machine", "microvm,acpi=off,rtc=on,usb=off"])
+        .args(["-accel", "kvm", "-cpu", "host", "-m", "256M", "-no-reboot"])
+        .args(["-nodefaults", "-no-user-config", "-display", "none"])
+        .args(["-kernel", &show(&kernel), "-initrd", &show(&initramfs)])
+        .args(["-append", "quiet panic=-1 reboot=t"])
+        .args(["-chardev", &agent, "-device", "virtio-serial-device"])
+        .args(["-device", &port, "-blockdev", &root, "-device", &disk])
+        .args(["-netdev", &netdev, "-device", "virtio-net-device,netdev=n0"])
+        .kill_on_drop(true);
+    command.spawn().unwrap()
+}
+
+#[tokio::test]
 #[ignore = "needs a KVM host: cargo xtask lab test"]
 async fn a_tap_with_vhost_carries_packets() {
+    const PATIENCE: Duration = Duration::from_secs(300);
     let _tap = Tap::new("labtap0", "10.99.0.1/24");
-    let socket = UdpSocket::bind("10.99.0.1:4000").unwrap();
-    let live = Live::new();
-    let wish = Wish {
-        image: Some("base".into()),
-        kernel: Some("tuned".into()),
-        accel: Some(Accel::Kvm),
-        cpus: Some(1),
-        memory: Some(Bytes::mib(256)),
-        disk: Some(Bytes::mib(64)),
-        ..Wish::default()
+    let socket = tokio::net::UdpSocket::bind("10.99.0.1:4000").await.unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = qemu(dir.path(), "labtap0");
+    let connect = async {
+        let stream = loop {
+            match tokio::net::UnixStream::connect(dir.path().join("agent")).await {
+                Ok(stream) => break stream,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        };
+        Channel::connect(stream).await.unwrap().0
     };
-    let spec = wish.resolve_machine(&Catalog::default()).unwrap();
-    let (_, mut plan) = live.host.plan(&spec).unwrap();
-    plan.args.extend(
-        [
-            "-netdev",
-            "tap,id=n0,ifname=labtap0,script=no,downscript=no,vhost=on",
-            "-device",
-            "virtio-net-device,netdev=n0,bus=virtio-mmio-bus.0",
-        ]
-        .map(str::to_owned),
-    );
-    let record = Record::create(&live.host.dirs, &spec, &plan).unwrap();
-    let options = StartOptions {
-        cache: live.host.dirs.cache(),
-        boot_timeout: live.host.boot_timeout,
-        die_with_thread: false,
-        share: None,
-        disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
-        sockets: None,
-    };
-    let machine = Machine::start(plan, record, &options).await.unwrap();
-    let fds = format!("/proc/{}/fd", machine.process().pid());
-    let vhost = std::fs::read_dir(fds)
-        .unwrap()
-        .flatten()
-        .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.ends_with("vhost-net")));
+    let channel = tokio::time::timeout(PATIENCE, connect).await.unwrap();
+    let fds = format!("/proc/{}/fd", qemu.id().unwrap());
+    let vhost = std::fs::read_dir(fds).unwrap().flatten();
+    let mut vhost = vhost.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    let vhost = vhost.any(|to| to.ends_with("vhost-net"));
     assert!(vhost, "QEMU does not use /dev/vhost-net");
-    let answering = std::thread::spawn(move || {
+    let answer = async {
         let mut buffer = [0; 100];
-        socket.set_read_timeout(Some(Duration::from_secs(120)))?;
-        let (count, from) = socket.recv_from(&mut buffer)?;
-        socket.send_to(b"from the host", from)?;
-        Ok::<_, std::io::Error>((buffer[..count].to_vec(), from))
-    });
-    sh(&machine, &format!("perl -e '{NETWORK}'")).await;
-    assert_eq!(
-        sh(&machine, &format!("perl -e '{ASK}'")).await,
-        "from the host"
-    );
-    let (asked, from) = answering.join().unwrap().unwrap();
+        let (count, from) = socket.recv_from(&mut buffer).await.unwrap();
+        socket.send_to(b"from the host", from).await.unwrap();
+        (buffer[..count].to_vec(), from)
+    };
+    let ask = async {
+        sh_over(&channel, &format!("perl -e '{NETWORK}'")).await;
+        sh_over(&channel, &format!("perl -e '{ASK}'")).await
+    };
+    let both = async { tokio::join!(answer, ask) };
+    let ((asked, from), answered) = tokio::time::timeout(PATIENCE, both).await.unwrap();
     assert_eq!(asked, b"from the guest");
     assert_eq!(from.ip().to_string(), "10.99.0.2");
-    machine.kill().await.unwrap();
+    assert_eq!(answered, "from the host");
 }

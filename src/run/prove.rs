@@ -161,7 +161,9 @@ fn verdict_file(host: &Host, qemu: &Path, guest: &Path) -> PathBuf {
         .map(|name| format!("{:?} {:?}", name.release(), name.version()))
         .unwrap_or_default();
     let build = |path: &Path| {
-        let build = fs::metadata(path)
+        // By whatever name it is found.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let build = fs::metadata(&path)
             .map(|meta| format!("{} {} {}", meta.size(), meta.mtime(), meta.ino()))
             .unwrap_or_default();
         format!("{}\n{build}", path.display())

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bulkhead::guest::Output;
+use bulkhead::guest::{Channel, Output};
 use bulkhead::run::{Dirs, Host, Machine, recover};
 use bulkhead::spec::{Accel, Bytes, Request as Wish, Timeout};
 use bulkhead_agent::{Exec, Request};
@@ -89,13 +89,18 @@ pub(crate) fn own_state(dir: &Path) -> PathBuf {
 
 /// Runs a shell script as root and gives what it prints; it must succeed.
 pub(crate) async fn sh(machine: &Machine, script: &str) -> String {
+    sh_over(machine.channel(), script).await
+}
+
+/// As [`sh`], in whatever guest this leads to.
+pub(crate) async fn sh_over(channel: &Channel, script: &str) -> String {
     let exec = Exec {
         argv: ["sh", "-ec", script].map(str::to_owned).into(),
         user: Some("root".into()),
         cwd: Some("/root".into()),
         ..Exec::default()
     };
-    let mut stream = machine.channel().open(&Request::Exec(exec)).await.unwrap();
+    let mut stream = channel.open(&Request::Exec(exec)).await.unwrap();
     let mut text = Vec::new();
     let work = async {
         stream.started("run a script").await.unwrap();

@@ -323,13 +323,13 @@ impl Drop for Started {
     }
 }
 
-/// What is below a directory, but for the locks of the store.
+/// What is below a directory, but for the locks of the store and verdicts on KVM.
 pub(crate) fn entries(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(dir)
         .into_iter()
         .flatten()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .filter(|name| name != ".lock" && name != "state")
+        .filter(|name| name != ".lock" && name != "state" && !name.starts_with("kvm-"))
         .collect();
     names.sort();
     names

@@ -19,7 +19,7 @@ const ENTER: &str = include_str!("enter.sh");
 const SHARE: &str = "/run/share";
 /// How long the lab may take to boot, and to do what is asked for here: hosts
 /// that are busy with other things included.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A running lab. Dropping it ends it.
 pub(super) struct Lab {
