@@ -11,6 +11,7 @@ use std::time::Duration;
 use bulkhead::guest::Channel;
 use bulkhead::image::Store;
 use bulkhead_agent::{AGENT_PORT, ROOT_SERIAL};
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 use support::live::sh_over;
 use support::{Bulkhead, Ran, machines};
@@ -133,6 +134,25 @@ fn the_guest_hears_the_hosts_root_only() {
         let ran = run.finish();
         assert_eq!(ran.code, 0, "{ran:?}");
     }
+}
+
+/// The rest of a survivor's life is in tests/supervisors.rs, which the lab can
+/// run, too: it takes many starts.
+#[test]
+#[ignore = "needs a KVM host: cargo xtask lab test"]
+fn a_survivor_is_reached_over_vsock_again() {
+    let bulkhead = Bulkhead::new();
+    let words = ["--disk", "64M", "--channel", "vsock", "--survivors"];
+    let vm = bulkhead.create("survivor", &[&words[..], &["adopt", "--start"]].concat());
+    let mark = "echo alive > /dev/shm/mark";
+    bulkhead.must(&["exec", "-u", "root", "survivor", "sh", "-c", mark]);
+    kill(vm.supervisor(), Signal::SIGKILL).unwrap();
+    vm.becomes("lost");
+    assert!(bulkhead.must(&["gc"]).contains("took over survivor"));
+    let seen = bulkhead.must(&["exec", "survivor", "cat", "/dev/shm/mark"]);
+    assert_eq!(seen, "alive\n");
+    bulkhead.must(&["rm", "--force", "survivor"]);
+    assert_eq!(machines("survivor"), [""; 0]);
 }
 
 #[test]
