@@ -355,6 +355,27 @@ mod tests {
     }
 
     #[test]
+    fn a_lab_that_comes_to_nothing_is_a_failure() {
+        let tested = |text: &str, failed: &[&str]| {
+            let mut count = Count::default();
+            count.lab(Ok(lab::Tested {
+                text: text.to_owned(),
+                failed: failed.iter().map(|name| (*name).to_owned()).collect(),
+            }));
+            (count.passed, count.failed)
+        };
+        let good = "test result: ok. 8 passed; 0 failed; 0 ignored\n";
+        let bad = "test result: FAILED. 7 passed; 1 failed; 0 ignored\n";
+        assert_eq!(tested(good, &[]), (8, 0));
+        assert_eq!(tested(bad, &["kvm (101)"]), (7, 1));
+        // It died before it told a result.
+        assert_eq!(tested(good, &["resources (134)"]), (8, 1));
+        let mut count = Count::default();
+        count.lab(Err(anyhow!("not over after 900 s")));
+        assert_eq!((count.passed, count.failed), (0, 1));
+    }
+
+    #[test]
     fn a_skip_must_be_allowed_by_name() {
         let skipped = BTreeSet::from(["a: why".to_owned(), "b: why".to_owned()]);
         assert_eq!(unexpected(&skipped, "# a comment\na: known\n"), ["b: why"]);

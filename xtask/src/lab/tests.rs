@@ -87,7 +87,7 @@ fn test(options: &Options, filter: Option<&str>) -> Result<Tested> {
         // One proof that KVM works serves all.
         ("BULKHEAD_TEST_RUNTIME", "/run/lab/runtime"),
         // Machines in a machine under emulation.
-        ("BULKHEAD_BOOT_TIMEOUT", "300s"),
+        ("BULKHEAD_BOOT_TIMEOUT", "600s"),
     ];
     let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let copy = Copy::default();
