@@ -62,7 +62,7 @@ async fn in_all<T>(
 }
 
 /// Sends what `produce` writes, from a thread of its own, as the input of a request.
-pub(crate) async fn send<T: Send + 'static>(
+pub async fn send<T: Send + 'static>(
     channel: &Channel,
     request: &impl serde::Serialize,
     what: &str,
@@ -101,7 +101,7 @@ pub(crate) async fn send<T: Send + 'static>(
 
 /// Gives the output of a request to `consume`, which runs in a thread of its
 /// own and only stages it: whether the guest meant it shows at the end.
-pub(crate) async fn receive<T: Send + 'static>(
+pub async fn receive<T: Send + 'static>(
     channel: &Channel,
     request: &impl serde::Serialize,
     what: &str,
