@@ -17,8 +17,10 @@ use super::{ours, peers};
 
 /// An answer to nothing but itself.
 const ROUND_TRIP: &str = "round-trip";
-/// Twenty of them, one after the other.
-const BURST: usize = 20;
+/// CPU time of the VMM for it.
+const ROUND_TRIP_CPU: &str = "round-trip-vmm-cpu";
+/// So many of them, one after the other.
+const BURST: usize = 50;
 /// A command that does nothing.
 const TRUE: &str = "run-true";
 const IN: &str = "in-16-mib";
@@ -62,18 +64,18 @@ async fn measure(args: Args) -> Result<()> {
     }
     let mut machine = ours::start(&bed, &common.config).await?;
     let echo = RefCell::new(Echo::start(&mut machine).await?);
-    let (channel, echo) = (machine.channel(), &echo);
+    let (channel, echo, pid) = (machine.channel(), &echo, machine.process().pid());
     let bytes = &vec![7; STREAM];
     let guest = match &libvirt {
         Some(libvirt) => Some(libvirt.start().await?),
         None => None,
     };
     let mut subjects = vec![
-        Subject::new(OURS, || ours_once(channel, bytes)),
+        Subject::new(OURS, || ours_once(channel, pid, bytes)),
         Subject::new(FLOOR, move || async move {
             // One task, one round at a time: nobody else borrows it.
             #[expect(clippy::await_holding_refcell_ref)]
-            bare_once(&mut echo.borrow_mut(), bytes).await
+            bare_once(&mut echo.borrow_mut(), pid, bytes).await
         }),
     ];
     if let Some(guest) = &guest {
@@ -98,14 +100,17 @@ async fn measure(args: Args) -> Result<()> {
     report.give(common.json, common.save.as_deref())
 }
 
-async fn ours_once(channel: &Channel, bytes: &[u8]) -> Result<Sample> {
+async fn ours_once(channel: &Channel, pid: i32, bytes: &[u8]) -> Result<Sample> {
     let mut sample = Sample::default();
+    let cpu = ours::cpu_of(pid)?;
     let begin = Instant::now();
     for _ in 0..BURST {
         let ask = channel.ask("answer", &Request::Ping, PATIENCE).await;
         ask.map_err(explain)?;
     }
     sample.set(ROUND_TRIP, ms(begin.elapsed()) / BURST as f64);
+    let used = ours::cpu_of(pid)?.saturating_sub(cpu);
+    sample.set(ROUND_TRIP_CPU, ms(used) / BURST as f64);
     sample.set(TRUE, ms(ours::run_true(channel).await?));
     let begin = Instant::now();
     let sink = "cat > /dev/null";
@@ -119,13 +124,16 @@ async fn ours_once(channel: &Channel, bytes: &[u8]) -> Result<Sample> {
     Ok(sample)
 }
 
-async fn bare_once(echo: &mut Echo, bytes: &[u8]) -> Result<Sample> {
+async fn bare_once(echo: &mut Echo, pid: i32, bytes: &[u8]) -> Result<Sample> {
     let mut sample = Sample::default();
+    let cpu = ours::cpu_of(pid)?;
     let begin = Instant::now();
     for _ in 0..BURST {
         echo.echo(PING).await?;
     }
     sample.set(ROUND_TRIP, ms(begin.elapsed()) / BURST as f64);
+    let used = ours::cpu_of(pid)?.saturating_sub(cpu);
+    sample.set(ROUND_TRIP_CPU, ms(used) / BURST as f64);
     let begin = Instant::now();
     echo.run_true().await?;
     sample.set(TRUE, ms(begin.elapsed()));

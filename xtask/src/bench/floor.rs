@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 use super::config::{Bed, Config, PATIENCE, explain, ms};
-use super::ours::{self, AGENT, ALL, COMMAND, KERNEL, POWER_OFF, QMP, SPAWN};
+use super::ours::{self, AGENT, ALL, COMMAND, KERNEL, POWER_OFF, QMP, SPAWN, VMM_CPU};
 use super::rounds::Sample;
 
 /// A running one.
@@ -28,6 +28,7 @@ pub(super) struct Bare {
     spawn: Duration,
     qmp: Duration,
     ready: Duration,
+    cpu: Duration,
 }
 
 impl Bare {
@@ -63,6 +64,8 @@ impl Bare {
         let up = async { tokio::try_join!(monitor, agent) };
         let up = tokio::time::timeout(PATIENCE, up).await;
         let (qmp, (channel, ready)) = up.context("bare QEMU's agent is silent")??;
+        let pid = qemu.id().context("bare QEMU has ended")?;
+        let cpu = ours::cpu_of(i32::try_from(pid)?)?;
         Ok(Self {
             qemu,
             channel,
@@ -71,6 +74,7 @@ impl Bare {
             spawn,
             qmp,
             ready,
+            cpu,
         })
     }
 
@@ -92,6 +96,7 @@ impl Bare {
 pub(super) async fn life(bed: &Bed, config: &Config) -> Result<Sample> {
     let bare = Bare::start(bed, config).await?;
     let (begin, spawn, qmp, ready) = (bare.begin, bare.spawn, bare.qmp, bare.ready);
+    let cpu = bare.cpu;
     let entry = ours::kernel_entry(&bare.channel, begin).await?;
     let command = ours::run_true(&bare.channel).await?;
     let down = Instant::now();
@@ -104,6 +109,7 @@ pub(super) async fn life(bed: &Bed, config: &Config) -> Result<Sample> {
         (COMMAND, ms(command)),
         (POWER_OFF, ms(down.elapsed())),
         (ALL, ms(begin.elapsed())),
+        (VMM_CPU, ms(cpu)),
     ]))
 }
 
