@@ -71,6 +71,9 @@ pub(super) struct Config {
     /// Only bare QEMU: more options for `-machine`.
     #[arg(skip)]
     pub(super) options: Vec<String>,
+    /// Only bare QEMU: more options for `-cpu`.
+    #[arg(skip)]
+    pub(super) features: Vec<String>,
     /// Started by hand instead of by Bulkhead.
     #[arg(skip)]
     pub(super) bare: bool,
@@ -100,15 +103,22 @@ impl Config {
                 "append" => config.append.push(text()),
                 "without" => config.without.push(text()),
                 "option" => config.options.push(text()),
+                "cpu" => config.features.push(text()),
                 other => bail!(
                     "no machine can be configured by {other}: image, kernel, machine, accel, \
-                     cpus, memory, qemu, cold, warm, bare, append, without and option are possible"
+                     cpus, memory, qemu, cold, warm, bare, append, without, option and cpu are \
+                     possible"
                 ),
             }
         }
-        let knobs = [&config.append, &config.without, &config.options];
+        let knobs = [
+            &config.append,
+            &config.without,
+            &config.options,
+            &config.features,
+        ];
         if !config.bare && knobs.iter().any(|knob| !knob.is_empty()) {
-            bail!("append, without and option need bare: Bulkhead chooses these itself");
+            bail!("append, without, option and cpu need bare: Bulkhead chooses these itself");
         }
         Ok(config)
     }

@@ -171,10 +171,8 @@ fn arguments(plan: &Plan, config: &Config, sockets: &Path, disk: &Path) -> Resul
                 .replace("/dev/fdset/1", &plan.root.display().to_string())
                 .replace("/dev/fdset/2", &disk.display().to_string()),
             ("-append", _) => command_line(value, config),
-            ("-machine", _) => {
-                let more = config.options.iter().map(|option| format!(",{option}"));
-                value.clone() + &more.collect::<String>()
-            }
+            ("-machine", _) => with(value, &config.options),
+            ("-cpu", _) => with(value, &config.features),
             _ => value.clone(),
         });
     }
@@ -185,6 +183,11 @@ fn arguments(plan: &Plan, config: &Config, sockets: &Path, disk: &Path) -> Resul
         bail!("a descriptor is left in bare QEMU's arguments: {args:?}");
     }
     Ok(args)
+}
+
+fn with(value: &str, options: &[String]) -> String {
+    let more = options.iter().map(|option| format!(",{option}"));
+    value.to_owned() + &more.collect::<String>()
 }
 
 /// The kernel's command line with the configuration's changes.

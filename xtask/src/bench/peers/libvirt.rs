@@ -41,10 +41,16 @@ pub(crate) struct Libvirt {
 const DAEMON: &str = r#"
 mount -t tmpfs none /run
 for place in lib cache log; do
-    mkdir -p $DIR/$place
+    mkdir -p $DIR/$place /var/$place/libvirt
     mount --bind $DIR/$place /var/$place/libvirt
 done
 mount --bind $DIR/etc /etc/libvirt
+# libvirtd looks its usual user up even where it is told another.
+for list in passwd group; do
+    cp /etc/$list $DIR/$list
+    grep -q ^libvirt-qemu: $DIR/$list || echo "$(eval echo \$$list)" >> $DIR/$list
+    mount --bind $DIR/$list /etc/$list
+done
 exec "$XTASK" bench reap -- "$LIBVIRTD" --config $DIR/etc/libvirtd.conf
 "#;
 
@@ -137,16 +143,21 @@ impl Libvirt {
         let mut daemon = alone(config, place, DAEMON)?;
         daemon.env("XTASK", std::env::current_exe()?);
         daemon.env("LIBVIRTD", libvirtd);
+        daemon.env(
+            "passwd",
+            "libvirt-qemu:x:64055:64055::/nonexistent:/bin/false",
+        );
+        daemon.env("group", "libvirt-qemu:x:64055:");
         let log = std::fs::File::create(place.join("log.txt"))?;
         daemon
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
-        let daemon = Command::from(daemon).kill_on_drop(true).spawn()?;
+        let mut daemon = Command::from(daemon).kill_on_drop(true).spawn()?;
         let socket = run.join("libvirt-sock");
         let begin = Instant::now();
         while !socket.exists() {
-            if begin.elapsed() > PATIENCE {
+            if begin.elapsed() > PATIENCE || daemon.try_wait()?.is_some() {
                 let log = std::fs::read_to_string(place.join("log.txt"))?;
                 bail!("libvirtd does not come up: {log}");
             }

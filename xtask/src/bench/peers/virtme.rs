@@ -60,6 +60,11 @@ impl Virtme {
         );
         let mut command = alone(&self.config, self.dir.path(), &run)?;
         command.env("PROGRAM", &self.program);
+        // It calls programs of its own by name.
+        let own = self.program.parent().map(PathBuf::from);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path)));
+        command.env("PATH", path?);
         command
             .env("KERNEL", &self.kernel)
             .env("HINTS", &self.hints);
