@@ -15,9 +15,9 @@ use bulkhead_agent::Request;
 use super::config::{Bed, Common, explain, ms};
 use super::echo::Echo;
 use super::facts::Facts;
-use super::ours;
 use super::report::{FLOOR, OURS, Report, Unit};
 use super::rounds::{Sample, Subject, interleaved};
+use super::{ours, peers};
 
 const SMALL_IN: &str = "1-kb-in";
 const LARGE_OUT: &str = "1-mb-out";
@@ -28,6 +28,8 @@ const SMALL: usize = 1000;
 const LARGE: usize = 1_000_000;
 /// Files in a directory of the many.
 const FANOUT: usize = 100;
+/// Where the large one is in libvirt's guest.
+const PEER_LARGE: &str = "/tmp/large";
 /// Where each subject's files are in the guest.
 const PLACES: [&str; 2] = ["/root/bulkhead", "/root/bare"];
 
@@ -39,6 +41,11 @@ pub(crate) struct Args {
     /// How many the many files are.
     #[arg(long, default_value_t = 10_000)]
     files: usize,
+    /// Compare with libvirt and qemu-guest-agent, too: one file in, one out.
+    #[arg(long)]
+    peers: bool,
+    #[command(flatten)]
+    install: peers::Install,
 }
 
 /// Runs the bench.
@@ -75,9 +82,27 @@ impl Material {
 }
 
 async fn measure(args: Args) -> Result<()> {
+    args.install.run()?;
     let common = &args.common;
     let bed = Bed::new(common)?;
-    let facts = Facts::gather(&bed, &common.config)?;
+    let mut facts = Facts::gather(&bed, &common.config)?;
+    let (mut missing, mut name) = (Vec::new(), "files".to_owned());
+    let mut libvirt = None;
+    if args.peers {
+        name += " peers";
+        libvirt = peers::Libvirt::find(&bed, &common.config, &mut missing).await?;
+        if let Some(libvirt) = &libvirt {
+            let version = libvirt.version();
+            facts.versions.insert(peers::LIBVIRT.into(), version);
+        }
+    }
+    let guest = match &libvirt {
+        Some(libvirt) => Some(libvirt.start().await?),
+        None => None,
+    };
+    if let Some(guest) = &guest {
+        guest.make(PEER_LARGE, LARGE).await?;
+    }
     let material = Material::make(bed.temp(), args.files)?;
     let mut machine = ours::start(&bed, &common.config).await?;
     let echo = RefCell::new(Echo::start(&mut machine).await?);
@@ -88,7 +113,7 @@ async fn measure(args: Args) -> Result<()> {
         ours::run(channel, &["sh", "-c", &make], Vec::new()).await?;
     }
     let (echo, material, temp) = (&echo, &material, bed.temp());
-    let subjects = vec![
+    let mut subjects = vec![
         Subject::new(OURS, || ours_once(channel, material, temp)),
         Subject::new(FLOOR, move || async move {
             // One task, one round at a time: nobody else borrows it.
@@ -98,9 +123,27 @@ async fn measure(args: Args) -> Result<()> {
             Ok(sample)
         }),
     ];
-    let all = interleaved("files", common.n, subjects).await?;
+    if let Some(guest) = &guest {
+        subjects.push(Subject::new(peers::LIBVIRT, move || async move {
+            let content = fs::read(&material.small)?;
+            let begin = Instant::now();
+            guest.put("/tmp/small", &content).await?;
+            let small = begin.elapsed();
+            let begin = Instant::now();
+            let size = guest.get(PEER_LARGE, LARGE).await?;
+            ensure!(size == LARGE, "{size} bytes came");
+            Ok(Sample::from(vec![
+                (SMALL_IN, ms(small)),
+                (LARGE_OUT, ms(begin.elapsed())),
+            ]))
+        }));
+    }
+    let all = interleaved(&name, common.n, subjects).await?;
+    if let Some(guest) = guest {
+        guest.destroy().await?;
+    }
     ours::stop(machine).await?;
-    let report = Report::new("files", facts, Unit::Ms, &all, Vec::new());
+    let report = Report::new(&name, facts, Unit::Ms, &all, missing);
     report.give(common.json, common.save.as_deref())
 }
 

@@ -264,6 +264,51 @@ impl Guest<'_> {
         }
     }
 
+    async fn open(&self, path: &str, mode: &str) -> Result<serde_json::Value> {
+        let arguments = serde_json::json!({"path": path, "mode": mode});
+        let open = serde_json::json!({"execute": "guest-file-open", "arguments": arguments});
+        self.ask(&open).await
+    }
+
+    async fn close(&self, handle: &serde_json::Value) -> Result<()> {
+        let arguments = serde_json::json!({"handle": handle});
+        let close = serde_json::json!({"execute": "guest-file-close", "arguments": arguments});
+        self.ask(&close).await.map(|_| ())
+    }
+
+    /// Writes a file in the guest.
+    pub(crate) async fn put(&self, path: &str, content: &[u8]) -> Result<()> {
+        let handle = self.open(path, "w").await?;
+        let arguments = serde_json::json!({"handle": handle, "buf-b64": base64(content)});
+        let write = serde_json::json!({"execute": "guest-file-write", "arguments": arguments});
+        let wrote = self.ask(&write).await?;
+        anyhow::ensure!(wrote["count"] == content.len(), "it wrote {wrote}");
+        self.close(&handle).await
+    }
+
+    /// Reads a file of the guest, all at once; gives its size.
+    pub(crate) async fn get(&self, path: &str, most: usize) -> Result<usize> {
+        let handle = self.open(path, "r").await?;
+        let arguments = serde_json::json!({"handle": handle, "count": most});
+        let read = serde_json::json!({"execute": "guest-file-read", "arguments": arguments});
+        let read = self.ask(&read).await?;
+        self.close(&handle).await?;
+        let count = read["count"].as_u64().context("it read nothing")?;
+        Ok(usize::try_from(count)?)
+    }
+
+    /// Makes a file of so many bytes in the guest.
+    pub(crate) async fn make(&self, path: &str, size: usize) -> Result<()> {
+        let piece = vec![7; 100_000];
+        let handle = self.open(path, "w").await?;
+        for _ in 0..size / piece.len() {
+            let arguments = serde_json::json!({"handle": handle, "buf-b64": base64(&piece)});
+            let write = serde_json::json!({"execute": "guest-file-write", "arguments": arguments});
+            self.ask(&write).await?;
+        }
+        self.close(&handle).await
+    }
+
     async fn gone(&self) -> Result<()> {
         let begin = Instant::now();
         while self.libvirt.call("domstate bench").await.is_ok() {
@@ -337,7 +382,11 @@ impl Virsh {
         self.read.clear();
         let said: Vec<&str> = text
             .lines()
-            .filter(|line| !line.contains("virsh # ") && !line.is_empty())
+            // It repeats what it is told, after a prompt that may have come before.
+            .filter(|line| {
+                !line.is_empty() && !line.starts_with("virsh # ") && !line.ends_with(words)
+            })
+            .filter(|line| !line.ends_with(&format!("echo {mark}")))
             .collect();
         let said = said.join("\n");
         if said.contains("error: ") {
@@ -345,6 +394,23 @@ impl Virsh {
         }
         Ok(said)
     }
+}
+
+/// As RFC 4648 has it.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let byte = |at: usize| u32::from(three.get(at).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for digit in 0..4 {
+            text.push(match digit > three.len() {
+                true => '=',
+                false => char::from(DIGITS[(bits >> (18 - 6 * digit) & 63) as usize]),
+            });
+        }
+    }
+    text
 }
 
 /// The guest in libvirt's words: the plan's kernel, disks and processor.
@@ -392,4 +458,22 @@ fn domain(plan: &Plan, config: &Config, dir: &Path) -> String {
         disk(1, &dir.join("scratch.img"), ""),
         dir.join("serial.txt").display()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_is_that_of_the_rfc() {
+        let cases = [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foobar", "Zm9vYmFy"),
+        ];
+        for (plain, coded) in cases {
+            assert_eq!(base64(plain.as_bytes()), coded);
+        }
+    }
 }

@@ -25,13 +25,14 @@ pub(super) const VMTEST: &str = "vmtest";
 pub(super) const VIRTME: &str = "virtme-ng";
 
 /// Debian packages: libvirt, and what its guest is made of. vmtest runs
-/// qemu-guest-agent in a guest that has this host's root.
-const PACKAGES: [&str; 5] = [
+/// qemu-guest-agent in a guest that has this host's root, and virtme-ng udev.
+const PACKAGES: [&str; 6] = [
     "libvirt-daemon",
     "libvirt-daemon-driver-qemu",
     "libvirt-clients",
     "qemu-guest-agent",
     "busybox-static",
+    "udev",
 ];
 
 /// Options.

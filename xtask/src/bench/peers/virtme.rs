@@ -32,6 +32,11 @@ impl Virtme {
             lacks(missing, VIRTME, "it is not installed");
             return Ok(None);
         };
+        // Its guest ends without a word where that is missing.
+        if super::program("udevadm", &[]).is_none() {
+            lacks(missing, VIRTME, "its guest needs udev");
+            return Ok(None);
+        }
         let (_, plan) = bed.plan(config)?;
         Ok(Some(Self {
             version: first_line(&program, &["--version"])?,
@@ -48,7 +53,6 @@ impl Virtme {
     }
 
     pub(super) async fn life(&self) -> Result<Sample> {
-        // It wants a terminal (or prints nothing), and udev's directories.
         let kvm = match self.config.accel.as_str() {
             "kvm" => "",
             _ => "--disable-kvm",
