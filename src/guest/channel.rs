@@ -331,8 +331,14 @@ async fn write_frames(
     writer: &mut (impl AsyncWrite + Unpin),
     mut queue: mpsc::Receiver<Vec<u8>>,
 ) -> Result<(), GuestError> {
-    while let Some(frame) = queue.recv().await {
-        write_all(writer, &frame).await?;
+    while let Some(mut frames) = queue.recv().await {
+        // What waits goes along: each write wakes QEMU, and QEMU the guest.
+        while frames.len() < MAX_PAYLOAD
+            && let Ok(frame) = queue.try_recv()
+        {
+            frames.extend(frame);
+        }
+        write_all(writer, &frames).await?;
     }
     Ok(())
 }

@@ -205,8 +205,12 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
         // Without SVM, QEMU 7.2 ends the extended CPUID leaves before the one
         // with the address sizes, and a kernel with five-level page tables then
         // takes its own addresses for wild ones: paths in /proc read "xxxx".
-        // Four levels are also less to walk.
-        (Accel::Tcg, false) => ("tcg,thread=multi", "max,-svm,-la57,xlevel=0x80000008"),
+        // Four levels are also less to walk. Without ERMS and FSRM the guest
+        // does not copy with `rep movsb`, which is emulated byte by byte.
+        (Accel::Tcg, false) => (
+            "tcg,thread=multi",
+            "max,-svm,-la57,-erms,-fsrm,xlevel=0x80000008",
+        ),
         // QEMU emulates AMD's SVM, not Intel's VMX.
         (Accel::Tcg, true) => ("tcg,thread=multi", "max,-la57"),
     };

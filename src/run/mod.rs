@@ -50,7 +50,7 @@ pub use runner::{Io, Progress, Signal, run};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
-pub(crate) use transfer::{receive, send};
+pub use transfer::{receive, send};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;

@@ -69,24 +69,26 @@ pub(crate) fn is_root() -> Result<bool> {
     Ok(output.stdout == b"0\n")
 }
 
-/// Installs packages without what they only recommend.
+/// Installs packages this project needs.
 pub(crate) fn install(names: &[&str]) -> Result<()> {
+    apt_install(names)?;
+    match missing()?.is_empty() {
+        true => Ok(()),
+        false => bail!("apt-get ended well, yet packages are missing"),
+    }
+}
+
+/// Installs packages without what they only recommend.
+pub(crate) fn apt_install(names: &[&str]) -> Result<()> {
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command.args(["-qq", "-o", "Dpkg::Use-Pty=0"]).args(args);
         command.env("DEBIAN_FRONTEND", "noninteractive");
         command
     };
-    let install = || {
-        let mut args = vec!["install", "-y", "--no-install-recommends", "--"];
-        args.extend(names);
-        call(&mut apt(&args))
-    };
     // Fresh containers have no package lists, others have old ones.
     call(&mut apt(&["update"]))?;
-    install()?;
-    match missing()?.is_empty() {
-        true => Ok(()),
-        false => bail!("apt-get ended well, yet packages are missing"),
-    }
+    let mut args = vec!["install", "-y", "--no-install-recommends", "--"];
+    args.extend(names);
+    call(&mut apt(&args))
 }

@@ -136,7 +136,7 @@ fn static_checks() -> Vec<Check> {
 fn programs(state: &Path) -> Vec<Check> {
     vec![
         ("examples/embed", embed(state)),
-        ("xtask bench boot", bench(state)),
+        ("xtask bench", bench(state)),
         ("xtask probe faults", faults(state)),
         ("xtask fuzz", fuzz::briefly()),
     ]
@@ -174,21 +174,63 @@ fn embed(state: &Path) -> Result<()> {
     Ok(())
 }
 
-/// That it measures every phase, not how long they take.
+/// A bench, shortly: its subjects and phases, and options that keep it short.
+type Brief = (&'static str, &'static [&'static str], usize);
+
+/// That each measures every phase and that the results are read back, not how
+/// long anything takes.
+const BRIEF: [Brief; 5] = [
+    ("boot", &["-n", "1"], 17),
+    ("exec", &["-n", "1"], 10),
+    ("files", &["-n", "1", "--files", "50"], 8),
+    ("memory", &["-n", "1", "--settle", "0"], 7),
+    ("density", &["--most", "2"], 2),
+];
+
 fn bench(state: &Path) -> Result<()> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.args([
-        "bench", "boot", "-n", "2", "--accel", "tcg", "--kernel", "tuned",
-    ]);
-    command.args(["--json", "--state-dir"]).arg(state);
-    let output = command.stderr(Stdio::inherit()).output()?;
-    ensure!(output.status.success(), "it gave {}", output.status);
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
-    let rows = report["rows"].as_array().context("it has no rows")?;
-    ensure!(rows.len() == 12, "it has {} rows", rows.len());
-    for row in rows {
-        let measured = row["n"] == 2 && row["p50_ms"].as_f64().is_some_and(|ms| ms > 0.0);
-        ensure!(measured, "it did not measure {row}");
+    let results = tempfile::tempdir()?;
+    let this = std::env::current_exe()?;
+    for (name, options, rows) in BRIEF {
+        let mut command = Command::new(&this);
+        command.args(["bench", "--as-built", name, "--json"]);
+        command.args(options);
+        command.args(["--accel", "tcg", "--kernel", "tuned", "--state-dir"]);
+        command.arg(state).arg("--save").arg(results.path());
+        let output = command.stderr(Stdio::inherit()).output()?;
+        ensure!(output.status.success(), "bench {name}: {}", output.status);
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(
+            report["bench"] == name,
+            "it calls itself {}",
+            report["bench"]
+        );
+        let found = report["rows"].as_array().context("it has no rows")?;
+        ensure!(
+            found.len() == rows,
+            "bench {name} has {} rows, not {rows}: {report:#}",
+            found.len()
+        );
+        for row in found {
+            let fields = row.as_object().context("a row has no fields")?;
+            let median = fields.iter().find(|(name, _)| name.starts_with("p50_"));
+            let median = median.and_then(|(_, value)| value.as_f64());
+            ensure!(
+                median.is_some_and(|value| value > 0.0 || row["phase"] == "own-pss")
+                    && row["n"].as_u64() >= Some(1),
+                "bench {name} did not measure {row}"
+            );
+        }
+        let result = results.path().join(format!("{name}.json"));
+        let mut compare = Command::new(&this);
+        compare.args(["bench", "compare", "--strict"]);
+        let output = compare.args([&result, &result]).output()?;
+        ensure!(
+            output.status.success(),
+            "bench {name} differs from itself: {}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+        let picture = fs::read_to_string(results.path().join(format!("{name}.svg")))?;
+        ensure!(picture.ends_with("</svg>\n"), "it drew no picture");
     }
     Ok(())
 }

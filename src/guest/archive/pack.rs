@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -158,9 +158,10 @@ pub fn pack_file(
     packer.finish()
 }
 
-struct Packer<'a, W> {
+struct Packer<'a, W: Write> {
     root: &'a Path,
-    out: W,
+    /// Headers, content and padding go out together: a small file is one write.
+    out: BufWriter<W>,
     limits: &'a PackLimits,
     entries: u64,
     packed: Packed,
@@ -179,7 +180,7 @@ impl<'a, W: Write> Packer<'a, W> {
     fn new(root: &'a Path, out: W, limits: &'a PackLimits) -> Self {
         Self {
             root,
-            out,
+            out: BufWriter::with_capacity(64 * 1024, out),
             limits,
             entries: 0,
             packed: Packed::default(),
@@ -402,7 +403,9 @@ impl<'a, W: Write> Packer<'a, W> {
     }
 
     fn finish(mut self) -> Result<Packed, Error> {
-        header::finish(&mut self.out).map_err(|error| send(&Name::default(), error))?;
+        header::finish(&mut self.out)
+            .and_then(|()| self.out.flush())
+            .map_err(|error| send(&Name::default(), error))?;
         Ok(self.packed)
     }
 }

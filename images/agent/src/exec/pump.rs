@@ -17,6 +17,9 @@ use tokio::io::unix::AsyncFd;
 /// something in the background, before the stream ends without it.
 pub(super) const QUIET: Duration = Duration::from_millis(250);
 
+/// Bytes read at once until a command has written as much.
+const FIRST_READ: usize = 4096;
+
 /// Our end of a pipe or a terminal. Both ends of a terminal share it.
 pub(super) type End = Arc<AsyncFd<OwnedFd>>;
 
@@ -51,6 +54,10 @@ pub(super) async fn output(
         let _ = exited.wait_for(|exited| *exited).await;
         tokio::time::sleep(QUIET).await;
     };
+    // Most commands write little, and some nothing: no frame is made before
+    // there is something to put in it, and only as large.
+    let mut buffer = vec![0; FIRST_READ];
+    let mut flows = false;
     loop {
         let ready = tokio::select! {
             biased;
@@ -61,14 +68,28 @@ pub(super) async fn output(
         let Ok(room) = stream.room(MAX_PAYLOAD).await else {
             return;
         };
-        let mut frame = vec![0; HEADER_LEN + room.bytes];
-        match ready.try_io(|fd| Ok(read(fd.get_ref(), &mut frame[HEADER_LEN..])?)) {
+        let wanted = room.bytes.min(buffer.len());
+        if flows {
+            // A command in full flow fills its pipe first, rather than being
+            // interrupted for every line. Where nobody else has work to do this
+            // costs nothing.
+            let _ = nix::sched::sched_yield();
+        }
+        match ready.try_io(|fd| Ok(read(fd.get_ref(), &mut buffer[..wanted])?)) {
             Ok(Ok(count)) if count > 0 => {
-                frame.truncate(HEADER_LEN + count);
-                frame.shrink_to_fit();
+                let mut frame = Vec::with_capacity(HEADER_LEN + count);
+                frame.extend_from_slice(&[0; HEADER_LEN]);
+                frame.extend_from_slice(&buffer[..count]);
                 stream.send(room, kind, frame);
+                flows = true;
+                if count == buffer.len() {
+                    buffer.resize(MAX_PAYLOAD, 0);
+                }
             }
-            Err(_would_block) => stream.decline(room),
+            Err(_would_block) => {
+                flows = false;
+                stream.decline(room);
+            }
             // The end; for a terminal that is EIO.
             Ok(_) => return stream.decline(room),
         }

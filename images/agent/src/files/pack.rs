@@ -284,7 +284,7 @@ fn long_name(output: &mut Output, kind: EntryType, name: &[u8]) -> Result<()> {
 /// Sends exactly `size` bytes: the size is announced already, though the file
 /// may have another by now.
 fn copy(file: &mut File, size: u64, output: &mut Output) -> io::Result<()> {
-    let sent = io::copy(&mut file.take(size), output)?;
+    let sent = output.take(file, size)?;
     io::copy(&mut io::repeat(0).take(size - sent), output)?;
     Ok(())
 }

@@ -68,8 +68,20 @@ pub(super) struct Output {
     runtime: Handle,
     stream: Arc<Stream>,
     kind: Kind,
-    buffer: Vec<u8>,
+    /// The next frame, with room for its header. It goes out as it is: bytes
+    /// are not copied from here.
+    frame: Vec<u8>,
 }
+
+/// A frame without payload, and with room for all of it.
+fn fresh() -> Vec<u8> {
+    let mut frame = Vec::with_capacity(FULL);
+    frame.resize(HEADER_LEN, 0);
+    frame
+}
+
+/// Length of a frame that takes no more.
+const FULL: usize = HEADER_LEN + MAX_PAYLOAD;
 
 impl Output {
     pub(super) fn new(stream: &Arc<Stream>, kind: Kind) -> Self {
@@ -77,13 +89,32 @@ impl Output {
             runtime: Handle::current(),
             stream: Arc::clone(stream),
             kind,
-            buffer: Vec::with_capacity(MAX_PAYLOAD),
+            frame: fresh(),
         }
     }
 
     /// Writes all of `bytes`.
     pub(super) fn put(&mut self, bytes: &[u8]) -> Result<()> {
         self.write_all(bytes).context(|| "cannot send".into())
+    }
+
+    /// Reads up to `size` bytes from `source`, straight into frames; gives how
+    /// many there were.
+    pub(super) fn take(&mut self, source: &mut impl Read, size: u64) -> io::Result<u64> {
+        let mut left = size;
+        while left > 0 {
+            let room = (FULL - self.frame.len()) as u64;
+            let part = &mut source.take(left.min(room));
+            let count = part.read_to_end(&mut self.frame)? as u64;
+            if count == 0 {
+                break;
+            }
+            left -= count;
+            if self.frame.len() == FULL {
+                self.flush()?;
+            }
+        }
+        Ok(size - left)
     }
 
     /// Sends what is still here.
@@ -94,25 +125,28 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(MAX_PAYLOAD - self.buffer.len());
-        self.buffer.extend_from_slice(&bytes[..count]);
-        if self.buffer.len() == MAX_PAYLOAD {
+        let count = bytes.len().min(FULL - self.frame.len());
+        self.frame.extend_from_slice(&bytes[..count]);
+        if self.frame.len() == FULL {
             self.flush()?;
         }
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let mut rest = &self.buffer[..];
-        while !rest.is_empty() {
-            let room = self.runtime.block_on(self.stream.room(rest.len()))?;
-            let (now, later) = rest.split_at(room.bytes);
-            let mut frame = vec![0; HEADER_LEN];
-            frame.extend_from_slice(now);
+        while self.frame.len() > HEADER_LEN {
+            let room = self.stream.room(self.frame.len() - HEADER_LEN);
+            let room = self.runtime.block_on(room)?;
+            let sent = HEADER_LEN + room.bytes;
+            let frame = if sent == self.frame.len() {
+                std::mem::replace(&mut self.frame, fresh())
+            } else {
+                let now = self.frame[..sent].to_vec();
+                self.frame.drain(HEADER_LEN..sent);
+                now
+            };
             self.stream.send(room, self.kind, frame);
-            rest = later;
         }
-        self.buffer.clear();
         Ok(())
     }
 }

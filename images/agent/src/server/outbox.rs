@@ -15,6 +15,9 @@ const DATA_FRAMES: usize = 64;
 /// Above this many bytes of answers the host does not read, its frames wait.
 const URGENT_LIMIT: usize = 1024 * 1024;
 
+/// From so many bytes on a frame goes out from where it is.
+const LARGE: usize = 4096;
+
 /// A frame ready for the wire, and the turns it holds until it is sent.
 type Entry = (Vec<u8>, Vec<OwnedSemaphorePermit>);
 
@@ -127,7 +130,10 @@ impl Outbox {
                 fill_header(&mut frame, stream, Kind::Credit);
                 buffer.extend(frame);
             } else if let Some((frame, _turns)) = queues.data.pop_front() {
-                buffer.extend(frame);
+                match buffer.is_empty() && frame.len() >= LARGE {
+                    true => *buffer = frame,
+                    false => buffer.extend(frame),
+                }
             } else {
                 break;
             }

@@ -13,11 +13,23 @@ const READ_SIZE: usize = HEADER_LEN + MAX_PAYLOAD;
 /// Longest `Hello` looked for after lost step.
 const LONGEST_HELLO: u32 = 4096;
 
-/// Reads frames.
-#[derive(Debug, Default)]
+/// Reads frames. Its buffer is made once and never cleared: a port gives a page
+/// at a time, and clearing what a frame may need would cost more than reading.
+#[derive(Debug)]
 pub(super) struct Reader {
-    buffer: Vec<u8>,
+    buffer: Box<[u8]>,
     start: usize,
+    end: usize,
+}
+
+impl Default for Reader {
+    fn default() -> Self {
+        Self {
+            buffer: vec![0; 2 * READ_SIZE].into(),
+            start: 0,
+            end: 0,
+        }
+    }
 }
 
 impl Reader {
@@ -40,7 +52,7 @@ impl Reader {
     /// Skips input up to the next `Hello`; `None` when the host is gone.
     pub(super) async fn hello(&mut self, channel: &Channel) -> io::Result<Option<Hello>> {
         loop {
-            while self.start < self.buffer.len() {
+            while self.start < self.end {
                 match self.hello_here() {
                     Look::Found(hello) => return Ok(Some(hello)),
                     Look::Partial => break,
@@ -54,7 +66,7 @@ impl Reader {
     }
 
     fn hello_here(&mut self) -> Look {
-        let Some(header) = self.buffer[self.start..].first_chunk::<HEADER_LEN>() else {
+        let Some(header) = self.buffer[self.start..self.end].first_chunk::<HEADER_LEN>() else {
             return Look::Partial;
         };
         match Header::decode(*header) {
@@ -64,7 +76,7 @@ impl Reader {
                 ..
             }) if len <= LONGEST_HELLO => {
                 let body = self.start + HEADER_LEN;
-                let Some(body) = self.buffer.get(body..body + len as usize) else {
+                let Some(body) = self.buffer[..self.end].get(body..body + len as usize) else {
                     return Look::Partial;
                 };
                 match serde_json::from_slice(body) {
@@ -80,7 +92,7 @@ impl Reader {
     }
 
     fn parse(&mut self) -> Result<Option<(Header, Vec<u8>)>, Violation> {
-        let bytes = &self.buffer[self.start..];
+        let bytes = &self.buffer[self.start..self.end];
         let Some(header) = bytes.first_chunk::<HEADER_LEN>() else {
             return Ok(None);
         };
@@ -94,17 +106,17 @@ impl Reader {
         Ok(Some((header, payload)))
     }
 
+    /// Reads once. Nothing is lost when this is cancelled: it is the last step.
     async fn fill(&mut self, channel: &Channel) -> io::Result<usize> {
-        self.buffer.drain(..self.start);
-        self.start = 0;
-        let len = self.buffer.len();
-        self.buffer.resize(len + READ_SIZE, 0);
-        let mut guard = Truncate {
-            buffer: &mut self.buffer,
-            len,
-        };
-        let count = channel.read(&mut guard.buffer[len..]).await?;
-        guard.len += count;
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.buffer.len() - self.end < READ_SIZE {
+            // At most one frame is incomplete, so half of the buffer is free then.
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        let count = channel.read(&mut self.buffer[self.end..]).await?;
+        self.end += count;
         Ok(count)
     }
 }
@@ -113,18 +125,6 @@ enum Look {
     Found(Hello),
     Partial,
     No,
-}
-
-/// Cuts the buffer back to what was really read, also when cancelled.
-struct Truncate<'a> {
-    buffer: &'a mut Vec<u8>,
-    len: usize,
-}
-
-impl Drop for Truncate<'_> {
-    fn drop(&mut self) {
-        self.buffer.truncate(self.len);
-    }
 }
 
 /// Writes frames. What is in its buffer ends at the end of a frame.

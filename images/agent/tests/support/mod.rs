@@ -48,10 +48,14 @@ impl Agent {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-agent"));
         let fd = theirs.as_raw_fd();
         command.args(["service", "--fd", "9"]);
-        // SAFETY: dup2 is async-signal-safe.
+        // SAFETY: dup2 and fcntl are async-signal-safe.
         unsafe {
             command.pre_exec(move || {
-                nix::libc::dup2(fd, 9);
+                match fd {
+                    // Where it is already, dup2 would leave it to be closed by exec.
+                    9 => nix::libc::fcntl(fd, nix::libc::F_SETFD, 0),
+                    _ => nix::libc::dup2(fd, 9),
+                };
                 Ok(())
             })
         };
