@@ -1,12 +1,12 @@
 //! Round trips and streams through the guest agent, against a bare program on
 //! another port of the same virtio-serial device in the same machine.
 
-use std::cell::RefCell;
 use std::time::Instant;
 
 use anyhow::Result;
 use bulkhead::guest::Channel;
 use bulkhead_agent::Request;
+use tokio::sync::Mutex;
 
 use super::config::{Bed, Common, PATIENCE, explain, ms};
 use super::echo::Echo;
@@ -63,7 +63,7 @@ async fn measure(args: Args) -> Result<()> {
         }
     }
     let mut machine = ours::start(&bed, &common.config).await?;
-    let echo = RefCell::new(Echo::start(&mut machine).await?);
+    let echo = Mutex::new(Echo::start(&mut machine).await?);
     let (channel, echo, pid) = (machine.channel(), &echo, machine.process().pid());
     let bytes = &vec![7; STREAM];
     let guest = match &libvirt {
@@ -73,9 +73,7 @@ async fn measure(args: Args) -> Result<()> {
     let mut subjects = vec![
         Subject::new(OURS, || ours_once(channel, pid, bytes)),
         Subject::new(FLOOR, move || async move {
-            // One task, one round at a time: nobody else borrows it.
-            #[expect(clippy::await_holding_refcell_ref)]
-            bare_once(&mut echo.borrow_mut(), pid, bytes).await
+            bare_once(&mut *echo.lock().await, pid, bytes).await
         }),
     ];
     if let Some(guest) = &guest {

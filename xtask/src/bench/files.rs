@@ -1,7 +1,6 @@
 //! Files into the guest and out of it, against a bare copy over another port
 //! of the same virtio-serial device in the same machine.
 
-use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -11,6 +10,7 @@ use bulkhead::guest::Channel;
 use bulkhead::guest::archive::{self, HostDir, PackLimits};
 use bulkhead::run::{receive, send};
 use bulkhead_agent::Request;
+use tokio::sync::Mutex;
 
 use super::config::{Bed, Common, explain, ms};
 use super::echo::Echo;
@@ -105,7 +105,7 @@ async fn measure(args: Args) -> Result<()> {
     }
     let material = Material::make(bed.temp(), args.files)?;
     let mut machine = ours::start(&bed, &common.config).await?;
-    let echo = RefCell::new(Echo::start(&mut machine).await?);
+    let echo = Mutex::new(Echo::start(&mut machine).await?);
     let channel = machine.channel();
     for place in PLACES {
         // Not of zeroes, which somebody might not carry.
@@ -116,9 +116,7 @@ async fn measure(args: Args) -> Result<()> {
     let mut subjects = vec![
         Subject::new(OURS, || ours_once(channel, material, temp)),
         Subject::new(FLOOR, move || async move {
-            // One task, one round at a time: nobody else borrows it.
-            #[expect(clippy::await_holding_refcell_ref)]
-            let sample = bare_once(&mut echo.borrow_mut(), material, temp).await?;
+            let sample = bare_once(&mut *echo.lock().await, material, temp).await?;
             ours::run(channel, &["rm", "-r", "/root/bare/tree"], Vec::new()).await?;
             Ok(sample)
         }),

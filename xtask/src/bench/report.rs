@@ -175,7 +175,7 @@ impl Report {
     ) -> Self {
         let mut phases: Vec<&str> = Vec::new();
         for (phase, _) in all.iter().flat_map(|series| series.rounds.iter().flatten()) {
-            if !phases.contains(&phase) {
+            if !phases.contains(phase) {
                 phases.push(phase);
             }
         }

@@ -4,7 +4,6 @@
 //! Its guest is smaller than ours: busybox and qemu-guest-agent in an initramfs.
 //! libvirt 9 knows no microvm, so its machine is a q35 whatever ours is.
 
-use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use bulkhead::image::scratch;
 use bulkhead::plan::Plan;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::Mutex;
 
 use super::{LIBVIRT, alone, lacks, program};
 use crate::bench::config::{Bed, Config, PATIENCE, explain, ms};
@@ -29,7 +29,7 @@ const POLL: Duration = Duration::from_millis(2);
 /// A libvirtd of our own, and a virsh that talks to it.
 pub(crate) struct Libvirt {
     version: String,
-    virsh: RefCell<Virsh>,
+    virsh: Mutex<Virsh>,
     plan: Plan,
     cache: PathBuf,
     /// Its configuration, state, sockets and disks.
@@ -168,7 +168,7 @@ impl Libvirt {
                 "{}, always on q35, guest: busybox and qemu-guest-agent",
                 first_line(libvirtd, &["--version"])?
             ),
-            virsh: RefCell::new(Virsh::connect(virsh, &socket)?),
+            virsh: Mutex::new(Virsh::connect(virsh, &socket)?),
             plan,
             cache: bed.dirs().cache(),
             dir,
@@ -181,9 +181,7 @@ impl Libvirt {
     }
 
     async fn call(&self, words: &str) -> Result<String> {
-        // One task, one command at a time: nobody else borrows it.
-        #[expect(clippy::await_holding_refcell_ref)]
-        self.virsh.borrow_mut().call(words).await
+        self.virsh.lock().await.call(words).await
     }
 
     /// Starts the guest and waits for its agent.
