@@ -70,6 +70,10 @@ struct Global {
     /// [default: 90s, and 10s in the proof that KVM works].
     #[arg(long, global = true, value_name = "TIME")]
     boot_timeout: Option<Timeout>,
+    /// User ids for the VMMs of machines, nobody else's on this host
+    /// [env: BULKHEAD_UIDS] [default: 1900000000-1900065535].
+    #[arg(long, global = true, value_name = "FIRST-LAST")]
+    uids: Option<crate::spec::UidRange>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,

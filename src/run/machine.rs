@@ -8,11 +8,12 @@ use bulkhead_agent::{Hello, Request};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use super::connect::{Parts, explain_status};
+use super::connect::{Parts, Witness};
 use super::console::ConsoleLog;
 use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
+use super::jail;
 use super::record::{Record, RecordError};
 use crate::guest::Channel;
 use crate::guest::archive::HostDir;
@@ -22,6 +23,7 @@ use crate::host::lease::Lease;
 use crate::image::Lock;
 use crate::plan::{self, Plan};
 use crate::qmp::Monitor;
+use crate::spec::UidRange;
 use crate::vmm::{Spawn, VmmProcess};
 
 /// What starting a machine needs besides its plan.
@@ -37,6 +39,10 @@ pub struct StartOptions {
     /// The plan's share, already open; opened by its path when absent. Whoever
     /// may rename it must not choose what the guest sees.
     pub share: Option<HostDir>,
+    /// Where user ids are taken.
+    pub uid_dir: PathBuf,
+    /// User ids that are nobody else's.
+    pub uids: UidRange,
     /// The plan's writable disk, where it outlives the VMM; made when missing.
     pub disk: Option<PathBuf>,
     /// Where the machine's sockets are, where it can outlive its owner.
@@ -138,6 +144,7 @@ impl Machine {
     ) -> Result<Live, MachineError> {
         let begin = Instant::now();
         let mut ends = Ends::default();
+        let jail = jail::make(&plan, record, options)?;
         if let Some(dir) = &options.sockets {
             let lease = Lease::Dir { path: dir.clone() };
             record.lease(lease).map_err(RecordError::from)?;
@@ -166,8 +173,9 @@ impl Machine {
             descriptors,
             log,
             die_with_thread: options.die_with_thread,
+            jail,
         };
-        let mut cgroup = cgroup(&plan, record)?;
+        let mut cgroup = jail::cgroup(&plan, record)?;
         let process = spawn.run(|process| {
             record.lease(process.lease())?;
             // Before it executes: no thread of it is ever outside.
@@ -330,15 +338,15 @@ impl Machine {
     /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.
     pub async fn end_reason(&self) -> Option<MachineError> {
         let status = self.live.process.try_wait().ok().flatten()?;
-        Some(
-            explain_status(
-                status,
-                &self.live.plan,
-                &self.live.console,
-                &self.live.words,
-            )
-            .await,
-        )
+        let live = &self.live;
+        let witness = Witness {
+            plan: &live.plan,
+            process: &live.process,
+            console: &live.console,
+            words: &live.words,
+            cgroup: live.cgroup.as_ref().ok(),
+        };
+        Some(witness.explain(status).await)
     }
 
     /// Writes a lease of this machine down.
@@ -437,17 +445,4 @@ pub(super) fn io_error(
         path,
         source,
     }
-}
-
-/// Makes the machine's control group. A host that has none is no reason not
-/// to start: only limits need it, and say so when they are asked for.
-fn cgroup(plan: &Plan, record: &mut Record) -> Result<Result<Cgroup, CgroupError>, MachineError> {
-    let group = match Cgroup::choose(&plan.id) {
-        Ok(group) => group,
-        Err(error) => return Ok(Err(error)),
-    };
-    for lease in group.leases() {
-        record.lease(lease).map_err(RecordError::from)?;
-    }
-    Ok(group.make().map(|()| group))
 }

@@ -15,6 +15,7 @@ mod exchange;
 mod follow;
 mod grow;
 mod host;
+mod jail;
 mod machine;
 mod outcome;
 pub mod prove;
