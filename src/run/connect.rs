@@ -126,6 +126,7 @@ impl Parts {
             qga: ends.qga,
             disk: disk.into_inner().ok_or(missing("its disk"))?,
             cgroup: self.cgroup,
+            proof: Vec::new(),
             phases,
         })
     }

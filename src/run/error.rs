@@ -94,6 +94,12 @@ pub enum MachineError {
         /// What it wrote to stderr.
         words: String,
     },
+    /// A layer that was planned does not hold.
+    #[error("the machine is not confined as planned: {failed}")]
+    NotConfined {
+        /// What does not hold.
+        failed: String,
+    },
     /// The filter for system calls ended QEMU.
     #[error("{qemu} was stopped for calling {call}")]
     SystemCall {
@@ -186,6 +192,7 @@ impl Explain for MachineError {
             Self::Record(error) => error.code(),
             Self::Spawn(error) => error.code(),
             Self::VmmEnded { .. } => "qemu-died",
+            Self::NotConfined { .. } => "not-confined",
             Self::SystemCall { .. } => "system-call-violation",
             Self::VmmOutOfMemory { .. } => "qemu-out-of-memory",
             Self::GuestPanic { .. } => "guest-panic",
@@ -226,6 +233,11 @@ impl Explain for MachineError {
             Self::Spawn(error) => error.remedy(),
             Self::VmmEnded { .. } => {
                 "Act on QEMU's message; `bulkhead doctor` tells what this host can do.".into()
+            }
+            Self::NotConfined { .. } => {
+                "Nothing ran in it. Look at what is said of the layer; it can be left out with \
+                 --waive LAYER."
+                    .into()
             }
             Self::SystemCall { .. } => {
                 "Take the guest for hostile: QEMU never calls this by itself. If it does so with \

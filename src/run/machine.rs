@@ -15,6 +15,7 @@ use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::jail;
 use super::record::{Record, RecordError};
+use super::verify::{self, Finding, Subject};
 use crate::guest::Channel;
 use crate::guest::archive::HostDir;
 use crate::host::cgroup::{Cgroup, CgroupError};
@@ -85,6 +86,8 @@ pub(super) struct Live {
     pub(super) emergency: Option<UnixStream>,
     pub(super) qga: Option<UnixStream>,
     pub(super) disk: DiskWatch,
+    /// What was seen of its layers when it was up.
+    pub(super) proof: Vec<Finding>,
     /// Its control group, or why it has none.
     pub(super) cgroup: Result<Cgroup, CgroupError>,
     pub(super) phases: Phases,
@@ -200,7 +203,10 @@ impl Machine {
             cgroup,
         };
         let dir = record.dir().to_owned();
-        parts.connect(ends, options, &dir, begin, spawned_us).await
+        let live = parts
+            .connect(ends, options, &dir, begin, spawned_us)
+            .await?;
+        proven(live, record).await
     }
 
     /// Takes over a running machine whose owner died.
@@ -264,7 +270,8 @@ impl Machine {
                 CgroupError::Unavailable { why }
             }),
         };
-        parts.connect(ends, options, record.dir(), begin, 0).await
+        let live = parts.connect(ends, options, record.dir(), begin, 0).await?;
+        proven(live, record).await
     }
 
     /// Its plan, with everything that was leased at start filled in.
@@ -300,6 +307,16 @@ impl Machine {
     /// How its disks are.
     pub fn disk(&self) -> &DiskWatch {
         &self.live.disk
+    }
+
+    /// What was seen of its layers when it was up.
+    pub fn proof(&self) -> &[Finding] {
+        &self.live.proof
+    }
+
+    /// What can be looked at again at any time.
+    pub(crate) fn subject(&self) -> Subject {
+        subject(&self.live, &self.record)
     }
 
     /// Its control group, or why it has none.
@@ -424,6 +441,27 @@ impl Machine {
         let _ = self.live.process.wait().await;
         let errors = self.record.release();
         (self.record, errors)
+    }
+}
+
+fn subject(live: &Live, record: &Record) -> Subject {
+    Subject {
+        plan: live.plan.clone(),
+        leases: record.leases().to_vec(),
+        dir: record.dir().to_owned(),
+        pid: live.process.pid(),
+        monitor: live.monitor.clone(),
+    }
+}
+
+/// A machine that is up, once its layers were seen to hold.
+async fn proven(mut live: Live, record: &Record) -> Result<Live, MachineError> {
+    live.proof = subject(&live, record).verify().await?;
+    match verify::failures(&live.proof)[..] {
+        [] => Ok(live),
+        ref failed => Err(MachineError::NotConfined {
+            failed: failed.join("; "),
+        }),
     }
 }
 

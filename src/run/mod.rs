@@ -28,6 +28,7 @@ mod share;
 mod state;
 mod stats;
 mod transfer;
+mod verify;
 pub mod workspace;
 
 use std::path::PathBuf;
@@ -52,6 +53,7 @@ pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
 pub(crate) use transfer::{receive, send};
+pub use verify::{Finding, Verdict, failures};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;
