@@ -138,6 +138,8 @@ fn programs(state: &Path) -> Vec<Check> {
         ("examples/embed", embed(state)),
         ("xtask bench boot", bench(state)),
         ("xtask probe faults", faults(state)),
+        ("xtask probe vmm", jail(state, "vmm")),
+        ("xtask probe qmp", jail(state, "qmp")),
         ("xtask fuzz", fuzz::briefly()),
     ]
 }
@@ -147,6 +149,12 @@ fn faults(state: &Path) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["probe", "faults", "--accel", "tcg", "--kernel", "tuned"]);
     setup::call(command.arg("--state-dir").arg(state))
+}
+
+/// What tries to get out of its jail.
+fn jail(state: &Path, probe: &str) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    setup::call(command.args(["probe", probe, "--state-dir"]).arg(state))
 }
 
 /// The library in somebody else's program, without the command line's dependencies.

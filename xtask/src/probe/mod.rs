@@ -4,7 +4,9 @@ mod case;
 mod faults;
 pub(crate) mod place;
 mod points;
+mod qmp;
 pub(crate) mod verdict;
+mod vmm;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -23,12 +25,18 @@ pub(crate) struct Args {
 enum Probe {
     /// Kill each of our processes, and fail each call, at every step of every verb.
     Faults(faults::Args),
+    /// Tell QEMU over its monitor to reach out of its jail.
+    Qmp(qmp::Args),
+    /// Start a program in QEMU's place that tries to get out of its jail.
+    Vmm(vmm::Args),
 }
 
 /// Runs the task.
 pub(crate) fn run(args: Args) -> Result<()> {
     let passed = match args.probe {
         Probe::Faults(args) => faults::run(args)?,
+        Probe::Qmp(args) => qmp::run(&args)?,
+        Probe::Vmm(args) => vmm::run(&args)?,
     };
     if !passed {
         // Without a word: the closing line is the last.
