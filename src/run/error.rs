@@ -218,7 +218,8 @@ impl Explain for MachineError {
             }
             Self::Share { .. } => {
                 "Its file system or kernel cannot map owners: exchange copies instead \
-                 (--workspace-mode copy), or serve it as its owner (--waive user)."
+                 (--workspace-mode copy), or serve it as its owner (--waive user); \
+                 without root, --waive files."
                     .into()
             }
             Self::Value { what, .. } => format!("Give another value for {what}."),

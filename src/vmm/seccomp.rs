@@ -25,6 +25,7 @@ struct List {
     tcg: Table,
     kvm: Table,
     share: Table,
+    host_files: Table,
 }
 
 /// What some machines need besides.
@@ -54,6 +55,8 @@ pub struct Wanted {
     pub accel: Accel,
     /// It has a shared workspace.
     pub share: bool,
+    /// It sees the host's files.
+    pub host_files: bool,
 }
 
 /// The calls a machine may make, and why. A call with conditions comes once
@@ -75,12 +78,17 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         tcg,
         kvm,
         share,
+        host_files,
     } = toml::from_str(LIST).map_err(io::Error::other)?;
     let accel = match wanted.accel {
         Accel::Tcg => tcg,
         Accel::Kvm => kvm,
     };
-    let tables = [Some(accel), wanted.share.then_some(share)];
+    let tables = [
+        Some(accel),
+        wanted.share.then_some(share),
+        wanted.host_files.then_some(host_files),
+    ];
     let (mut allow, mut when) = (allow, when);
     for table in tables.into_iter().flatten() {
         allow.extend(table.allow);
@@ -147,24 +155,33 @@ pub fn name(number: i64) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    const ALL: [Wanted; 4] = {
+    const ALL: [Wanted; 5] = {
         let (tcg, kvm) = (Accel::Tcg, Accel::Kvm);
         [
             Wanted {
                 accel: tcg,
                 share: false,
+                host_files: false,
             },
             Wanted {
                 accel: tcg,
                 share: true,
+                host_files: false,
             },
             Wanted {
                 accel: kvm,
                 share: false,
+                host_files: false,
             },
             Wanted {
                 accel: kvm,
                 share: true,
+                host_files: false,
+            },
+            Wanted {
+                accel: tcg,
+                share: false,
+                host_files: true,
             },
         ]
     };

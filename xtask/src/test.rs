@@ -140,6 +140,7 @@ fn programs(state: &Path) -> Vec<Check> {
         ("xtask probe faults", faults(state)),
         ("xtask probe vmm", jail(state, "vmm")),
         ("xtask probe qmp", jail(state, "qmp")),
+        ("xtask probe guest", jail(state, "guest")),
         ("xtask fuzz", fuzz::briefly()),
     ]
 }

@@ -2,11 +2,12 @@
 
 mod case;
 mod faults;
+mod guest;
 pub(crate) mod place;
 mod points;
 mod qmp;
 pub(crate) mod verdict;
-mod vmm;
+pub(crate) mod vmm;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -25,6 +26,8 @@ pub(crate) struct Args {
 enum Probe {
     /// Kill each of our processes, and fail each call, at every step of every verb.
     Faults(faults::Args),
+    /// Look at a machine from inside: only what was planned is there.
+    Guest(guest::Args),
     /// Tell QEMU over its monitor to reach out of its jail.
     Qmp(qmp::Args),
     /// Start a program in QEMU's place that tries to get out of its jail.
@@ -35,6 +38,7 @@ enum Probe {
 pub(crate) fn run(args: Args) -> Result<()> {
     let passed = match args.probe {
         Probe::Faults(args) => faults::run(args)?,
+        Probe::Guest(args) => guest::run(&args)?,
         Probe::Qmp(args) => qmp::run(&args)?,
         Probe::Vmm(args) => vmm::run(&args)?,
     };

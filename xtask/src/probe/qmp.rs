@@ -160,7 +160,7 @@ fn attempts(canary: &Path) -> Vec<(&'static str, &'static str, Value)> {
             json!({ "driver": "vfio-pci", "host": "0000:00:00.0", "id": "out" }),
         ),
         (
-            "log to a file",
+            "trace itself",
             "trace-event-set-state",
             json!({ "name": "*", "enable": true, "ignore-unavailable": true }),
         ),
