@@ -213,3 +213,74 @@ fn a_script_in_the_place_of_qemu_is_refused() {
         "{run:?}"
     );
 }
+
+/// A place that an ordinary user can use: the program, one image, one kernel.
+fn place_for_others(bulkhead: &Bulkhead) -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path();
+    let sh = |script: &str| {
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-ec", script, "sh"])
+            .arg(dir)
+            .arg(bulkhead.state());
+        assert!(
+            shell
+                .arg(env!("CARGO_BIN_EXE_bulkhead"))
+                .status()
+                .unwrap()
+                .success(),
+            "{script}"
+        );
+    };
+    sh("cp \"$3\" $1/bulkhead; mkdir -p $1/state/images/names $1/state/kernels $1/run");
+    sh(
+        "base=$(readlink -f $2/images/names/base); cp -a $base $1/state/images/; \
+        ln -s ../${base##*/} $1/state/images/names/base; cp -rL $2/kernels/tuned $1/state/kernels/; \
+        chown -R 65534:65534 $1",
+    );
+    place
+}
+
+#[test]
+fn an_ordinary_user_gets_what_a_user_namespace_gives() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: an_ordinary_user_gets_a_jail: this user cannot become another one");
+        return;
+    }
+    let place = place_for_others(&Bulkhead::new());
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.arg(place.path().join("bulkhead"));
+    command
+        .args(["--json", "run", "--accel", "tcg", "--image", "base"])
+        .args(SMALL);
+    command
+        .args(["--", "true"])
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin");
+    command
+        .env("BULKHEAD_CONFIG", "none")
+        .env("HOME", place.path());
+    command.env("BULKHEAD_STATE_DIR", place.path().join("state"));
+    command.env("BULKHEAD_RUNTIME_DIR", place.path().join("run"));
+    let run = support::ran(command.output().unwrap());
+    assert_eq!(run.code, 0, "{run:?}");
+    let outcome: Value = serde_json::from_str(&run.stdout).unwrap();
+    let layers = &outcome["layers"];
+    assert_eq!(with(layers, "fail"), [""; 0], "{layers}");
+    let weaker = ["user: Uid", "user: Gid", "user: Groups", "cgroup: group"];
+    assert_eq!(with(layers, "weaker"), weaker, "{layers}");
+    let passed = with(layers, "pass");
+    for one in [
+        "user: CapBnd",
+        "files: mounts",
+        "namespaces: net namespace",
+        "seccomp: Seccomp_filters",
+    ] {
+        assert!(
+            passed.iter().any(|have| have == one),
+            "no {one} in {layers}"
+        );
+    }
+}

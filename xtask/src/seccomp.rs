@@ -23,7 +23,8 @@ use crate::{qemu10, setup};
 const SCENARIOS: [&str; 3] = ["microvm", "q35", "share"];
 
 /// What the guest does to its disk and, where it has one, to its share.
-const SCRIPT: &str = "cd /workspace/work 2>/dev/null || cd /root
+const SCRIPT: &str = "mkdir -p /mnt/share
+    mount -t 9p -o trans=virtio,version=9p2000.L workspace /mnt/share && cd /mnt/share || cd /root
     mkdir -p d && echo a > d/a && ln -s a d/l && ln d/a d/h && mv d/a d/b && chmod 700 d/b
     truncate -s 100 d/b && touch -d @0 d/b && ls -la d && cat d/b > /dev/null && rm -r d
     head -c 20000000 /dev/urandom > /root/f && sync && rm /root/f && sync && df . > /dev/null";
@@ -224,6 +225,8 @@ async fn drive(args: &Drive) -> Result<()> {
     let temp = tempfile::tempdir()?;
     let host = Host {
         qemu: Some(args.qemu.clone()),
+        // Tracing takes its time.
+        boot_timeout: Duration::from_secs(300),
         ..place(temp.path(), &args.state_dir)?
     };
     let shared = temp.path().join("shared");

@@ -138,9 +138,15 @@ fn programs(state: &Path) -> Vec<Check> {
         ("examples/embed", embed(state)),
         ("xtask bench boot", bench(state)),
         ("xtask probe faults", faults(state)),
-        ("xtask probe vmm", jail(state, "vmm")),
-        ("xtask probe qmp", jail(state, "qmp")),
-        ("xtask probe guest", jail(state, "guest")),
+        ("xtask probe vmm", jail(state, &["vmm"])),
+        (
+            "xtask probe qmp",
+            jail(state, &["qmp", "--kernel", "tuned"]),
+        ),
+        (
+            "xtask probe guest",
+            jail(state, &["guest", "--kernel", "tuned"]),
+        ),
         ("xtask fuzz", fuzz::briefly()),
     ]
 }
@@ -153,9 +159,10 @@ fn faults(state: &Path) -> Result<()> {
 }
 
 /// What tries to get out of its jail.
-fn jail(state: &Path, probe: &str) -> Result<()> {
+fn jail(state: &Path, probe: &[&str]) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
-    setup::call(command.args(["probe", probe, "--state-dir"]).arg(state))
+    command.arg("probe").args(probe);
+    setup::call(command.arg("--state-dir").arg(state))
 }
 
 /// The library in somebody else's program, without the command line's dependencies.
