@@ -238,7 +238,7 @@ impl Child<'_> {
         // SAFETY: one byte is written to a valid place.
         match unsafe { libc::read(self.go, (&raw mut byte).cast(), 1) } {
             1 => Ok(()),
-            // Nobody is there to be told.
+            // SAFETY: ends this process; nobody is there to be told.
             _ => unsafe { libc::_exit(1) },
         }
     }
