@@ -9,9 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::Global;
 use crate::run::{Dirs, Host};
-use crate::spec::{
-    Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge,
-};
+use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge};
 use crate::supervise::Launcher;
 
 /// The system's configuration file.
