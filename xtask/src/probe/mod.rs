@@ -3,9 +3,9 @@
 mod case;
 mod faults;
 mod guest;
+mod monitor;
 pub(crate) mod place;
 mod points;
-mod qmp;
 pub(crate) mod verdict;
 pub(crate) mod vmm;
 
@@ -29,7 +29,7 @@ enum Probe {
     /// Look at a machine from inside: only what was planned is there.
     Guest(guest::Args),
     /// Tell QEMU over its monitor to reach out of its jail.
-    Qmp(qmp::Args),
+    Qmp(monitor::Args),
     /// Start a program in QEMU's place that tries to get out of its jail.
     Vmm(vmm::Args),
 }
@@ -39,7 +39,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let passed = match args.probe {
         Probe::Faults(args) => faults::run(args)?,
         Probe::Guest(args) => guest::run(&args)?,
-        Probe::Qmp(args) => qmp::run(&args)?,
+        Probe::Qmp(args) => monitor::run(&args)?,
         Probe::Vmm(args) => vmm::run(&args)?,
     };
     if !passed {
