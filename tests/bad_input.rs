@@ -75,7 +75,14 @@ fn a_qemu_that_dies_is_quoted() {
         dir.path(),
         "#!/bin/sh\necho 'no such machine' >&2; exit 1\n",
     );
-    let run = Bulkhead::new().run(&["--qemu", qemu.to_str().unwrap(), "--", "true"]);
+    let run = Bulkhead::new().run(&[
+        "--qemu",
+        qemu.to_str().unwrap(),
+        "--waive",
+        "files,seccomp",
+        "--",
+        "true",
+    ]);
     assert_report(&run, "qemu-died", &["no such machine"]);
 }
 

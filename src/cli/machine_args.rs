@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use crate::spec::{
     Accel, Bytes, ChannelKind, LabelName, MachineType, NetworkName, ProfileName, Request,
-    Survivors, Timeout, WorkspaceMode,
+    Survivors, Timeout, Waived, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -48,6 +48,10 @@ pub(super) struct MachineArgs {
     /// Let the guest run virtual machines of its own: more of the host's kernel to attack.
     #[arg(long)]
     nested: bool,
+    /// Do without a layer of the jail: user, files, namespaces, seccomp,
+    /// landlock or cgroup. The outcome and `bulkhead verify` say so.
+    #[arg(long, value_name = "LAYER", value_delimiter = ',')]
+    waive: Vec<Waived>,
     /// Set NAME=VALUE in the command's environment, or pass NAME on.
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -81,6 +85,10 @@ impl MachineArgs {
             machine: self.machine,
             channel: self.channel,
             nested: self.nested.then_some(true),
+            waive: self.waive.into_iter().reduce(|mut all, one| {
+                all.extend(&one);
+                all
+            }),
             env: self.env.into_iter().collect(),
             labels: self.labels.into_iter().collect(),
             workdir: self.workdir,
@@ -197,7 +205,7 @@ mod tests {
     }
 
     /// Every key of `[machine]`: as a file has it, and as it is typed.
-    const SAME: [(&str, &[&str]); 19] = [
+    const SAME: [(&str, &[&str]); 20] = [
         ("image = \"i\"", &["--image", "i"]),
         ("kernel = \"tuned\"", &["--kernel", "tuned"]),
         ("profile = \"light\"", &["--profile", "light"]),
@@ -213,6 +221,7 @@ mod tests {
         ("accel = \"tcg\"", &["--accel", "tcg"]),
         ("machine = \"q35\"", &["--machine", "q35"]),
         ("channel = \"serial\"", &["--channel", "serial"]),
+        ("waive = \"seccomp,user\"", &["--waive", "user,seccomp"]),
         ("user = \"u\"", &["--user", "u"]),
         ("workdir = \"/w\"", &["--workdir", "/w"]),
         (

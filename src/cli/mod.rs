@@ -25,6 +25,7 @@ mod stop;
 mod supervise;
 mod table;
 mod terminal;
+mod verify;
 
 use std::cell::OnceCell;
 use std::path::PathBuf;
@@ -70,6 +71,10 @@ struct Global {
     /// [default: 90s, and 10s in the proof that KVM works].
     #[arg(long, global = true, value_name = "TIME")]
     boot_timeout: Option<Timeout>,
+    /// User ids for the VMMs of machines, nobody else's on this host
+    /// [env: BULKHEAD_UIDS] [default: 1900000000-1900065535].
+    #[arg(long, global = true, value_name = "FIRST-LAST")]
+    uids: Option<crate::spec::UidRange>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -139,6 +144,8 @@ enum Verb {
     Doctor(doctor::Args),
     /// Show a machine, or ask its guest.
     Inspect(inspect::Args),
+    /// Read every layer that confines a running machine back, and say what holds.
+    Verify(verify::Args),
     /// Open the emergency console of a running machine: a root shell.
     Console(console::Args),
     /// Release what dead runs left behind.
@@ -195,6 +202,7 @@ pub fn main() -> ExitCode {
             Verb::Image(args) => image::run(*args, &global).await.map(|()| 0),
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
+            Verb::Verify(args) => verify::run(args, &global).await,
             Verb::Console(args) => console::run(args, &global).await,
             Verb::Gc(args) => gc::run(&args, &global).await,
             Verb::Create(args) => create::run(*args, &global).await,

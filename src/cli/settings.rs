@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::Global;
 use crate::run::{Dirs, Host};
-use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, Timeout, merge};
+use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge};
 use crate::supervise::Launcher;
 
 /// The system's configuration file.
@@ -27,6 +27,8 @@ pub(super) struct Settings {
     pub(super) qemu: Option<PathBuf>,
     /// How long a guest may take until its agent answers, where it is said.
     boot_timeout: Option<Timeout>,
+    /// User ids for machines.
+    pub(super) uids: UidRange,
     /// Lowest first.
     layers: Vec<Layer>,
 }
@@ -51,6 +53,7 @@ impl Settings {
             runtime_dir: global.runtime_dir.clone(),
             qemu: global.qemu.clone(),
             boot_timeout: global.boot_timeout,
+            uids: global.uids,
             ..Config::default()
         }));
         let config = merge(&layers)?.config;
@@ -66,6 +69,7 @@ impl Settings {
             dirs: dirs.ok_or(SpecError::NoPlace)?,
             qemu: config.qemu,
             boot_timeout: config.boot_timeout,
+            uids: config.uids.unwrap_or_default(),
             layers,
         })
     }
@@ -75,6 +79,7 @@ impl Settings {
         // The one thread of this program lives as long as its machines.
         let mut host = Host {
             qemu: self.qemu.clone(),
+            uids: self.uids,
             die_with_thread: true,
             ..Host::new(self.dirs.clone())
         };
@@ -103,6 +108,8 @@ impl Settings {
         if let Some(timeout) = self.boot_timeout {
             args.extend(["--boot-timeout".into(), timeout.to_string().into()]);
         }
+        args.push("--uids".into());
+        args.push(self.uids.to_string().into());
         args.push("supervise".into());
         Launcher {
             // Replaced by an update, it is still this very program.
@@ -128,6 +135,7 @@ impl Settings {
         let mut merged = merge(&layers)?;
         merged.config.state_dir = Some(self.dirs.state.clone());
         merged.config.runtime_dir = Some(self.dirs.runtime.clone());
+        merged.config.uids = Some(self.uids);
         Ok(merged)
     }
 

@@ -18,7 +18,7 @@ use nix::libc;
 use super::lease::Lease;
 use super::sys;
 use crate::error::Explain;
-use crate::spec::{VmId, fill_random};
+use crate::spec::{Bytes, VmId, fill_random};
 
 /// Our own group, the parent of all machines'.
 const PARENT: &str = "bulkhead";
@@ -60,7 +60,8 @@ impl Explain for CgroupError {
     }
 
     fn remedy(&self) -> String {
-        "Run as root on a host with the cpu controller (see `bulkhead doctor`), or do without a quota."
+        "Run as root on a host with the controllers cpu, memory and pids (see `bulkhead doctor`), \
+         or do without their limits (--waive cgroup)."
             .into()
     }
 }
@@ -78,14 +79,18 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Cgro
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Controller {
     Cpu,
+    Memory,
+    Pids,
 }
 
 impl Controller {
-    const ALL: [Self; 1] = [Self::Cpu];
+    const ALL: [Self; 3] = [Self::Cpu, Self::Memory, Self::Pids];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
+            Self::Memory => "memory",
+            Self::Pids => "pids",
         }
     }
 }
@@ -201,6 +206,53 @@ impl Cgroup {
             &file,
             &quota.map_or("-1".to_owned(), |quota| quota.to_string()),
         )
+    }
+
+    /// Limits memory, and threads and processes.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn limit(&self, memory: Bytes, threads: u32) -> Result<(), CgroupError> {
+        // cgroup-v2 and cgroup-v1/memory of the kernel's documentation.
+        let limit = |names: [&str; 2], value: String| {
+            let file = names.iter().find_map(|name| self.file(name));
+            let file = file.ok_or_else(|| CgroupError::Unavailable {
+                why: format!("its group has no {}", names[0]),
+            })?;
+            write(&file, &value)
+        };
+        limit(
+            ["memory.max", "memory.limit_in_bytes"],
+            memory.0.to_string(),
+        )?;
+        limit(["pids.max", "pids.max"], threads.to_string())?;
+        // A VMM that lost a part of itself is of no use to anybody.
+        match self.file("memory.oom.group") {
+            Some(file) => write(&file, "1"),
+            None => Ok(()),
+        }
+    }
+
+    /// How often the kernel killed in it for want of memory.
+    pub fn oom_kills(&self) -> Option<u64> {
+        let names = ["memory.events", "memory.oom_control"];
+        let text = names
+            .iter()
+            .find_map(|name| fs::read_to_string(self.file(name)?).ok());
+        let text = text?;
+        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        line?.trim().parse().ok()
+    }
+
+    /// Its directories: one on v2, one for each controller on v1.
+    pub fn dirs(&self) -> &[PathBuf] {
+        &self.dirs
+    }
+
+    /// What is written in a file of its, by v2's name or v1's.
+    pub fn read(&self, names: [&str; 2]) -> Option<String> {
+        let file = names.iter().find_map(|name| self.file(name))?;
+        Some(fs::read_to_string(file).ok()?.trim().to_owned())
     }
 
     fn file(&self, name: &str) -> Option<PathBuf> {

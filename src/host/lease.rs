@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{cgroup, fault, process};
+use super::{cgroup, fault, process, uid};
 use crate::error::Explain;
 
 /// One host resource.
@@ -32,6 +32,15 @@ pub enum Lease {
     Dir {
         /// Its path.
         path: PathBuf,
+    },
+    /// A user id of the range for machines.
+    Uid {
+        /// The id.
+        uid: u32,
+        /// The link that takes it.
+        path: PathBuf,
+        /// Where the link leads while it is this lease's.
+        token: String,
     },
     /// A control group, with every process in it.
     Cgroup {
@@ -111,6 +120,7 @@ impl Lease {
             Self::File { .. } => "file",
             Self::Dir { .. } => "dir",
             Self::Cgroup { .. } => "cgroup",
+            Self::Uid { .. } => "uid",
         }
     }
 
@@ -147,6 +157,12 @@ impl Lease {
             }
             Self::File { path } => gone(path, fs::remove_file(path)),
             Self::Dir { path } => gone(path, fs::remove_dir_all(path)),
+            Self::Uid { uid, path, token } => {
+                uid::release(path, token).map_err(|source| LeaseError::Release {
+                    what: format!("the user id {uid}"),
+                    source,
+                })
+            }
             Self::Cgroup { path } => cgroup::release(path).map_err(|source| LeaseError::Release {
                 what: format!("the control group {}", path.display()),
                 source,
@@ -210,14 +226,30 @@ impl Journal {
     /// # Errors
     /// The file cannot be written; the resource must not be made.
     pub fn add(&mut self, lease: Lease) -> Result<(), LeaseError> {
-        let kind = lease.kind();
-        self.leases.push(lease);
+        self.add_all([lease])
+    }
+
+    /// Writes several leases down at once.
+    ///
+    /// # Errors
+    /// The file cannot be written; none of the resources must be made.
+    pub fn add_all(&mut self, leases: impl IntoIterator<Item = Lease>) -> Result<(), LeaseError> {
+        let before = self.leases.len();
+        self.leases.extend(leases);
+        if self.leases.len() == before {
+            return Ok(());
+        }
         self.write()?;
-        // Where the kernel would refuse the resource, were it out of them.
-        fault::at(&format!("lease {kind}")).map_err(|source| LeaseError::Journal {
-            path: self.path.clone(),
-            source,
-        })
+        for lease in &self.leases[before..] {
+            // Where the kernel would refuse the resource, were it out of them.
+            fault::at(&format!("lease {}", lease.kind())).map_err(|source| {
+                LeaseError::Journal {
+                    path: self.path.clone(),
+                    source,
+                }
+            })?;
+        }
+        Ok(())
     }
 
     /// What is leased, in the order of acquisition.

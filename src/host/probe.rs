@@ -60,8 +60,13 @@ pub fn find_qemu(asked: Option<&Path>) -> Result<PathBuf, ProbeError> {
 }
 
 /// Collects the facts a plan depends on.
-pub fn facts(qemu: PathBuf) -> HostFacts {
+///
+/// What is costly to find out is kept in `cache`.
+pub fn facts(qemu: PathBuf, cache: &Path) -> HostFacts {
+    let closure = super::closure::of(&qemu, cache).map_err(|error| error.to_string());
     HostFacts {
+        closure,
+        unprivileged: !nix::unistd::geteuid().is_root(),
         qemu,
         tsc_khz: tsc_khz(),
         // The agent listens to privileged ports of the host only.

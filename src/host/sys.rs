@@ -97,6 +97,22 @@ pub(crate) fn landlock_abi() -> io::Result<i64> {
     }
 }
 
+/// Whether the kernel knows mount_setattr(2), which is of Linux 5.12.
+pub(crate) fn has_mount_setattr() -> bool {
+    // SAFETY: with a size of zero the kernel reads no structure: it answers EINVAL.
+    unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            -1,
+            c"".as_ptr(),
+            0,
+            std::ptr::null::<u8>(),
+            0usize,
+        )
+    };
+    io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
+}
+
 /// Asks nftables for its generation (NFT_MSG_GETGEN): it answers or it is not there.
 ///
 /// # Errors

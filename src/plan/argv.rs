@@ -1,8 +1,8 @@
 //! QEMU's arguments, one struct for each kind.
 
-use super::{Channel, Descriptor, Plan, SHARE_TAG};
+use super::{Channel, Descriptor, Plan, SHARE_TAG, jail};
 use crate::image::{Image, KernelFormat};
-use crate::spec::{Accel, MachineType, Spec};
+use crate::spec::{Accel, JailLayer, MachineType, Spec};
 use bulkhead_agent::{AGENT_PORT, QGA_PORT, ROOT_SERIAL, SCRATCH_SERIAL};
 
 /// `key=value` pairs after a first word, with commas in values doubled as
@@ -228,12 +228,16 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
 }
 
 fn boot(list: &mut Vec<Box<dyn Argument>>, image: &Image, plan: &Plan) {
-    let kernel = plan.kernel.path.display().to_string();
-    list.push(Box::new(Valued("-kernel", kernel)));
-    list.push(Box::new(Valued(
-        "-initrd",
-        image.initramfs().display().to_string(),
-    )));
+    if plan.jail.has(JailLayer::Files) {
+        list.push(Box::new(Valued("-L", jail::FIRMWARE.into())));
+    }
+    for (flag, place, host) in [
+        ("-kernel", jail::KERNEL, plan.kernel.path.clone()),
+        ("-initrd", jail::INITRAMFS, image.initramfs()),
+    ] {
+        let path = plan.jail.path(place, host);
+        list.push(Box::new(Valued(flag, path.display().to_string())));
+    }
     list.push(Box::new(Valued("-append", plan.cmdline.clone())));
 }
 
@@ -370,13 +374,17 @@ fn slot(plan: &Plan, number: u32) -> Option<(&'static str, String)> {
 }
 
 fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
-    let (Some(share), Some(fd)) = (&plan.share, plan.fd(Descriptor::Share)) else {
+    let Some(share) = &plan.share else {
         return;
+    };
+    let path = match plan.fd(Descriptor::Share) {
+        // Not its name, which somebody else may give to another directory.
+        Some(fd) => format!("/proc/self/fd/{fd}"),
+        None => jail::SHARE.into(),
     };
     let mut fsdev = Options::new("local")
         .set("id", SHARE_TAG)
-        // Not its name, which somebody else may give to another directory.
-        .set("path", format!("/proc/self/fd/{fd}"))
+        .set("path", path)
         .set(
             "security_model",
             match share.read_only {

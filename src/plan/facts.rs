@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::jail::Closure;
+
 /// Host facts a plan is made from. Filled in by [`crate::host::probe`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostFacts {
@@ -13,4 +15,8 @@ pub struct HostFacts {
     pub tsc_khz: Option<u64>,
     /// Whether /dev/vhost-vsock can be used.
     pub vhost_vsock: bool,
+    /// The files QEMU needs, or why they are not known.
+    pub closure: Result<Closure, String>,
+    /// Not root here.
+    pub unprivileged: bool,
 }

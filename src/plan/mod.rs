@@ -6,6 +6,7 @@
 mod argv;
 mod cmdline;
 mod facts;
+pub mod jail;
 
 use std::path::PathBuf;
 
@@ -13,10 +14,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Explain;
 use crate::image::{Image, KernelFormat};
-use crate::spec::{Accel, Bytes, ChannelKind, MachineType, Spec, Survivors, VmId, WorkspaceMode};
+use crate::spec::{
+    Accel, Bytes, ChannelKind, JailLayer, MachineType, Spec, Survivors, VmId, WorkspaceMode,
+};
 
 pub(crate) use argv::{CID, ROOT_ID, SCRATCH_ID, SCRATCH_NODE};
 pub use facts::HostFacts;
+pub use jail::Jail;
 
 /// Number of the first descriptor handed to QEMU.
 pub const FIRST_FD: i32 = 3;
@@ -29,15 +33,34 @@ pub enum PlanError {
     /// vsock asked for by name where there is none.
     #[error("the vsock channel cannot be used: /dev/vhost-vsock is missing")]
     NoVsock,
+    /// The files QEMU needs are not known.
+    #[error("cannot tell what {qemu} needs to run: {why}")]
+    NoClosure {
+        /// The binary.
+        qemu: PathBuf,
+        /// Why not.
+        why: String,
+    },
 }
 
 impl Explain for PlanError {
     fn code(&self) -> &'static str {
-        "vsock-missing"
+        match self {
+            Self::NoVsock => "vsock-missing",
+            Self::NoClosure { .. } => "jail-files",
+        }
     }
 
     fn remedy(&self) -> String {
-        "Load the vhost_vsock module (modprobe vhost_vsock), or use --channel serial.".into()
+        match self {
+            Self::NoVsock => {
+                "Load the vhost_vsock module (modprobe vhost_vsock), or use --channel serial.".into()
+            }
+            Self::NoClosure { .. } => {
+                "Name QEMU's own binary with --qemu, or do without a root of its own (--waive files)."
+                    .into()
+            }
+        }
     }
 }
 
@@ -140,6 +163,8 @@ pub struct Plan {
     /// Its sockets listen, so that another process can take it over.
     #[serde(default)]
     pub adoptable: bool,
+    /// How the VMM is confined.
+    pub jail: Jail,
     /// The vsock address it leased.
     #[serde(default)]
     pub cid: Option<u32>,
@@ -174,7 +199,8 @@ impl Plan {
             }),
             _ => None,
         };
-        if share.is_some() {
+        let jail = Jail::new(spec, image, &kernel, share.as_ref(), channel, facts)?;
+        if share.is_some() && !jail.has(JailLayer::Files) {
             descriptors.push(D::Share);
         }
         let mut plan = Self {
@@ -194,6 +220,7 @@ impl Plan {
             share,
             keep_disk: spec.detached,
             adoptable: spec.detached && spec.lifetime.survivors == Survivors::Adopt,
+            jail,
             cid: None,
         };
         plan.args = argv::build(spec, image, &plan);

@@ -44,6 +44,10 @@ fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
         qemu: "/usr/bin/qemu".into(),
         tsc_khz: Some(2_400_000),
         vhost_vsock,
+        closure: Ok(jail::Closure {
+            files: [("/qemu".into(), "/usr/bin/qemu".into())].into(),
+        }),
+        unprivileged: false,
     };
     let image = image();
     let kernel = KernelChoice {

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::VSOCK_PORT;
+use nix::libc;
 use serde::Deserialize;
 
 use super::console::ConsoleLog;
@@ -16,10 +17,10 @@ use super::error::MachineError;
 use super::machine::{Live, Phases, StartOptions, io_error, missing, since};
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::cgroup::{Cgroup, CgroupError};
-use crate::host::fault;
+use crate::host::{fault, kmsg};
 use crate::plan::Plan;
 use crate::qmp::Monitor;
-use crate::vmm::{ExitStatus, VmmProcess};
+use crate::vmm::{ExitStatus, VmmProcess, seccomp};
 
 /// What a machine has before its monitor and its agent answer.
 pub(super) struct Parts {
@@ -97,14 +98,7 @@ impl Parts {
                 {
                     return Err(MachineError::DiskFailed(state));
                 }
-                let Self {
-                    plan,
-                    process,
-                    console,
-                    words,
-                    ..
-                } = &self;
-                return Err(explain_end(ended, plan, process, console, words, options).await);
+                return Err(explain_end(ended, &self, options).await);
             }
         };
         if paused.get() {
@@ -132,6 +126,7 @@ impl Parts {
             qga: ends.qga,
             disk: disk.into_inner().ok_or(missing("its disk"))?,
             cgroup: self.cgroup,
+            proof: Vec::new(),
             phases,
         })
     }
@@ -154,52 +149,81 @@ enum Ended {
     Silent,
 }
 
-async fn explain_end(
-    ended: Ended,
-    plan: &Plan,
-    process: &VmmProcess,
-    console: &ConsoleLog,
-    words: &ConsoleLog,
-    options: &StartOptions,
-) -> MachineError {
+async fn explain_end(ended: Ended, parts: &Parts, options: &StartOptions) -> MachineError {
+    let witness = Witness {
+        plan: &parts.plan,
+        process: &parts.process,
+        console: &parts.console,
+        words: &parts.words,
+        cgroup: parts.cgroup.as_ref().ok(),
+    };
     match ended {
-        Ended::Process(Ok(status)) => explain_status(status, plan, console, words).await,
-        Ended::Process(Err(source)) => io_error("wait for", &plan.qemu)(source),
+        Ended::Process(Ok(status)) => witness.explain(status).await,
+        Ended::Process(Err(source)) => io_error("wait for", &parts.plan.qemu)(source),
         Ended::Silent => MachineError::AgentSilent {
             after: options.boot_timeout,
-            console: console.last_lines(20),
+            console: parts.console.last_lines(20),
         },
         // The monitor or the channel broke: mostly QEMU is about to be gone.
         Ended::Setup(error) => {
-            match tokio::time::timeout(Duration::from_millis(500), process.wait()).await {
-                Ok(Ok(status)) => explain_status(status, plan, console, words).await,
+            match tokio::time::timeout(Duration::from_millis(500), parts.process.wait()).await {
+                Ok(Ok(status)) => witness.explain(status).await,
                 _ => error,
             }
         }
     }
 }
 
-pub(super) async fn explain_status(
-    status: ExitStatus,
-    plan: &Plan,
-    console: &ConsoleLog,
-    words: &ConsoleLog,
-) -> MachineError {
-    // The last bytes may still be on their way to us.
-    console.ended(Duration::from_millis(500)).await;
-    words.ended(Duration::from_millis(500)).await;
-    let words = words.last_lines(20);
-    if let Some(console) = console.panic_lines(20) {
-        MachineError::GuestPanic { console }
-    } else if status.code == Some(0) {
-        MachineError::GuestEnded {
-            console: console.last_lines(20),
+/// Whoever can say why a machine ended.
+pub(super) struct Witness<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) process: &'a VmmProcess,
+    pub(super) console: &'a ConsoleLog,
+    pub(super) words: &'a ConsoleLog,
+    pub(super) cgroup: Option<&'a Cgroup>,
+}
+
+impl Witness<'_> {
+    /// Why it ended with this status.
+    pub(super) async fn explain(&self, status: ExitStatus) -> MachineError {
+        // The last bytes may still be on their way to us.
+        self.console.ended(Duration::from_millis(500)).await;
+        self.words.ended(Duration::from_millis(500)).await;
+        let qemu = self.plan.qemu.clone();
+        if status.signal == Some(libc::SIGSYS) {
+            let number = kmsg::seccomp_kill(self.process.pid());
+            let call = number.map_or(
+                "a system call the kernel's log does not name".into(),
+                |number| {
+                    seccomp::name(number)
+                        .map_or(format!("system call {number}"), |name| format!("{name}(2)"))
+                },
+            );
+            tracing::info!(id = %self.plan.id, %call, "system call violation");
+            return MachineError::SystemCall { qemu, call };
         }
-    } else {
-        MachineError::VmmEnded {
-            qemu: plan.qemu.clone(),
-            status,
-            words,
+        if status.signal == Some(libc::SIGKILL)
+            && self
+                .cgroup
+                .and_then(Cgroup::oom_kills)
+                .is_some_and(|kills| kills > 0)
+        {
+            let limit = self.plan.jail.memory;
+            return MachineError::VmmOutOfMemory { qemu, limit };
+        }
+        let words = self.words.last_lines(20);
+        if let Some(console) = self.console.panic_lines(20) {
+            MachineError::GuestPanic { console }
+        } else if status.code == Some(0) {
+            MachineError::GuestEnded {
+                console: self.console.last_lines(20),
+            }
+        } else {
+            MachineError::VmmEnded {
+                qemu,
+                status,
+                words,
+            }
         }
     }
 }

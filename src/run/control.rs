@@ -17,6 +17,7 @@ use tokio::task::AbortHandle;
 
 use super::dirs::Dirs;
 use super::machine::Machine;
+use super::verify::{Finding, Subject};
 use super::{MachineError, RunError};
 use crate::error::{Explain, Report};
 use crate::guest::Channel;
@@ -44,6 +45,8 @@ enum Ask {
     Qga,
     /// The emergency console.
     Console,
+    /// What the kernel and QEMU say of its layers.
+    Verify,
 }
 
 /// The answer.
@@ -53,6 +56,7 @@ enum Answer {
     Guest(Info),
     Qga(serde_json::Value),
     Console,
+    Verify(Vec<Finding>),
     Refused(Report),
 }
 
@@ -236,6 +240,7 @@ fn allowed(connection: &UnixStream) -> Option<u32> {
 #[derive(Debug)]
 pub(crate) struct Desk {
     channel: Channel,
+    subject: Subject,
     console: Mutex<Option<UnixStream>>,
     qga: Mutex<Option<Qga>>,
 }
@@ -275,6 +280,7 @@ impl Desk {
     pub(crate) fn new(machine: &mut Machine) -> Self {
         Self {
             channel: machine.channel().clone(),
+            subject: machine.subject(),
             console: Mutex::new(machine.take_emergency_console()),
             qga: Mutex::new(machine.take_qga().map(Qga::Port)),
         }
@@ -285,6 +291,10 @@ impl Desk {
         let answer = match asked.decode() {
             Some(Ask::Guest) => self.guest().await,
             Some(Ask::Qga) => self.qga().await,
+            Some(Ask::Verify) => match self.subject.verify().await {
+                Ok(findings) => Answer::Verify(findings),
+                Err(error) => Answer::Refused(Report::of(&error)),
+            },
             Some(Ask::Console) => return self.console(asked).await,
             None => Answer::Refused(Report::of(&ControlError::Attached)),
         };
@@ -406,6 +416,17 @@ impl Controller {
     pub async fn qga(&self) -> Result<serde_json::Value, ControlError> {
         match self.ask(Ask::Qga).await? {
             Answer::Qga(value) => Ok(value),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// What the kernel and QEMU say of its layers.
+    ///
+    /// # Errors
+    /// No such machine, or its VMM is gone.
+    pub async fn verify(&self) -> Result<Vec<Finding>, ControlError> {
+        match self.ask(Ask::Verify).await? {
+            Answer::Verify(findings) => Ok(findings),
             _ => Err(self.confused()),
         }
     }

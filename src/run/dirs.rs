@@ -76,6 +76,11 @@ impl Dirs {
         self.runtime.join(format!("{id}.vmm"))
     }
 
+    /// Which user ids machines have.
+    pub fn uids(&self) -> PathBuf {
+        self.runtime.join("uids")
+    }
+
     /// The control socket of a machine.
     pub fn control_socket(&self, id: &crate::spec::VmId) -> PathBuf {
         self.runtime.join(format!("{id}.sock"))

@@ -57,7 +57,9 @@ pub async fn examine(host: &Host) -> Vec<Check> {
         image(host),
         vsock(),
         cgroup(Path::new("/proc/self/mountinfo")),
+        jail(host),
         landlock(),
+        lsm(),
         nftables(),
         user(),
         space(host),
@@ -197,6 +199,76 @@ fn cgroup(mountinfo: &Path) -> Check {
             cure,
         )
     }
+}
+
+/// Whether a VMM can be confined with every layer.
+fn jail(host: &Host) -> Check {
+    let name = "jail";
+    let qemu = probe::find_qemu(host.qemu.as_deref());
+    let files = qemu.map_err(|error| error.to_string()).and_then(|qemu| {
+        let found = crate::host::closure::of(&qemu, &host.dirs.cache());
+        found.map_err(|error| format!("{}: {error}", qemu.display()))
+    });
+    let files = match files {
+        Ok(closure) => format!("{} files of QEMU", closure.files.len()),
+        Err(why) => {
+            let cure =
+                "Name QEMU's own binary with --qemu, or leave the layer out with --waive files.";
+            return check(
+                name,
+                Status::Missing,
+                format!("QEMU's files are not known: {why}"),
+                cure,
+            );
+        }
+    };
+    if !crate::host::sys::has_mount_setattr() {
+        let cure = "Use Linux 5.12 or newer, or leave the layer out with --waive files.";
+        return check(
+            name,
+            Status::Missing,
+            "the kernel cannot make a tree of mounts read-only",
+            cure,
+        );
+    }
+    if nix::unistd::geteuid().is_root() {
+        let seen = format!("{files}; user ids {}", host.uids);
+        return check(name, Status::Ok, seen, "");
+    }
+    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
+    match limit.trim() {
+        "" | "0" => {
+            let cure = "Allow user namespaces (sysctl user.max_user_namespaces), or run as root.";
+            check(
+                name,
+                Status::Missing,
+                "no user namespaces for ordinary users",
+                cure,
+            )
+        }
+        _ => {
+            let cure = "Run as root for a user of its own and a control group for each machine.";
+            let seen =
+                format!("{files}; in a user namespace, as this user, without a control group");
+            check(name, Status::Limited, seen, cure)
+        }
+    }
+}
+
+/// Which security module is active besides.
+fn lsm() -> Check {
+    let name = "security module";
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let apparmor = read("/sys/module/apparmor/parameters/enabled").trim() == "Y";
+    let selinux = read("/sys/fs/selinux/enforce");
+    let seen = match (apparmor, selinux.trim()) {
+        (true, _) => "AppArmor is active; Bulkhead has no profile for QEMU yet",
+        (false, "1") => "SELinux enforces; QEMU has the context of its caller",
+        (false, "0") => "SELinux is permissive",
+        _ => "none: neither AppArmor nor SELinux is active",
+    };
+    let cure = "Nothing is needed: the jail does not depend on one.";
+    check(name, Status::Limited, seen, cure)
 }
 
 fn landlock() -> Check {

@@ -115,7 +115,11 @@ fn listening(path: &Path, end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
 }
 
 /// The shared workspace.
-fn share(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<OwnedFd, MachineError> {
+pub(super) fn share(
+    plan: &Plan,
+    dir: &Path,
+    options: &StartOptions,
+) -> Result<OwnedFd, MachineError> {
     let missing = MachineError::Missing {
         what: "the shared workspace",
     };

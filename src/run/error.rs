@@ -54,6 +54,24 @@ pub enum MachineError {
     /// What the guest writes cannot be written.
     #[error("{0}")]
     DiskFailed(super::DiskState),
+    /// A part of the jail could not be made ready.
+    #[error("cannot make the jail ready: {what}")]
+    Jail {
+        /// Which part.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The shared workspace cannot be put into the jail.
+    #[error("cannot give {path} to the user of the jail")]
+    Share {
+        /// The workspace.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A control group could not be made or changed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -75,6 +93,28 @@ pub enum MachineError {
         status: ExitStatus,
         /// What it wrote to stderr.
         words: String,
+    },
+    /// A layer that was planned does not hold.
+    #[error("the machine is not confined as planned: {failed}")]
+    NotConfined {
+        /// What does not hold.
+        failed: String,
+    },
+    /// The filter for system calls ended QEMU.
+    #[error("{qemu} was stopped for calling {call}")]
+    SystemCall {
+        /// The binary.
+        qemu: PathBuf,
+        /// What it called.
+        call: String,
+    },
+    /// QEMU used more memory than its control group allows.
+    #[error("{qemu} used more than the {limit} of memory its control group allows")]
+    VmmOutOfMemory {
+        /// The binary.
+        qemu: PathBuf,
+        /// The limit.
+        limit: crate::spec::Bytes,
     },
     /// The guest's kernel panicked.
     #[error("the guest kernel panicked; on its console:\n{console}")]
@@ -141,6 +181,8 @@ impl Explain for MachineError {
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "host-refused",
             Self::Missing { .. } => "plan-incomplete",
+            Self::Jail { .. } => "jail-failed",
+            Self::Share { .. } => "share-unmappable",
             Self::Value { .. } => "value-invalid",
             Self::NoBalloon => "no-balloon",
             Self::OldAgent { .. } => "agent-version",
@@ -150,6 +192,9 @@ impl Explain for MachineError {
             Self::Record(error) => error.code(),
             Self::Spawn(error) => error.code(),
             Self::VmmEnded { .. } => "qemu-died",
+            Self::NotConfined { .. } => "not-confined",
+            Self::SystemCall { .. } => "system-call-violation",
+            Self::VmmOutOfMemory { .. } => "qemu-out-of-memory",
             Self::GuestPanic { .. } => "guest-panic",
             Self::GuestEnded { .. } => "guest-ended",
             Self::AgentSilent { .. } => "agent-silent",
@@ -168,6 +213,15 @@ impl Explain for MachineError {
                 )
             }
             Self::Missing { .. } => "Plan with Plan::new; this is a bug otherwise.".into(),
+            Self::Jail { .. } => {
+                "Look at the reason; a layer of the jail can be left out with --waive LAYER.".into()
+            }
+            Self::Share { .. } => {
+                "Its file system or kernel cannot map owners: exchange copies instead \
+                 (--workspace-mode copy), or serve it as its owner (--waive user); \
+                 without root, --waive files."
+                    .into()
+            }
             Self::Value { what, .. } => format!("Give another value for {what}."),
             Self::NoBalloon => "Start it with `balloon = true`.".into(),
             Self::OldAgent { .. } => "Build the image again with `bulkhead image build`.".into(),
@@ -180,6 +234,21 @@ impl Explain for MachineError {
             Self::Spawn(error) => error.remedy(),
             Self::VmmEnded { .. } => {
                 "Act on QEMU's message; `bulkhead doctor` tells what this host can do.".into()
+            }
+            Self::NotConfined { .. } => {
+                "Nothing ran in it. Look at what is said of the layer; it can be left out with \
+                 --waive LAYER."
+                    .into()
+            }
+            Self::SystemCall { .. } => {
+                "Take the guest for hostile: QEMU never calls this by itself. If it does so with \
+                 every guest, this QEMU needs another list: report it, and see --waive seccomp."
+                    .into()
+            }
+            Self::VmmOutOfMemory { .. } => {
+                "Take the guest for hostile, or QEMU for leaking: the limit is the guest's memory \
+                 and what QEMU needs besides. See --waive cgroup."
+                    .into()
             }
             Self::GuestPanic { .. } => {
                 "Give the machine more memory with --memory, or use the image's own kernel.".into()

@@ -11,7 +11,7 @@ use crate::guest::archive::HostDir;
 use crate::host::probe;
 use crate::image::{Image, KernelFormat, Store};
 use crate::plan::{KernelChoice, Plan};
-use crate::spec::{Accel, Spec};
+use crate::spec::{Accel, Spec, UidRange};
 
 /// A host to run machines on. Everything is given; nothing is looked up in the
 /// environment but QEMU in `PATH` where none is named.
@@ -21,6 +21,8 @@ pub struct Host {
     pub dirs: Dirs,
     /// The QEMU binary; the first in `PATH` when absent.
     pub qemu: Option<PathBuf>,
+    /// User ids that are nobody else's: machines take one each.
+    pub uids: UidRange,
     /// How long a guest may take until its agent answers.
     pub boot_timeout: Duration,
     /// How long a small guest may take in the proof that KVM works.
@@ -43,6 +45,7 @@ impl Host {
         Self {
             dirs,
             qemu: None,
+            uids: UidRange::default(),
             boot_timeout: Self::BOOT_TIMEOUT,
             proof_timeout: Self::PROOF_TIMEOUT,
             die_with_thread: false,
@@ -62,7 +65,12 @@ impl Host {
         let image = self.images().get(&spec.image)?;
         let qemu = probe::find_qemu(self.qemu.as_deref())?;
         let kernel = self.kernel(spec, &image)?;
-        let plan = Plan::new(spec, &image, kernel, &probe::facts(qemu))?;
+        let plan = Plan::new(
+            spec,
+            &image,
+            kernel,
+            &probe::facts(qemu, &self.dirs.cache()),
+        )?;
         Ok((image, plan))
     }
 
@@ -153,6 +161,8 @@ impl Host {
             boot_timeout: self.boot_timeout,
             die_with_thread: self.die_with_thread && !plan.adoptable,
             share: None,
+            uid_dir: self.dirs.uids(),
+            uids: self.uids,
             disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }

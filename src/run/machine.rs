@@ -8,12 +8,14 @@ use bulkhead_agent::{Hello, Request};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use super::connect::{Parts, explain_status};
+use super::connect::{Parts, Witness};
 use super::console::ConsoleLog;
 use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
+use super::jail;
 use super::record::{Record, RecordError};
+use super::verify::{self, Finding, Subject};
 use crate::guest::Channel;
 use crate::guest::archive::HostDir;
 use crate::host::cgroup::{Cgroup, CgroupError};
@@ -22,6 +24,7 @@ use crate::host::lease::Lease;
 use crate::image::Lock;
 use crate::plan::{self, Plan};
 use crate::qmp::Monitor;
+use crate::spec::UidRange;
 use crate::vmm::{Spawn, VmmProcess};
 
 /// What starting a machine needs besides its plan.
@@ -37,6 +40,10 @@ pub struct StartOptions {
     /// The plan's share, already open; opened by its path when absent. Whoever
     /// may rename it must not choose what the guest sees.
     pub share: Option<HostDir>,
+    /// Where user ids are taken.
+    pub uid_dir: PathBuf,
+    /// User ids that are nobody else's.
+    pub uids: UidRange,
     /// The plan's writable disk, where it outlives the VMM; made when missing.
     pub disk: Option<PathBuf>,
     /// Where the machine's sockets are, where it can outlive its owner.
@@ -79,6 +86,8 @@ pub(super) struct Live {
     pub(super) emergency: Option<UnixStream>,
     pub(super) qga: Option<UnixStream>,
     pub(super) disk: DiskWatch,
+    /// What was seen of its layers when it was up.
+    pub(super) proof: Vec<Finding>,
     /// Its control group, or why it has none.
     pub(super) cgroup: Result<Cgroup, CgroupError>,
     pub(super) phases: Phases,
@@ -138,6 +147,7 @@ impl Machine {
     ) -> Result<Live, MachineError> {
         let begin = Instant::now();
         let mut ends = Ends::default();
+        let jail = jail::make(&plan, record, options)?;
         if let Some(dir) = &options.sockets {
             let lease = Lease::Dir { path: dir.clone() };
             record.lease(lease).map_err(RecordError::from)?;
@@ -166,8 +176,9 @@ impl Machine {
             descriptors,
             log,
             die_with_thread: options.die_with_thread,
+            jail,
         };
-        let mut cgroup = cgroup(&plan, record)?;
+        let mut cgroup = jail::cgroup(&plan, record)?;
         let process = spawn.run(|process| {
             record.lease(process.lease())?;
             // Before it executes: no thread of it is ever outside.
@@ -192,7 +203,10 @@ impl Machine {
             cgroup,
         };
         let dir = record.dir().to_owned();
-        parts.connect(ends, options, &dir, begin, spawned_us).await
+        let live = parts
+            .connect(ends, options, &dir, begin, spawned_us)
+            .await?;
+        proven(live, record).await
     }
 
     /// Takes over a running machine whose owner died.
@@ -256,7 +270,8 @@ impl Machine {
                 CgroupError::Unavailable { why }
             }),
         };
-        parts.connect(ends, options, record.dir(), begin, 0).await
+        let live = parts.connect(ends, options, record.dir(), begin, 0).await?;
+        proven(live, record).await
     }
 
     /// Its plan, with everything that was leased at start filled in.
@@ -292,6 +307,16 @@ impl Machine {
     /// How its disks are.
     pub fn disk(&self) -> &DiskWatch {
         &self.live.disk
+    }
+
+    /// What was seen of its layers when it was up.
+    pub fn proof(&self) -> &[Finding] {
+        &self.live.proof
+    }
+
+    /// What can be looked at again at any time.
+    pub(crate) fn subject(&self) -> Subject {
+        subject(&self.live, &self.record)
     }
 
     /// Its control group, or why it has none.
@@ -330,15 +355,15 @@ impl Machine {
     /// Why the machine ended, if it has: the kernel's panic, or QEMU's words.
     pub async fn end_reason(&self) -> Option<MachineError> {
         let status = self.live.process.try_wait().ok().flatten()?;
-        Some(
-            explain_status(
-                status,
-                &self.live.plan,
-                &self.live.console,
-                &self.live.words,
-            )
-            .await,
-        )
+        let live = &self.live;
+        let witness = Witness {
+            plan: &live.plan,
+            process: &live.process,
+            console: &live.console,
+            words: &live.words,
+            cgroup: live.cgroup.as_ref().ok(),
+        };
+        Some(witness.explain(status).await)
     }
 
     /// Writes a lease of this machine down.
@@ -419,6 +444,27 @@ impl Machine {
     }
 }
 
+fn subject(live: &Live, record: &Record) -> Subject {
+    Subject {
+        plan: live.plan.clone(),
+        leases: record.leases().to_vec(),
+        dir: record.dir().to_owned(),
+        pid: live.process.pid(),
+        monitor: live.monitor.clone(),
+    }
+}
+
+/// A machine that is up, once its layers were seen to hold.
+async fn proven(mut live: Live, record: &Record) -> Result<Live, MachineError> {
+    live.proof = subject(&live, record).verify().await?;
+    match verify::failures(&live.proof)[..] {
+        [] => Ok(live),
+        ref failed => Err(MachineError::NotConfined {
+            failed: failed.join("; "),
+        }),
+    }
+}
+
 pub(super) fn missing(what: &'static str) -> MachineError {
     MachineError::Missing { what }
 }
@@ -437,17 +483,4 @@ pub(super) fn io_error(
         path,
         source,
     }
-}
-
-/// Makes the machine's control group. A host that has none is no reason not
-/// to start: only limits need it, and say so when they are asked for.
-fn cgroup(plan: &Plan, record: &mut Record) -> Result<Result<Cgroup, CgroupError>, MachineError> {
-    let group = match Cgroup::choose(&plan.id) {
-        Ok(group) => group,
-        Err(error) => return Ok(Err(error)),
-    };
-    for lease in group.leases() {
-        record.lease(lease).map_err(RecordError::from)?;
-    }
-    Ok(group.make().map(|()| group))
 }

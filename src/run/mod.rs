@@ -15,6 +15,7 @@ mod exchange;
 mod follow;
 mod grow;
 mod host;
+mod jail;
 mod machine;
 mod outcome;
 pub mod prove;
@@ -27,6 +28,7 @@ mod share;
 mod state;
 mod stats;
 mod transfer;
+mod verify;
 pub mod workspace;
 
 use std::path::PathBuf;
@@ -51,6 +53,7 @@ pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
 pub use transfer::{receive, send};
+pub use verify::{Finding, Verdict, failures};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;

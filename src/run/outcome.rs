@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::machine::Phases;
+use super::verify::Finding;
 use crate::error::Report;
 use crate::spec::{Accel, ChannelKind, MachineType, NetworkMode, ProfileName, VmId};
 
@@ -58,6 +59,8 @@ pub struct Outcome {
     /// Paths of artifacts brought back, relative to the directory given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub artifacts: Option<Vec<String>>,
+    /// What the kernel and QEMU said of each layer before the command started.
+    pub layers: Vec<Finding>,
     /// What was used.
     pub resources: Resources,
     /// How long the phases took.

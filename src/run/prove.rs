@@ -135,7 +135,7 @@ async fn boot(
     kernel: KernelChoice,
 ) -> Result<Machine, RunError> {
     let spec = proof_spec(&image.id)?;
-    let facts = crate::host::probe::facts(qemu.to_owned());
+    let facts = crate::host::probe::facts(qemu.to_owned(), &host.dirs.cache());
     let plan = Plan::new(&spec, image, kernel, &facts)?;
     host.start_unproved(&spec, plan, host.proof_timeout, None)
         .await

@@ -250,6 +250,17 @@ impl Record {
         self.journal.add(lease)
     }
 
+    /// Writes several leases down at once.
+    ///
+    /// # Errors
+    /// The journal cannot be written.
+    pub(super) fn lease_all(
+        &mut self,
+        leases: impl IntoIterator<Item = Lease>,
+    ) -> Result<(), LeaseError> {
+        self.journal.add_all(leases)
+    }
+
     /// Replaces the plan on disk by the one with its leases filled in.
     ///
     /// # Errors

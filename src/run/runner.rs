@@ -127,6 +127,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         Channel::Vsock => ChannelKind::Vsock,
     };
     let phases = machine.phases();
+    let layers = machine.proof().to_vec();
     // A share's last writes are the guest's to flush; all else goes with it.
     let share = machine.plan().share.clone();
     let removed = if share.is_some() {
@@ -177,6 +178,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         stderr: done.command.stderr,
         changes: done.changes,
         artifacts: done.artifacts,
+        layers,
         resources: Resources {
             command_cpu_us: done.command.exit.cpu_us,
             command_rss_kib: done.command.exit.max_rss_kib,

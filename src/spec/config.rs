@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::layer::Layer;
 use super::{
     Catalog, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request, Spec,
-    SpecError, Timeout,
+    SpecError, Timeout, UidRange,
 };
 
 /// What a configuration file can say.
@@ -28,6 +28,9 @@ pub struct Config {
     /// How long a guest may take until its agent answers, such as `5m` on a slow
     /// host: 90 s when absent, and 10 s in the proof that KVM works.
     pub boot_timeout: Option<Timeout>,
+    /// User ids that are nobody else's on this host: every machine's VMM takes
+    /// one while it runs.
+    pub uids: Option<UidRange>,
     /// What every machine gets unless asked otherwise.
     pub machine: Request,
     /// Custom profiles by name; no name of a built-in one.
@@ -38,7 +41,7 @@ pub struct Config {
 
 /// The keys of `[machine]`: those of a [`Request`] that make sense for every
 /// machine.
-pub const MACHINE_KEYS: [&str; 19] = [
+pub const MACHINE_KEYS: [&str; 20] = [
     "image",
     "kernel",
     "profile",
@@ -54,6 +57,7 @@ pub const MACHINE_KEYS: [&str; 19] = [
     "accel",
     "machine",
     "channel",
+    "waive",
     "user",
     "workdir",
     "env",
@@ -61,7 +65,7 @@ pub const MACHINE_KEYS: [&str; 19] = [
 ];
 
 /// Keys beside the tables.
-const TOP_KEYS: [&str; 4] = ["state_dir", "runtime_dir", "qemu", "boot_timeout"];
+const TOP_KEYS: [&str; 5] = ["state_dir", "runtime_dir", "qemu", "boot_timeout", "uids"];
 
 /// Keys of `[machine]` that a profile decides together.
 const LIMITS: [&str; 4] = ["cpus", "memory", "disk", "timeout"];
@@ -87,6 +91,7 @@ impl Config {
             runtime_dir: self.runtime_dir.or(below.runtime_dir),
             qemu: self.qemu.or(below.qemu),
             boot_timeout: self.boot_timeout.or(below.boot_timeout),
+            uids: self.uids.or(below.uids),
             machine: self.machine.over(below.machine),
             profile,
             network,

@@ -194,6 +194,7 @@ fn every_scalar_key_has_a_variable() {
         ("BULKHEAD_ACCEL", "tcg"),
         ("BULKHEAD_MACHINE", "q35"),
         ("BULKHEAD_CHANNEL", "serial"),
+        ("BULKHEAD_WAIVE", "seccomp"),
         ("BULKHEAD_USER", "1000"),
         ("BULKHEAD_WORKDIR", "/w"),
     ];

@@ -125,11 +125,20 @@ impl Layer {
                 })?)
             }
         };
+        let uids = get("uids").map(|value| {
+            let parsed = value.to_string_lossy().parse();
+            parsed.map_err(|error: super::Malformed| SpecError::Variable {
+                name: variable("uids"),
+                why: error.to_string(),
+            })
+        });
+        let uids = uids.transpose()?;
         let config = Config {
             state_dir: path("state_dir"),
             runtime_dir: path("runtime_dir"),
             qemu: path("qemu"),
             boot_timeout,
+            uids,
             machine,
             ..Config::default()
         };

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Accel, Bytes, Catalog, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkName,
-    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Workspace,
-    WorkspaceMode,
+    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived,
+    Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -67,6 +67,9 @@ pub struct Request {
     pub machine: Option<MachineType>,
     /// How host and guest agent reach each other.
     pub channel: Option<ChannelKind>,
+    /// Layers of the jail to do without, with commas between: `user`, `files`,
+    /// `namespaces`, `seccomp`, `landlock`, `cgroup`.
+    pub waive: Option<Waived>,
     /// Host directory to exchange.
     pub workspace: Option<PathBuf>,
     /// How it is exchanged.
@@ -151,6 +154,7 @@ impl Request {
             accel: self.accel.or(below.accel),
             machine: self.machine.or(below.machine),
             channel: self.channel.or(below.channel),
+            waive: self.waive.or(below.waive),
             workspace: self.workspace.or(below.workspace),
             workspace_mode: self.workspace_mode.or(below.workspace_mode),
             read_only: self.read_only.or(below.read_only),
@@ -286,6 +290,7 @@ impl Request {
             // A device less to start, for a machine that is gone in a moment.
             balloon: self.balloon.unwrap_or(detached),
             nested: self.nested.unwrap_or_default(),
+            waive: self.waive.unwrap_or_default(),
             labels: self.labels,
             command: Command {
                 argv: self.command,

@@ -2,6 +2,7 @@
 
 mod config;
 mod error;
+mod jail;
 mod layer;
 mod lifetime;
 mod load;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use config::{Config, MACHINE_KEYS, Merged, Setting, merge};
 pub use error::SpecError;
+pub use jail::{JailLayer, UidRange, Waived};
 pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::Request;
@@ -68,6 +70,9 @@ pub struct Spec {
     /// What a detached machine is held to besides its limits.
     #[serde(default)]
     pub tuning: Tuning,
+    /// Layers of the jail it does without.
+    #[serde(default)]
+    pub waive: Waived,
     /// What the user calls it by, besides its name.
     #[serde(default)]
     pub labels: BTreeMap<LabelName, String>,

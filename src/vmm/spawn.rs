@@ -1,4 +1,4 @@
-//! Starts a VMM process: the privileged sequence, top to bottom.
+//! Starts a VMM process: the owner's side of it.
 #![allow(unsafe_code)] // fork, and what may be called between fork and exec
 
 use std::ffi::{CString, NulError};
@@ -9,11 +9,13 @@ use std::path::PathBuf;
 
 use nix::libc;
 
+use super::jail::Jail;
+use super::kernel::{Child, MAX_DESCRIPTORS, above};
 use super::process::VmmProcess;
+use super::sequence::{SpawnStep, confine};
 use crate::error::Explain;
 use crate::host::fault;
 use crate::host::lease::LeaseError;
-use crate::plan::FIRST_FD;
 
 /// What is started, and what it is given.
 #[derive(Debug)]
@@ -29,34 +31,8 @@ pub struct Spawn {
     /// End it when the thread that starts it ends. Only right where that
     /// thread lives as long as the machine.
     pub die_with_thread: bool,
-}
-
-/// A step of the sequence, for naming the one that failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum SpawnStep {
-    /// The owner did not allow it to go on, or is gone.
-    Permission = 1,
-    /// Leaving the owner's session.
-    Session = 2,
-    /// Tying its life to the owner's.
-    Death = 3,
-    /// Putting the descriptors in place.
-    Descriptors = 4,
-    /// Executing the program.
-    Exec = 5,
-}
-
-impl SpawnStep {
-    fn from_byte(byte: u8) -> Self {
-        match byte {
-            1 => Self::Permission,
-            2 => Self::Session,
-            3 => Self::Death,
-            4 => Self::Descriptors,
-            _ => Self::Exec,
-        }
-    }
+    /// How it is confined.
+    pub jail: Jail,
 }
 
 /// The process could not be started.
@@ -81,12 +57,14 @@ pub enum SpawnError {
         source: NulError,
     },
     /// A step of the sequence failed.
-    #[error("cannot start {program} (step {step:?})")]
+    #[error("cannot start {program} (step {step:?}{})", on(.entry))]
     Step {
         /// The program.
         program: PathBuf,
         /// The step.
         step: SpawnStep,
+        /// The entry of the root it failed on.
+        entry: Option<String>,
         /// Why.
         #[source]
         source: io::Error,
@@ -102,6 +80,12 @@ pub enum SpawnError {
     },
 }
 
+fn on(entry: &Option<String>) -> String {
+    entry
+        .as_ref()
+        .map_or_else(String::new, |entry| format!(" on {entry}"))
+}
+
 impl Explain for SpawnError {
     fn code(&self) -> &'static str {
         match self {
@@ -110,6 +94,7 @@ impl Explain for SpawnError {
                 step: SpawnStep::Exec,
                 ..
             } => "qemu-not-executable",
+            Self::Step { step, .. } if step.is_jail() => "jail-failed",
             _ => "spawn-failed",
         }
     }
@@ -123,6 +108,11 @@ impl Explain for SpawnError {
                 ..
             } => {
                 format!("Check that {} is a QEMU for this host.", program.display())
+            }
+            Self::Step { step, .. } if step.is_jail() => {
+                "The jail cannot be made on this host (`bulkhead doctor`); it needs Linux 5.12. \
+                 A layer can be left out with --waive LAYER."
+                    .into()
             }
             _ => "Check the limits on processes and open files (ulimit -a).".into(),
         }
@@ -152,39 +142,58 @@ impl Spawn {
         pointers.push(std::ptr::null());
         // QEMU needs no environment but this: it may be told where its modules
         // are, and TMPDIR decides where it puts what we did not name.
-        let env: Vec<CString> = ["QEMU_MODULE_DIR", "LD_LIBRARY_PATH", "PATH"]
-            .iter()
-            .filter_map(|name| {
-                let value = std::env::var_os(name)?;
-                CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
-            })
-            .collect();
+        let of_owner = || {
+            ["QEMU_MODULE_DIR", "LD_LIBRARY_PATH", "PATH"]
+                .iter()
+                .filter_map(|name| {
+                    let value = std::env::var_os(name)?;
+                    CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
+                })
+                .collect()
+        };
+        let env: Vec<CString> = self.jail.environment.clone().unwrap_or_else(of_owner);
         let mut env_pointers: Vec<*const libc::c_char> =
             env.iter().map(|word| word.as_ptr()).collect();
         env_pointers.push(std::ptr::null());
         fault::at("fork").map_err(fork_error)?;
+        let mut null = std::fs::File::options();
+        let null = null.read(true).write(true);
+        let null = null.open("/dev/null").map_err(fork_error)?;
         let (go_read, go_write) = pipe().map_err(fork_error)?;
         let (fail_read, fail_write) = pipe().map_err(fork_error)?;
-        let child = Child {
+        let program = match &self.jail.root {
+            Some(_) => c"/qemu".as_ptr(),
+            None => pointers[0],
+        };
+        let raw: Vec<RawFd> = self.descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        if raw.len() > MAX_DESCRIPTORS {
+            return Err(fork_error(io::ErrorKind::ArgumentListTooLong.into()));
+        }
+        let mut child = Child {
+            program,
             argv: &pointers,
             env: &env_pointers,
-            descriptors: &self
-                .descriptors
-                .iter()
-                .map(AsRawFd::as_raw_fd)
-                .collect::<Vec<_>>(),
+            descriptors: &raw,
             log: self.log.as_raw_fd(),
+            null: null.as_raw_fd(),
             go: go_read.as_raw_fd(),
-            fail: fail_write.as_raw_fd(),
-            owner_ends: [go_write.as_raw_fd(), fail_read.as_raw_fd()],
-            die_with_thread: self.die_with_thread.then(|| nix::unistd::getpid().as_raw()),
         };
+        let owner_ends = [go_write.as_raw_fd(), fail_read.as_raw_fd()];
         // SAFETY: the child calls nothing but async-signal-safe functions on
         // memory prepared above, and ends in execve or _exit.
-        let pid = match unsafe { libc::fork() } {
+        let pid = match unsafe { fork(self.jail.clone_flags()) } {
             -1 => return Err(fork_error(io::Error::last_os_error())),
             // SAFETY: as above.
-            0 => unsafe { child.run() },
+            0 => unsafe {
+                let fail = fail_write.as_raw_fd();
+                run_child(
+                    &mut child,
+                    &self.jail,
+                    self.die_with_thread,
+                    fail,
+                    owner_ends,
+                )
+            },
             pid => pid,
         };
         drop((go_read, fail_write));
@@ -194,25 +203,36 @@ impl Spawn {
             program: self.program.clone(),
             source,
         })?;
-        let step_error = |step, source| SpawnError::Step {
+        let step_error = |step, entry, source| SpawnError::Step {
             program: self.program.clone(),
             step,
+            entry,
             source,
         };
-        fault::at("permit exec").map_err(|source| step_error(SpawnStep::Permission, source))?;
-        io::Write::write_all(&mut std::fs::File::from(go_write), b"g")
-            .map_err(|source| step_error(SpawnStep::Permission, source))?;
+        let refused = |source| step_error(SpawnStep::Permission, None, source);
+        if self.jail.user_namespace {
+            map_user(pid).map_err(refused)?;
+        }
+        fault::at("permit exec").map_err(refused)?;
+        // Kept open until it executes: its closing tells of our end.
+        let mut go = std::fs::File::from(go_write);
+        io::Write::write_all(&mut go, b"g").map_err(refused)?;
         // The pipe closes on a successful exec; a failed step sends itself.
         let mut report = Vec::new();
         std::fs::File::from(fail_read)
             .read_to_end(&mut report)
-            .map_err(|source| step_error(SpawnStep::Exec, source))?;
-        match report[..] {
-            [step, a, b, c, d] => Err(step_error(
-                SpawnStep::from_byte(step),
-                io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d])),
-            )),
-            _ => Ok(process),
+            .map_err(|source| step_error(SpawnStep::Exec, None, source))?;
+        drop(go);
+        match <[u8; REPORT]>::try_from(report) {
+            Ok([step, a, b, c, d, rest @ ..]) => {
+                let step = SpawnStep::from_byte(step);
+                let entry = (step == SpawnStep::Entry)
+                    .then(|| self.jail.entry_name(u32::from_le_bytes(rest)))
+                    .flatten();
+                let errno = i32::from_le_bytes([a, b, c, d]);
+                Err(step_error(step, entry, io::Error::from_raw_os_error(errno)))
+            }
+            Err(_) => Ok(process),
         }
     }
 
@@ -228,123 +248,60 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?)
 }
 
-/// All the child needs, made before the fork.
-struct Child<'a> {
-    argv: &'a [*const libc::c_char],
-    env: &'a [*const libc::c_char],
-    descriptors: &'a [RawFd],
-    log: RawFd,
-    go: RawFd,
-    fail: RawFd,
-    /// The owner's ends of the two pipes: the child must not hold them, or it
-    /// would not see the owner die.
-    owner_ends: [RawFd; 2],
-    die_with_thread: Option<i32>,
+/// Bytes a failed step sends: the step, errno, the entry of the root.
+const REPORT: usize = 9;
+
+/// fork(2) into namespaces of its own.
+///
+/// # Safety
+/// As `fork`: the child may call async-signal-safe functions only.
+unsafe fn fork(namespaces: libc::c_int) -> i32 {
+    let flags = (namespaces | libc::SIGCHLD) as libc::c_ulong;
+    let none = 0usize;
+    // SAFETY: without a stack of its own the child goes on with a copy of ours.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) };
+    pid as i32
 }
 
-impl Child<'_> {
-    /// The sequence.
-    ///
-    /// # Safety
-    /// Only in a child just forked; nothing here allocates or locks.
-    unsafe fn run(&self) -> ! {
-        use SpawnStep as Step;
-        // SAFETY: plain system calls on integers and on memory that `self`
-        // keeps alive; all are async-signal-safe (signal-safety(7)).
-        unsafe {
-            // Failures are told over a descriptor that step 5 does not overwrite.
-            let count = self.descriptors.len() as RawFd;
-            let above = FIRST_FD + count + 8;
-            let fail = libc::fcntl(self.fail, libc::F_DUPFD_CLOEXEC, above);
-            if fail < 0 {
-                Self::fail(self.fail, Step::Descriptors);
-            }
-            for end in self.owner_ends {
-                libc::close(end);
-            }
-            // 1. Wait until the owner has written us down.
-            let mut byte = 0u8;
-            if libc::read(self.go, (&raw mut byte).cast(), 1) != 1 {
-                libc::_exit(1);
-            }
-            // 2. Out of the terminal's reach: Ctrl-C is for the command.
-            Self::check(fail, Step::Session, libc::setsid());
-            // 3. End with the owner. It may have died before this took effect.
-            if let Some(owner) = self.die_with_thread {
-                Self::check(
-                    fail,
-                    Step::Death,
-                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL),
-                );
-                if libc::getppid() != owner {
-                    libc::_exit(1);
-                }
-            }
-            // 4. Signals as a program expects them: std ignores SIGPIPE.
-            for signal in 1..32 {
-                if signal != libc::SIGKILL && signal != libc::SIGSTOP {
-                    libc::signal(signal, libc::SIG_DFL);
-                }
-            }
-            let mut none: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&raw mut none);
-            libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-            // 5. Descriptors: first all out of the way, then each in its place.
-            let log = libc::fcntl(self.log, libc::F_DUPFD_CLOEXEC, above);
-            Self::check(fail, Step::Descriptors, log);
-            let mut moved = [0 as RawFd; 32];
-            for (at, fd) in self.descriptors.iter().enumerate() {
-                let Some(slot) = moved.get_mut(at) else {
-                    libc::_exit(1)
-                };
-                *slot = libc::fcntl(*fd, libc::F_DUPFD_CLOEXEC, above);
-                Self::check(fail, Step::Descriptors, *slot);
-            }
-            let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
-            Self::check(fail, Step::Descriptors, null);
-            Self::check(fail, Step::Descriptors, libc::dup2(null, 0));
-            Self::check(fail, Step::Descriptors, libc::dup2(log, 1));
-            Self::check(fail, Step::Descriptors, libc::dup2(log, 2));
-            for at in 0..count {
-                Self::check(
-                    fail,
-                    Step::Descriptors,
-                    libc::dup2(moved[at as usize], FIRST_FD + at),
-                );
-            }
-            // Everything above ends at exec, whoever opened it. Kernels before
-            // 5.11 refuse; ours are all marked already.
-            let first = (FIRST_FD + count) as libc::c_uint;
-            libc::syscall(
-                libc::SYS_close_range,
-                first,
-                libc::c_uint::MAX,
-                4, /* CLOEXEC */
-            );
-            // 6. Files it makes are nobody else's.
-            libc::umask(0o077);
-            libc::execve(self.argv[0], self.argv.as_ptr(), self.env.as_ptr());
-            Self::fail(fail, Step::Exec)
+/// The child: the sequence, or a report of what failed.
+///
+/// # Safety
+/// Only in a child just forked; nothing here allocates or locks.
+unsafe fn run_child(
+    child: &mut Child<'_>,
+    jail: &Jail,
+    end_with_owner: bool,
+    fail: RawFd,
+    owner_ends: [RawFd; 2],
+) -> ! {
+    // SAFETY: plain system calls on integers and on memory that outlives them.
+    unsafe {
+        // Out of the way of the descriptors that are put in place.
+        let fail = libc::fcntl(fail, libc::F_DUPFD_CLOEXEC, above(child.descriptors.len()));
+        // The child must not hold them, or it would not see the owner die.
+        for end in owner_ends {
+            libc::close(end);
         }
+        if let Err(failed) = confine(child, jail, end_with_owner) {
+            let mut report = [failed.step as u8; REPORT];
+            let (errno, entry) = (failed.errno.to_le_bytes(), failed.entry.to_le_bytes());
+            for (slot, byte) in report[1..].iter_mut().zip(errno.iter().chain(&entry)) {
+                *slot = *byte;
+            }
+            libc::write(fail, report.as_ptr().cast(), report.len());
+        }
+        libc::_exit(1)
     }
+}
 
-    /// Ends the child with a report if a call failed.
-    unsafe fn check(pipe: RawFd, step: SpawnStep, result: libc::c_int) {
-        if result < 0 {
-            // SAFETY: as `run`.
-            unsafe { Self::fail(pipe, step) }
-        }
-    }
-
-    unsafe fn fail(pipe: RawFd, step: SpawnStep) -> ! {
-        // SAFETY: as `run`; errno is this thread's own.
-        unsafe {
-            let [a, b, c, d] = (*libc::__errno_location()).to_le_bytes();
-            let report = [step as u8, a, b, c, d];
-            libc::write(pipe, report.as_ptr().cast(), report.len());
-            libc::_exit(1)
-        }
-    }
+/// Gives a child in a user namespace our own user and group, and no other.
+fn map_user(pid: i32) -> io::Result<()> {
+    let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
+    let write = |name: &str, text: String| std::fs::write(format!("/proc/{pid}/{name}"), text);
+    // user_namespaces(7): without this an ordinary user may not map a group.
+    write("setgroups", "deny".into())?;
+    write("uid_map", format!("{uid} {uid} 1"))?;
+    write("gid_map", format!("{gid} {gid} 1"))
 }
 
 #[cfg(test)]
@@ -360,6 +317,7 @@ mod tests {
             descriptors,
             log: log.try_clone().unwrap().into(),
             die_with_thread: false,
+            jail: Jail::default(),
         };
         (spawn, log)
     }

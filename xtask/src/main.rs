@@ -10,6 +10,7 @@ mod packages;
 mod probe;
 mod qemu10;
 mod qmp_schema;
+mod seccomp;
 mod setup;
 mod soak;
 mod test;
@@ -48,6 +49,8 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Build the tuned kernel.
     Kernel(kernel::Args),
+    /// What QEMU calls, against the list of allowed system calls.
+    Seccomp(seccomp::Args),
     /// Dumps of what each QEMU version offers.
     QmpSchema(qmp_schema::Args),
     /// Unpack QEMU 10.0 beside the host's own and print its path.
@@ -67,6 +70,7 @@ fn main() -> anyhow::Result<()> {
         Task::Docs(args) => docs::run(&args),
         Task::Fuzz(args) => fuzz::run(args),
         Task::Kernel(args) => kernel::run(args),
+        Task::Seccomp(args) => seccomp::run(args),
         Task::QmpSchema(args) => qmp_schema::run(args),
         Task::Qemu10(args) => qemu10::run(args),
     }

@@ -50,16 +50,17 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes `<dir>/qemu-10.0/qemu-system-x86_64` unless it is there, and returns
-/// its absolute path; `None`, with the reason on stderr, where the host's
+/// Makes `<dir>/qemu-10.0` unless it is there, and returns the absolute path
+/// of its binary; `None`, with the reason on stderr, where the host's
 /// package source does not have it.
 pub(crate) fn ensure(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let dir = dir.canonicalize()?;
     let done = dir.join(NAME);
     let wrapper = done.join("qemu-system-x86_64");
+    let binary = done.join(BINARY);
     if wrapper.exists() {
-        return Ok(Some(wrapper));
+        return Ok(Some(binary));
     }
     let none = |reason: String| {
         eprintln!("no QEMU 10.0: {reason}");
@@ -106,7 +107,8 @@ pub(crate) fn ensure(dir: &Path) -> anyhow::Result<Option<PathBuf>> {
         Err(_) if wrapper.exists() => {}
         result => result.with_context(|| format!("cannot make {}", done.display()))?,
     }
-    Ok(Some(wrapper))
+    // A jail takes the program itself; the wrapper is for people.
+    Ok(Some(binary))
 }
 
 /// The host's own source of its release, with the suite replaced.

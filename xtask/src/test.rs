@@ -138,6 +138,15 @@ fn programs(state: &Path) -> Vec<Check> {
         ("examples/embed", embed(state)),
         ("xtask bench", bench(state)),
         ("xtask probe faults", faults(state)),
+        ("xtask probe vmm", jail(state, &["vmm"])),
+        (
+            "xtask probe qmp",
+            jail(state, &["qmp", "--kernel", "tuned"]),
+        ),
+        (
+            "xtask probe guest",
+            jail(state, &["guest", "--kernel", "tuned"]),
+        ),
         ("xtask fuzz", fuzz::briefly()),
     ]
 }
@@ -146,6 +155,13 @@ fn programs(state: &Path) -> Vec<Check> {
 fn faults(state: &Path) -> Result<()> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["probe", "faults", "--accel", "tcg", "--kernel", "tuned"]);
+    setup::call(command.arg("--state-dir").arg(state))
+}
+
+/// What tries to get out of its jail.
+fn jail(state: &Path, probe: &[&str]) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("probe").args(probe);
     setup::call(command.arg("--state-dir").arg(state))
 }
 

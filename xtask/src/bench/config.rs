@@ -188,7 +188,12 @@ impl Bed {
     }
 
     pub(super) fn plan(&self, config: &Config) -> Result<(Image, Plan)> {
-        self.host(config).plan(&config.spec()?).map_err(explain)
+        let spec = Spec {
+            // Bare QEMU finds its files where they are.
+            waive: "files".parse()?,
+            ..config.spec()?
+        };
+        self.host(config).plan(&spec).map_err(explain)
     }
 
     /// Takes what a start reads out of the page cache where that is asked for.

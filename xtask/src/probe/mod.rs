@@ -2,9 +2,12 @@
 
 mod case;
 mod faults;
+mod guest;
+mod monitor;
 pub(crate) mod place;
 mod points;
 pub(crate) mod verdict;
+pub(crate) mod vmm;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -23,12 +26,21 @@ pub(crate) struct Args {
 enum Probe {
     /// Kill each of our processes, and fail each call, at every step of every verb.
     Faults(faults::Args),
+    /// Look at a machine from inside: only what was planned is there.
+    Guest(guest::Args),
+    /// Tell QEMU over its monitor to reach out of its jail.
+    Qmp(monitor::Args),
+    /// Start a program in QEMU's place that tries to get out of its jail.
+    Vmm(vmm::Args),
 }
 
 /// Runs the task.
 pub(crate) fn run(args: Args) -> Result<()> {
     let passed = match args.probe {
         Probe::Faults(args) => faults::run(args)?,
+        Probe::Guest(args) => guest::run(&args)?,
+        Probe::Qmp(args) => monitor::run(&args)?,
+        Probe::Vmm(args) => vmm::run(&args)?,
     };
     if !passed {
         // Without a word: the closing line is the last.

@@ -1,0 +1,121 @@
+//! How the VMM is confined, as plain data.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Channel, HostFacts, KernelChoice, PlanError, Share};
+use crate::image::Image;
+use crate::spec::{Accel, Bytes, JailLayer, Spec, Waived};
+
+/// The program, in the jail.
+pub const PROGRAM: &str = "/qemu";
+/// Its libraries, in the jail.
+pub const LIBRARIES: &str = "/lib";
+/// Its modules, in the jail.
+pub const MODULES: &str = "/modules";
+/// Its firmware, in the jail.
+pub const FIRMWARE: &str = "/firmware";
+/// The guest's kernel, in the jail.
+pub const KERNEL: &str = "/kernel";
+/// The guest's initramfs, in the jail.
+pub const INITRAMFS: &str = "/initramfs";
+/// The shared workspace, in the jail.
+pub const SHARE: &str = "/share";
+
+/// Threads of QEMU besides those of the virtual CPUs: main, RCU, timers,
+/// vhost, and its pool for disks, which has at most 64.
+const THREADS: u32 = 96;
+
+/// The files of one QEMU, each with its place in a jail.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Closure {
+    /// Place in the jail to path on the host.
+    pub files: BTreeMap<PathBuf, PathBuf>,
+}
+
+/// How one VMM is confined.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jail {
+    /// Layers it does without because the user said so.
+    pub waived: Waived,
+    /// Made without root: a user namespace gives what it can.
+    pub unprivileged: bool,
+    /// What it sees of the host's files: place in the jail to path on the host.
+    pub files: BTreeMap<PathBuf, PathBuf>,
+    /// It gets /dev/kvm.
+    pub kvm: bool,
+    /// It gets the shared workspace, and may write to it.
+    pub share: Option<bool>,
+    /// Most memory of its control group: the guest's, and what QEMU needs.
+    pub memory: Bytes,
+    /// Most threads of it.
+    pub threads: u32,
+    /// Most open files of it.
+    pub open_files: u32,
+}
+
+impl Jail {
+    pub(super) fn new(
+        spec: &Spec,
+        image: &Image,
+        kernel: &KernelChoice,
+        share: Option<&Share>,
+        channel: Channel,
+        facts: &HostFacts,
+    ) -> Result<Self, PlanError> {
+        let waived = spec.waive.clone();
+        let mut files = BTreeMap::new();
+        if !waived.has(JailLayer::Files) {
+            let closure = facts.closure.as_ref();
+            let closure = closure.map_err(|why| PlanError::NoClosure {
+                qemu: facts.qemu.clone(),
+                why: why.clone(),
+            })?;
+            files.clone_from(&closure.files);
+            files.insert(KERNEL.into(), kernel.path.clone());
+            files.insert(INITRAMFS.into(), image.initramfs());
+        }
+        Ok(Self {
+            waived,
+            unprivileged: facts.unprivileged,
+            files,
+            kvm: spec.accel == Accel::Kvm,
+            share: share.map(|share| !share.read_only),
+            memory: Bytes(spec.limits.memory.0 + headroom(spec, channel).0),
+            threads: THREADS + spec.limits.vcpus,
+            open_files: 256 + spec.limits.vcpus,
+        })
+    }
+
+    /// Whether `layer` is to hold.
+    pub fn has(&self, layer: JailLayer) -> bool {
+        !self.waived.has(layer)
+    }
+
+    /// Where QEMU finds `place`, whose path on the host is `host`.
+    pub fn path(&self, place: &str, host: PathBuf) -> PathBuf {
+        match self.has(JailLayer::Files) {
+            true => place.into(),
+            false => host,
+        }
+    }
+}
+
+/// Memory of QEMU beside the guest's: measured in decision 0017. 128 MiB cover
+/// its code, heap and stacks, disk buffers among them; page tables and dirty
+/// bitmaps grow with the guest; a translator keeps what it translated.
+fn headroom(spec: &Spec, channel: Channel) -> Bytes {
+    let base = Bytes::mib(128).0 + u64::from(spec.limits.vcpus) * Bytes::mib(2).0;
+    let tables = spec.limits.memory.0 / 128;
+    let vhost = match channel {
+        Channel::Vsock => Bytes::mib(8).0,
+        Channel::Serial => 0,
+    };
+    let translated = match spec.accel {
+        Accel::Kvm => 0,
+        Accel::Tcg => Bytes::gib(1).0 + Bytes::mib(128).0,
+    };
+    Bytes(base + tables + vhost + translated)
+}

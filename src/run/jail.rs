@@ -1,0 +1,132 @@
+//! Makes the jail of a machine ready: what it leases, and what it is made of.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use super::ends;
+use super::error::MachineError;
+use super::machine::{StartOptions, io_error};
+use super::record::{Record, RecordError};
+use crate::host::cgroup::Cgroup;
+use crate::host::fault;
+use crate::host::lease::Lease;
+use crate::host::uid::Uid;
+use crate::plan::Plan;
+use crate::spec::JailLayer;
+use crate::vmm::{Jail, Needs, User, detach, seccomp};
+
+/// How often another user id is tried that somebody else took meanwhile.
+const TRIES: u32 = 16;
+
+/// Leases and makes what the jail of `plan` needs.
+pub(super) fn make(
+    plan: &Plan,
+    record: &mut Record,
+    options: &StartOptions,
+) -> Result<Jail, MachineError> {
+    let jail = &plan.jail;
+    let dir = record.dir().join("jail");
+    let failed = |what| move |source| MachineError::Jail { what, source };
+    let mut leases = Vec::new();
+    if jail.has(JailLayer::Files) {
+        leases.push(Lease::Dir { path: dir.clone() });
+    }
+    let owner = take_user(plan, record, options, &mut leases)?;
+    let mut user = owner.map(User::plain);
+    if jail.has(JailLayer::Files) {
+        fault::at("make jail")
+            .and_then(|()| super::dirs::make_private(&dir))
+            .map_err(io_error("make", &dir))?;
+    }
+    let mut share = None;
+    if let Some(shared) = &plan.share
+        && jail.has(JailLayer::Files)
+    {
+        let given = ends::share(plan, record.dir(), options)?;
+        let detached = detach(given.as_fd(), owner, shared.read_only);
+        let detached = detached.map_err(|source| MachineError::Share {
+            path: shared.dir.clone(),
+            source,
+        })?;
+        // Where it has no user of its own it is the owner: root without
+        // capabilities could do no more.
+        user = Some(detached.owner);
+        share = Some(detached.mount);
+    }
+    let filters = match jail.has(JailLayer::Seccomp) {
+        true => seccomp::filters(seccomp::Wanted {
+            accel: plan.accel,
+            share: plan.share.is_some(),
+            host_files: !jail.has(JailLayer::Files),
+        }),
+        false => Ok(Vec::new()),
+    };
+    let needs = Needs {
+        dir: &dir,
+        user,
+        owner,
+        share,
+        filters: filters.map_err(failed("the list of system calls"))?,
+        landlock: jail.has(JailLayer::Landlock),
+    };
+    Jail::new(jail, needs).map_err(failed("its root"))
+}
+
+/// Takes a user id, and writes the other leases down with it.
+fn take_user(
+    plan: &Plan,
+    record: &mut Record,
+    options: &StartOptions,
+    leases: &mut Vec<Lease>,
+) -> Result<Option<u32>, MachineError> {
+    if plan.jail.unprivileged || !plan.jail.has(JailLayer::User) {
+        record
+            .lease_all(leases.drain(..))
+            .map_err(RecordError::from)?;
+        return Ok(None);
+    }
+    let mut tries = 0;
+    loop {
+        let uid = Uid::choose(&options.uid_dir, options.uids)
+            .map_err(io_error("take a user id in", &options.uid_dir))?;
+        leases.push(uid.lease());
+        record
+            .lease_all(leases.drain(..))
+            .map_err(RecordError::from)?;
+        match uid.take() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && tries < TRIES => {
+                tries += 1;
+            }
+            Err(error) => return Err(io_error("take a user id in", &options.uid_dir)(error)),
+            Ok(()) => return Ok(Some(uid.uid())),
+        }
+    }
+}
+
+/// Makes the machine's control group, with its limits. A user other than root
+/// may have none.
+pub(super) fn cgroup(
+    plan: &Plan,
+    record: &mut Record,
+) -> Result<Result<Cgroup, crate::host::cgroup::CgroupError>, MachineError> {
+    let jail = &plan.jail;
+    let needed = jail.has(JailLayer::Cgroup) && !jail.unprivileged;
+    let group = match Cgroup::choose(&plan.id) {
+        Ok(group) => group,
+        Err(error) if needed => return Err(error.into()),
+        Err(error) => return Ok(Err(error)),
+    };
+    record
+        .lease_all(group.leases())
+        .map_err(RecordError::from)?;
+    let made = group
+        .make()
+        .and_then(|()| match jail.has(JailLayer::Cgroup) {
+            true => group.limit(jail.memory, jail.threads),
+            false => Ok(()),
+        });
+    match made {
+        Err(error) if needed => Err(error.into()),
+        made => Ok(made.map(|()| group)),
+    }
+}

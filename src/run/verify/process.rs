@@ -1,0 +1,404 @@
+//! What the kernel says of a VMM: of the process, and of every thread.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{Finding, Subject, Verdict, counted, expect, finding};
+use crate::host::cgroup::Cgroup;
+use crate::host::lease::Lease;
+use crate::host::sys;
+use crate::plan::jail::SHARE;
+use crate::spec::JailLayer;
+
+/// Fewest filters of system calls: our two, and QEMU's own.
+const FILTERS: u32 = 3;
+/// What anonymous inodes a VMM may hold (`/proc/PID/fd`).
+const ANONYMOUS: [&str; 6] = [
+    "[eventfd]",
+    "[eventpoll]",
+    "[signalfd]",
+    "[timerfd]",
+    "kvm-vm",
+    "kvm-vcpu",
+];
+
+/// Looks at the process.
+pub(super) fn look(subject: &Subject) -> io::Result<Vec<Finding>> {
+    let threads = Threads::read(subject.pid)?;
+    let mut findings = user(subject, &threads);
+    findings.extend(filters(subject, &threads));
+    findings.extend(namespaces(subject)?);
+    findings.extend(files(subject)?);
+    findings.push(descriptors(subject)?);
+    findings.extend(limits(subject)?);
+    findings.extend(cgroup(subject)?);
+    Ok(findings)
+}
+
+/// What /proc/PID/task/TID/status says, thread by thread.
+struct Threads(Vec<String>);
+
+impl Threads {
+    fn read(pid: i32) -> io::Result<Self> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+            match fs::read_to_string(entry?.path().join("status")) {
+                Ok(status) => all.push(status),
+                // It ended meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match all.is_empty() {
+            true => Err(io::ErrorKind::NotFound.into()),
+            false => Ok(Self(all)),
+        }
+    }
+
+    /// The values that a field has, in all threads together.
+    fn values(&self, field: &str) -> BTreeSet<String> {
+        let of = |status: &String| {
+            let mut lines = status.lines();
+            let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            let words: Vec<_> = value.unwrap_or("missing").split_whitespace().collect();
+            words.join(" ")
+        };
+        self.0.iter().map(of).collect()
+    }
+
+    fn text(&self, field: &str) -> String {
+        self.values(field)
+            .into_iter()
+            .collect::<Vec<_>>()
+            .join(" | ")
+    }
+}
+
+fn user(subject: &Subject, threads: &Threads) -> Vec<Finding> {
+    let plan = &subject.plan;
+    let leased = subject.leases.iter().find_map(|lease| match lease {
+        Lease::Uid { uid, .. } => Some(*uid),
+        _ => None,
+    });
+    let own = nix::unistd::geteuid().as_raw();
+    let count = threads.0.len();
+    let mut findings = vec![finding(
+        "user",
+        "threads",
+        Verdict::Pass,
+        format!("{count}; what follows holds for each"),
+    )];
+    let ids = |field: &str| match leased {
+        Some(uid) => expect(
+            "user",
+            field,
+            &threads.text(field),
+            &[uid.to_string().as_str(); 4].join(" "),
+        ),
+        None if plan.jail.unprivileged => finding(
+            "user",
+            field,
+            Verdict::Weaker,
+            format!("{}, the owner's own", threads.text(field)),
+        ),
+        None => expect("user", field, &threads.text(field), "one of its own"),
+    };
+    for field in ["Uid", "Gid"] {
+        findings.push(counted(plan, JailLayer::User, ids(field)));
+    }
+    let groups = threads.text("Groups");
+    findings.push(match plan.jail.unprivileged {
+        // They cannot be given up without a privilege.
+        true => finding(
+            "user",
+            "Groups",
+            Verdict::Weaker,
+            format!("{groups}, of user {own}"),
+        ),
+        false => counted(plan, JailLayer::User, expect("user", "Groups", &groups, "")),
+    });
+    for field in ["CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd"] {
+        findings.push(expect(
+            "user",
+            field,
+            &threads.text(field),
+            "0000000000000000",
+        ));
+    }
+    findings.push(expect(
+        "user",
+        "NoNewPrivs",
+        &threads.text("NoNewPrivs"),
+        "1",
+    ));
+    findings
+}
+
+fn filters(subject: &Subject, threads: &Threads) -> Vec<Finding> {
+    let mode = expect("seccomp", "Seccomp", &threads.text("Seccomp"), "2");
+    let counts = threads.values("Seccomp_filters");
+    let enough = counts
+        .iter()
+        .all(|count| count.parse::<u32>().is_ok_and(|count| count >= FILTERS));
+    let measured = threads.text("Seccomp_filters");
+    let filters = match enough {
+        true => finding("seccomp", "Seccomp_filters", Verdict::Pass, measured),
+        false => expect("seccomp", "Seccomp_filters", &measured, "3 or more"),
+    };
+    let landlock = match (
+        subject.plan.jail.has(JailLayer::Landlock),
+        sys::landlock_abi(),
+    ) {
+        (false, _) => (Verdict::Waived, "not asked for".to_owned()),
+        // Nothing in /proc shows it; it was set or nothing would run.
+        (true, Ok(abi)) => (Verdict::Unseen, format!("ABI {abi}, set before exec")),
+        (true, Err(error)) => (Verdict::Unseen, format!("this kernel has none: {error}")),
+    };
+    vec![
+        // QEMU's own filter is there either way.
+        mode,
+        counted(&subject.plan, JailLayer::Seccomp, filters),
+        finding("landlock", "rules", landlock.0, landlock.1),
+    ]
+}
+
+fn namespaces(subject: &Subject) -> io::Result<Vec<Finding>> {
+    let plan = &subject.plan;
+    let mut findings = Vec::new();
+    for kind in ["pid", "net", "ipc", "uts", "cgroup", "mnt"] {
+        let read = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}"));
+        let (own, theirs) = (read("self")?, read(&subject.pid.to_string())?);
+        let what = format!("{kind} namespace");
+        let text = theirs.display().to_string();
+        let found = match own != theirs {
+            true => finding("namespaces", &what, Verdict::Pass, text),
+            false => expect("namespaces", &what, &text, "one of its own"),
+        };
+        let layer = match kind {
+            "mnt" => JailLayer::Files,
+            _ => JailLayer::Namespaces,
+        };
+        findings.push(counted(plan, layer, found));
+    }
+    let status = fs::read_to_string(format!("/proc/{}/status", subject.pid))?;
+    let inner = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:")?.split_whitespace().last());
+    let inner = expect(
+        "namespaces",
+        "process id inside",
+        inner.unwrap_or("missing"),
+        "1",
+    );
+    findings.push(counted(plan, JailLayer::Namespaces, inner));
+    let devices = fs::read_to_string(format!("/proc/{}/net/dev", subject.pid))?;
+    let names = devices
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split(':').next());
+    let names: Vec<_> = names.map(str::trim).collect();
+    let network = expect("namespaces", "network devices", &names.join(" "), "lo");
+    findings.push(counted(plan, JailLayer::Namespaces, network));
+    Ok(findings)
+}
+
+/// The mounts of a process: place, and whether it is read-only.
+fn mounts(pid: i32) -> io::Result<Vec<(PathBuf, bool)>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    // proc(5): the fifth field is the place, the sixth its options.
+    let mount = |line: &str| {
+        let mut fields = line.split(' ').skip(4);
+        let place = fields.next()?.into();
+        Some((
+            place,
+            fields.next()?.split(',').any(|option| option == "ro"),
+        ))
+    };
+    Ok(text.lines().filter_map(mount).collect())
+}
+
+fn files(subject: &Subject) -> io::Result<Vec<Finding>> {
+    let plan = &subject.plan;
+    let mounts = mounts(subject.pid)?;
+    let mut planned: BTreeSet<PathBuf> = plan.jail.files.keys().cloned().collect();
+    planned.insert("/".into());
+    if plan.jail.kvm {
+        planned.insert(
+            if plan.jail.unprivileged {
+                "/dev/kvm"
+            } else {
+                "/dev"
+            }
+            .into(),
+        );
+    }
+    if plan.jail.share.is_some() {
+        planned.extend([SHARE, "/proc"].map(PathBuf::from));
+    }
+    let seen: BTreeSet<_> = mounts.iter().map(|(place, _)| place.clone()).collect();
+    let odd: Vec<_> = seen.symmetric_difference(&planned).collect();
+    let what = "mounts";
+    let root = match odd.is_empty() {
+        true => finding(
+            "files",
+            what,
+            Verdict::Pass,
+            format!("the {} planned", seen.len()),
+        ),
+        false => {
+            let odd: Vec<_> = odd
+                .iter()
+                .take(5)
+                .map(|place| place.display().to_string())
+                .collect();
+            let measured = format!("{}, among them {}", seen.len(), odd.join(" "));
+            expect(
+                "files",
+                what,
+                &measured,
+                &format!("the {} planned", planned.len()),
+            )
+        }
+    };
+    let writable: Vec<_> = mounts
+        .iter()
+        .filter(|(place, read_only)| {
+            let share = plan.jail.share == Some(true) && place == Path::new(SHARE);
+            !read_only && !share
+        })
+        .map(|(place, _)| place.display().to_string())
+        .take(5)
+        .collect();
+    let written = expect("files", "writable mounts", &writable.join(" "), "");
+    // The name of the host's own root, seen from inside.
+    let host = fs::symlink_metadata(format!("/proc/{}/root/etc", subject.pid)).is_ok();
+    let host = if host { "there" } else { "not there" };
+    let host = expect("files", "/etc of the host", host, "not there");
+    let all = [root, written, host];
+    Ok(all.map(|one| counted(plan, JailLayer::Files, one)).into())
+}
+
+fn descriptors(subject: &Subject) -> io::Result<Finding> {
+    let plan = &subject.plan;
+    let root = fs::canonicalize(&plan.root).unwrap_or_else(|_| plan.root.clone());
+    let (mut count, mut odd) = (0, Vec::new());
+    for entry in fs::read_dir(format!("/proc/{}/fd", subject.pid))? {
+        let Ok(target) = fs::read_link(entry?.path()) else {
+            continue; // closed meanwhile
+        };
+        count += 1;
+        let text = target.to_string_lossy();
+        let anonymous = text.strip_prefix("anon_inode:");
+        let known = match anonymous {
+            Some(name) => ANONYMOUS.iter().any(|one| name.starts_with(one)),
+            None => {
+                text.starts_with("socket:[")
+                    || text.starts_with("/memfd:")
+                    || ["/dev/null", "/dev/vhost-vsock", "/dev/net/tun", "/dev/kvm"].contains(&&*text)
+                    || target == root
+                    // Its writable disk, unlinked or kept.
+                    || target.starts_with(&subject.dir)
+                    || plan.jail.share.is_some() && target.starts_with(SHARE)
+                    // Its kernel and firmware, while it loads them.
+                    || plan.jail.files.contains_key(&target)
+            }
+        };
+        if !known {
+            odd.push(text.into_owned());
+        }
+    }
+    Ok(match odd.is_empty() {
+        true => finding(
+            "files",
+            "descriptors",
+            Verdict::Pass,
+            format!("{count}, all of them known"),
+        ),
+        false => {
+            odd.truncate(5);
+            let found = expect(
+                "files",
+                "descriptors",
+                &odd.join(" "),
+                "none besides the known",
+            );
+            counted(plan, JailLayer::Files, found)
+        }
+    })
+}
+
+fn limits(subject: &Subject) -> io::Result<Vec<Finding>> {
+    let text = fs::read_to_string(format!("/proc/{}/limits", subject.pid))?;
+    let read = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        let words: Vec<_> = line
+            .unwrap_or("missing")
+            .split_whitespace()
+            .take(2)
+            .collect();
+        words.join(" ")
+    };
+    let jail = &subject.plan.jail;
+    let both = |value: u32| format!("{value} {value}");
+    let mut findings = vec![
+        expect(
+            "user",
+            "open files",
+            &read("Max open files"),
+            &both(jail.open_files),
+        ),
+        expect("user", "core files", &read("Max core file size"), &both(0)),
+    ];
+    if jail.has(JailLayer::User) && !jail.unprivileged {
+        findings.push(expect(
+            "user",
+            "threads of its user",
+            &read("Max processes"),
+            &both(jail.threads),
+        ));
+    }
+    Ok(findings)
+}
+
+fn cgroup(subject: &Subject) -> io::Result<Vec<Finding>> {
+    let plan = &subject.plan;
+    let Some(group) = Cgroup::of_leases(&subject.leases) else {
+        let why = "it has none";
+        let found = match plan.jail.unprivileged {
+            true => finding("cgroup", "group", Verdict::Weaker, why),
+            false => expect("cgroup", "group", why, "one of its own"),
+        };
+        return Ok(vec![counted(plan, JailLayer::Cgroup, found)]);
+    };
+    let pid = subject.pid.to_string();
+    let mut findings = Vec::new();
+    for dir in group.dirs() {
+        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        let members: Vec<_> = members.lines().collect();
+        let what = format!("processes in {}", dir.display());
+        findings.push(expect("cgroup", &what, &members.join(" "), &pid));
+    }
+    let limit = |what: &str, names, expected: String| {
+        let measured = group.read(names).unwrap_or_else(|| "missing".into());
+        expect("cgroup", what, &measured, &expected)
+    };
+    // The kernel counts whole pages.
+    let memory = plan.jail.memory.0 / 4096 * 4096;
+    findings.push(limit(
+        "memory",
+        ["memory.max", "memory.limit_in_bytes"],
+        memory.to_string(),
+    ));
+    findings.push(limit(
+        "threads",
+        ["pids.max", "pids.max"],
+        plan.jail.threads.to_string(),
+    ));
+    Ok(findings
+        .into_iter()
+        .map(|one| counted(plan, JailLayer::Cgroup, one))
+        .collect())
+}

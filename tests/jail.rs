@@ -1,0 +1,286 @@
+//! The jail of a real QEMU: what holds, what is read back, and what happens
+//! where it cannot be made.
+
+mod support;
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+use support::Bulkhead;
+
+/// Options of a small machine.
+const SMALL: [&str; 6] = ["--kernel", "tuned", "--memory", "256M", "--cpus", "1"];
+
+/// The findings whose verdict is this, as `layer: what`.
+fn with(findings: &Value, verdict: &str) -> Vec<String> {
+    let all = findings.as_array().unwrap().iter();
+    all.filter(|one| one["verdict"] == verdict)
+        .map(|one| {
+            format!(
+                "{}: {}",
+                one["layer"].as_str().unwrap(),
+                one["what"].as_str().unwrap()
+            )
+        })
+        .collect()
+}
+
+/// `bulkhead --json run` of a small machine that must succeed; gives its layers.
+fn layers(bulkhead: &Bulkhead, words: &[&str]) -> Value {
+    let fixed = ["--json", "run", "--accel", "tcg", "--image", "base"];
+    let text = bulkhead.must(&[&fixed[..], &SMALL, words, &["--", "true"]].concat());
+    let outcome: Value = serde_json::from_str(&text).unwrap();
+    outcome["layers"].clone()
+}
+
+#[test]
+fn every_layer_is_read_back_before_a_command_starts() {
+    for machine in ["microvm", "q35"] {
+        let layers = layers(&Bulkhead::new(), &["--machine", machine]);
+        assert_eq!(with(&layers, "fail"), [""; 0], "{layers}");
+        assert_eq!(with(&layers, "waived"), [""; 0], "{layers}");
+        let passed = with(&layers, "pass");
+        for one in [
+            "user: Uid",
+            "user: CapBnd",
+            "user: NoNewPrivs",
+            "seccomp: Seccomp",
+            "seccomp: Seccomp_filters",
+            "namespaces: pid namespace",
+            "namespaces: network devices",
+            "files: mounts",
+            "files: descriptors",
+            "hardware: accelerator",
+            "hardware: devices",
+        ] {
+            assert!(
+                passed.iter().any(|have| have == one),
+                "no {one} in {layers}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_waived_is_said_and_nothing_else_goes_with_it() {
+    let bulkhead = Bulkhead::new();
+    for (layer, expected) in [
+        ("seccomp", &["seccomp: Seccomp_filters"][..]),
+        ("user", &["user: Uid", "user: Gid"]),
+        ("landlock", &["landlock: rules"]),
+    ] {
+        let layers = layers(&bulkhead, &["--waive", layer]);
+        assert_eq!(with(&layers, "fail"), [""; 0], "{layer}: {layers}");
+        assert_eq!(with(&layers, "waived"), expected, "{layer}: {layers}");
+    }
+    for layer in [
+        "files",
+        "namespaces",
+        "cgroup",
+        "user,files,namespaces,seccomp,landlock,cgroup",
+    ] {
+        let layers = layers(&bulkhead, &["--waive", layer]);
+        assert_eq!(with(&layers, "fail"), [""; 0], "{layer}: {layers}");
+        assert!(!with(&layers, "waived").is_empty(), "{layer}: {layers}");
+    }
+}
+
+#[test]
+fn a_layer_that_was_changed_behind_our_back_is_found() {
+    let bulkhead = Bulkhead::new();
+    let machine = bulkhead.create("changed", &[]);
+    machine.start();
+    let findings = bulkhead.json(&["verify", "changed"]);
+    assert_eq!(with(&findings, "fail"), [""; 0], "{findings}");
+    let text = bulkhead.must(&["verify", "changed"]);
+    assert!(
+        text.contains("pass   user       CapEff: 0000000000000000"),
+        "{text}"
+    );
+    // Somebody who is root raises a limit.
+    let group = with(&findings, "pass").into_iter().find_map(|what| {
+        let dir = what.strip_prefix("cgroup: processes in ")?.to_owned();
+        fs::exists(format!("{dir}/pids.max"))
+            .unwrap()
+            .then_some(dir)
+    });
+    let Some(group) = group else {
+        println!("skipped: control_group: it has none");
+        return;
+    };
+    fs::write(format!("{group}/pids.max"), "max").unwrap();
+    let found = bulkhead.raw(&["--json", "verify", "changed"]);
+    assert_eq!(found.code, 1, "{found:?}");
+    let findings: Value = serde_json::from_str(&found.stdout).unwrap();
+    assert_eq!(with(&findings, "fail"), ["cgroup: threads"], "{findings}");
+}
+
+#[test]
+fn machines_have_users_of_their_own() {
+    let bulkhead = Bulkhead::new();
+    let machines = [
+        bulkhead.create("user-one", &[]),
+        bulkhead.create("user-two", &[]),
+    ];
+    let uids: Vec<String> = machines
+        .iter()
+        .map(|machine| {
+            machine.start();
+            let status = fs::read_to_string(format!("/proc/{}/status", machine.vmm())).unwrap();
+            let uid = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+            uid.unwrap().split_whitespace().next().unwrap().to_owned()
+        })
+        .collect();
+    assert_ne!(uids[0], uids[1]);
+    assert_eq!(support::entries(&bulkhead.runtime().join("uids")).len(), 2);
+    drop(machines);
+    assert_eq!(support::entries(&bulkhead.runtime().join("uids")), [""; 0]);
+}
+
+#[test]
+fn without_a_free_user_id_nothing_runs() {
+    let bulkhead = Bulkhead::new();
+    let run = |name: &str| {
+        let words = [
+            "--uids",
+            "1900200000-1900200000",
+            "run",
+            "--accel",
+            "tcg",
+            "--image",
+            "base",
+        ];
+        let words = [&words[..], &["--name", name], &SMALL, &["--", "true"]].concat();
+        bulkhead.raw(&words)
+    };
+    assert_eq!(run("only").code, 0);
+    // Somebody else has the only one.
+    fs::create_dir_all(bulkhead.runtime().join("uids")).unwrap();
+    let taken = bulkhead.runtime().join("uids/1900200000");
+    std::os::unix::fs::symlink("another", &taken).unwrap();
+    let refused = run("refused");
+    assert_eq!(refused.code, 125, "{refused:?}");
+    assert!(refused.stderr.contains("no user id of"), "{refused:?}");
+    assert!(taken.is_symlink(), "what is another's was released");
+}
+
+#[test]
+fn without_control_groups_nothing_runs_unless_they_are_waived() {
+    let bulkhead = Bulkhead::new();
+    let run = |waive: &[&str]| {
+        let words = ["run", "--accel", "tcg", "--image", "base"];
+        let words = [&words[..], waive, &SMALL, &["--", "echo", "ran"]].concat();
+        let inner = bulkhead.command(&words);
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c"]);
+        command.args([
+            "umount -R /sys/fs/cgroup 2>/dev/null || umount -l /sys/fs/cgroup; exec \"$@\"",
+            "sh",
+        ]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        for (name, value) in inner.get_envs() {
+            command.env(name, value.unwrap());
+        }
+        support::ran(command.output().unwrap())
+    };
+    let refused = run(&[]);
+    assert_eq!(
+        (refused.code, refused.stdout.as_str()),
+        (125, ""),
+        "{refused:?}"
+    );
+    assert!(refused.stderr.contains("cgroup-unavailable"), "{refused:?}");
+    let waived = run(&["--waive", "cgroup"]);
+    assert_eq!(
+        (waived.code, waived.stdout.as_str()),
+        (0, "ran\n"),
+        "{waived:?}"
+    );
+}
+
+#[test]
+fn a_script_in_the_place_of_qemu_is_refused() {
+    let bulkhead = Bulkhead::new();
+    let qemu = bulkhead.runtime().join("qemu");
+    fs::write(&qemu, "#!/bin/sh\nexec qemu-system-x86_64 \"$@\"\n").unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(&qemu, executable).unwrap();
+    let run = bulkhead.run(&["--qemu", qemu.to_str().unwrap(), "--", "true"]);
+    assert_eq!(run.code, 125, "{run:?}");
+    assert!(
+        run.stderr.contains("jail-files") && run.stderr.contains("script"),
+        "{run:?}"
+    );
+}
+
+/// A place that an ordinary user can use: the program, one image, one kernel.
+fn place_for_others(bulkhead: &Bulkhead) -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path();
+    let sh = |script: &str| {
+        let mut shell = Command::new("sh");
+        shell
+            .args(["-ec", script, "sh"])
+            .arg(dir)
+            .arg(bulkhead.state());
+        assert!(
+            shell
+                .arg(env!("CARGO_BIN_EXE_bulkhead"))
+                .status()
+                .unwrap()
+                .success(),
+            "{script}"
+        );
+    };
+    sh("cp \"$3\" $1/bulkhead; mkdir -p $1/state/images/names $1/state/kernels $1/run");
+    sh(
+        "base=$(readlink -f $2/images/names/base); cp -a $base $1/state/images/; \
+        ln -s ../${base##*/} $1/state/images/names/base; cp -rL $2/kernels/tuned $1/state/kernels/; \
+        chown -R 65534:65534 $1",
+    );
+    place
+}
+
+#[test]
+fn an_ordinary_user_gets_what_a_user_namespace_gives() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: an_ordinary_user_gets_a_jail: this user cannot become another one");
+        return;
+    }
+    let place = place_for_others(&Bulkhead::new());
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.arg(place.path().join("bulkhead"));
+    command
+        .args(["--json", "run", "--accel", "tcg", "--image", "base"])
+        .args(SMALL);
+    command
+        .args(["--", "true"])
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin");
+    command
+        .env("BULKHEAD_CONFIG", "none")
+        .env("HOME", place.path());
+    command.env("BULKHEAD_STATE_DIR", place.path().join("state"));
+    command.env("BULKHEAD_RUNTIME_DIR", place.path().join("run"));
+    let run = support::ran(command.output().unwrap());
+    assert_eq!(run.code, 0, "{run:?}");
+    let outcome: Value = serde_json::from_str(&run.stdout).unwrap();
+    let layers = &outcome["layers"];
+    assert_eq!(with(layers, "fail"), [""; 0], "{layers}");
+    let weaker = ["user: Uid", "user: Gid", "user: Groups", "cgroup: group"];
+    assert_eq!(with(layers, "weaker"), weaker, "{layers}");
+    let passed = with(layers, "pass");
+    for one in [
+        "user: CapBnd",
+        "files: mounts",
+        "namespaces: net namespace",
+        "seccomp: Seccomp_filters",
+    ] {
+        assert!(
+            passed.iter().any(|have| have == one),
+            "no {one} in {layers}"
+        );
+    }
+}
