@@ -12,6 +12,7 @@ pub mod error;
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod net;
 pub mod plan;
 pub mod qmp;
 pub mod run;

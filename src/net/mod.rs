@@ -1,0 +1,25 @@
+//! The user-space side of a machine's network: which names it may use, the
+//! resolver and the proxy that hold it to that, and the record of what it did.
+//!
+//! Sockets are handed in: whoever makes the network namespace opens them there
+//!. Nothing here changes the kernel's rules; what has to be
+//! let through is told over a channel.
+
+pub mod address;
+mod domain;
+mod event;
+mod names;
+mod policy;
+mod refusal;
+mod resolver;
+
+pub use domain::{Domain, NotADomain};
+pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
+pub use names::{Feed, Grant, Names};
+pub use policy::{
+    Allowed, BadPattern, HostPattern, Policy, PolicyRequest, Ports, Preset, PresetData, presets,
+};
+pub use refusal::{Code, Refusal};
+pub use resolver::{
+    LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,
+};
