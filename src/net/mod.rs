@@ -9,16 +9,20 @@ pub mod address;
 mod domain;
 mod event;
 mod names;
+mod outgoing;
 mod policy;
+mod proxy;
 mod refusal;
 mod resolver;
 
 pub use domain::{Domain, NotADomain};
 pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
 pub use names::{Feed, Grant, Names};
+pub use outgoing::Outgoing;
 pub use policy::{
     Allowed, BadPattern, HostPattern, Policy, PolicyRequest, Ports, Preset, PresetData, presets,
 };
+pub use proxy::{Proxy, ProxyLimits, Redirect};
 pub use refusal::{Code, Refusal};
 pub use resolver::{
     LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,

@@ -32,6 +32,16 @@ pub struct Sockets {
 #[must_use = "it ends when this is dropped"]
 pub struct Serving(pub(crate) JoinSet<()>);
 
+impl Serving {
+    /// Waits until one of the listeners has ended. None does by itself: only a
+    /// fault of ours ends one.
+    pub async fn ended(&mut self) {
+        if self.0.join_next().await.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 impl Resolver {
     /// Starts to answer on these sockets.
     ///

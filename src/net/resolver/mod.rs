@@ -224,6 +224,11 @@ impl Resolver {
         Arc::clone(&self.0.policy.borrow())
     }
 
+    /// What it is held to, as it changes.
+    pub(super) fn watch_policy(&self) -> watch::Receiver<Arc<Policy>> {
+        self.0.policy.clone()
+    }
+
     /// The addresses of a name, looked up now, for a connection that is made on
     /// the machine's behalf. They are remembered, and let through, as if the
     /// guest had asked.
