@@ -15,6 +15,7 @@ mod proxy;
 mod refusal;
 mod resolver;
 
+pub use address::{Cidr, NotACidr};
 pub use domain::{Domain, NotADomain};
 pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
 pub use names::{Feed, Grant, Names};

@@ -6,7 +6,6 @@
 //! lately tells nothing new.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -193,12 +192,12 @@ fn entropy(label: &str) -> f64 {
 
 /// Longest time after which a full budget is there again.
 #[cfg(test)]
-fn full_again(limits: &ResolverLimits) -> Duration {
+fn full_again(limits: &ResolverLimits) -> std::time::Duration {
     let seconds = |size: u32, rate: u32| size / rate.max(1) + 1;
     let longest = seconds(limits.burst, limits.per_second)
         .max(seconds(limits.name_burst, limits.name_per_second))
         .max(seconds(limits.data_burst, limits.data_per_second));
-    Duration::from_secs(longest.into())
+    std::time::Duration::from_secs(longest.into())
 }
 
 #[cfg(test)]
@@ -271,7 +270,7 @@ mod tests {
             budget
                 .name(&name(&format!("cdn{number}.assets.example.net")))
                 .unwrap();
-            tokio::time::advance(Duration::from_millis(200)).await;
+            tokio::time::advance(std::time::Duration::from_millis(200)).await;
         }
     }
 

@@ -219,7 +219,9 @@ pub(super) fn private_reverse(name: &Domain) -> Option<Refusal> {
     if !name.is_within("arpa") {
         return None;
     }
-    let parsed = Name::from_ascii(name.as_str()).ok()?.parse_arpa_name();
+    let mut whole = Name::from_ascii(name.as_str()).ok()?;
+    whole.set_fqdn(true);
+    let parsed = whole.parse_arpa_name();
     // What is no whole address is of no use either.
     let kind = match parsed {
         Ok(net) if net.prefix_len() == net.max_prefix_len() => address::special(net.addr())?,
