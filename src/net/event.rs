@@ -90,10 +90,12 @@ pub enum QueryResult {
 pub struct Packet {
     /// Protocol: `tcp`, `udp`, `icmp`, or its number.
     pub protocol: String,
-    /// Where from.
-    pub source: Endpoint,
-    /// Where to.
-    pub destination: Endpoint,
+    /// Where from, where it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Endpoint>,
+    /// Where to, where it says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destination: Option<Endpoint>,
     /// The name that the resolver gave the address out for, where it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

@@ -12,6 +12,7 @@ mod names;
 mod outgoing;
 mod policy;
 mod proxy;
+pub mod record;
 mod refusal;
 mod resolver;
 
@@ -24,6 +25,7 @@ pub use policy::{
     Allowed, BadPattern, HostPattern, Policy, PolicyRequest, Ports, Preset, PresetData, presets,
 };
 pub use proxy::{Proxy, ProxyLimits, Redirect};
+pub use record::{Learned, Summary, Taps};
 pub use refusal::{Code, Refusal};
 pub use resolver::{
     LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,
