@@ -30,3 +30,11 @@ pub use refusal::{Code, Refusal};
 pub use resolver::{
     LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,
 };
+
+/// Doors for the fuzzer.
+#[cfg(fuzzing)]
+pub mod fuzz {
+    pub use super::proxy::fuzz::{chunks, http, tls};
+    pub use super::record::take_bytes as netlink;
+    pub use super::resolver::fuzz::{answer, question};
+}

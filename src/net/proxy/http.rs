@@ -7,8 +7,9 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::tcp::ReadHalf;
 use tokio::time::Instant;
 
+use super::chunks::Chunks;
 use super::relay::{self, Account, End};
-use super::request::{self, Body, Chunks, Head};
+use super::request::{self, Body, Head};
 use super::{Client, Code, Progress, Proxy, Refusal, Stop, refusal};
 use crate::net::domain::Domain;
 

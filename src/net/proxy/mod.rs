@@ -5,6 +5,9 @@
 //! on as they came: nothing is decrypted. Where a connection goes is decided by
 //! the resolver's answers for that name, not by the address the guest chose.
 
+mod chunks;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod hello;
 mod http;
 mod listen;

@@ -26,11 +26,13 @@ impl Learned {
     /// Takes in one event.
     pub fn take(&mut self, event: &Event) {
         match &event.what {
-            What::Query(query) => match query.refusal.as_ref().map(|refusal| refusal.code) {
+            What::Query(query) => {
+                let code = query.refusal.as_ref().map(|refusal| refusal.code);
                 // What is denied by name, or looks like data, stays so.
-                Some(Code::HostNotAllowed | Code::NameSpecial) => self.host(&query.name, None),
-                _ => {}
-            },
+                if let Some(Code::HostNotAllowed | Code::NameSpecial) = code {
+                    self.host(&query.name, None);
+                }
+            }
             What::Packet(packet) => {
                 let Some(to) = packet.destination else {
                     return;
