@@ -8,6 +8,7 @@
 pub mod address;
 mod domain;
 mod event;
+mod forward;
 mod names;
 mod outgoing;
 mod policy;
@@ -19,6 +20,7 @@ mod resolver;
 pub use address::{Cidr, NotACidr};
 pub use domain::{Domain, NotADomain};
 pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
+pub use forward::{NotAPublish, Publish, forward};
 pub use names::{Feed, Grant, Names};
 pub use outgoing::Outgoing;
 pub use policy::{
