@@ -1,13 +1,15 @@
 //! What a machine's network did, one event a line of JSON.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
+use super::bucket::Bucket;
 use super::refusal::Refusal;
 
 /// Something that happened.
@@ -169,20 +171,30 @@ pub struct Proxied {
     pub failure: Option<String>,
 }
 
-/// Takes events for one machine. Never waits: what the reader has no time for
-/// is counted and told as [`What::Lost`]. Cheap to clone.
+/// Events a second that are taken in for good: a guest can cause any number of
+/// them, and somebody writes them to a disk.
+const PER_SECOND: u32 = 200;
+
+/// Takes events for one machine. Never waits: what the reader has no time for,
+/// and what comes too fast for long, is counted and told as [`What::Lost`].
+/// Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Journal {
     machine: Arc<str>,
     events: mpsc::Sender<Event>,
     lost: Arc<AtomicU64>,
+    rate: Arc<Mutex<Bucket>>,
 }
 
 impl Journal {
-    /// A journal and where its events come out; `room` of them may wait.
+    /// A journal and where its events come out; `room` of them may wait, and
+    /// as many, but at least a thousand, may come at once.
     pub fn new(machine: &str, room: usize) -> (Self, mpsc::Receiver<Event>) {
         let (events, receiver) = mpsc::channel(room.max(2));
+        let burst = u32::try_from(room.max(1000)).unwrap_or(u32::MAX);
+        let rate = Bucket::new(burst, PER_SECOND, Instant::now());
         let journal = Self {
+            rate: Arc::new(Mutex::new(rate)),
             machine: machine.into(),
             events,
             lost: Arc::new(AtomicU64::new(0)),
@@ -192,6 +204,13 @@ impl Journal {
 
     /// Takes in an event that happens now.
     pub fn note(&self, what: What) {
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        let within = rate.take(1, Instant::now());
+        drop(rate);
+        if !within {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0 && !self.offer(What::Lost { count: lost }) {
             self.lost.fetch_add(lost, Ordering::Relaxed);

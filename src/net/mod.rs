@@ -6,6 +6,7 @@
 //! let through is told over a channel.
 
 pub mod address;
+mod bucket;
 mod domain;
 mod event;
 mod forward;

@@ -60,9 +60,13 @@ impl Upstream {
     pub(crate) async fn new(
         say: impl Fn(&str, RecordType, bool) -> Says + Send + Sync + 'static,
     ) -> Self {
-        let udp = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
-        let address = udp.local_addr().unwrap();
-        let tcp = tokio::net::TcpListener::bind(address).await.unwrap();
+        let (sockets, address) = sockets("127.0.0.1:0");
+        let Sockets { mut udp, mut tcp } = sockets;
+        let (udp, tcp) = (udp.remove(0), tcp.remove(0));
+        udp.set_nonblocking(true).unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let udp = tokio::net::UdpSocket::from_std(udp).unwrap();
+        let tcp = tokio::net::TcpListener::from_std(tcp).unwrap();
         let asked: Arc<Mutex<Vec<_>>> = Arc::default();
         let (udp, say, log) = (Arc::new(udp), Arc::new(say), Arc::clone(&asked));
         let answer = move |bytes: &[u8], tcp: bool| {

@@ -163,10 +163,9 @@ impl<W: AsyncWrite + Unpin> Requests<'_, W> {
     /// Reads some more; `false` at the end.
     async fn read(&mut self) -> io::Result<bool> {
         use tokio::io::AsyncReadExt as _;
-        let room = BUFFER.min(request::LONGEST + BUFFER - self.buffer.len().min(BUFFER));
-        self.buffer.reserve(room);
+        self.buffer.reserve(BUFFER);
         let length = (&mut self.from)
-            .take(room as u64)
+            .take(BUFFER as u64)
             .read_buf(&mut self.buffer)
             .await?;
         Ok(length > 0)

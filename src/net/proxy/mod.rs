@@ -251,17 +251,19 @@ impl Proxy {
         let mut last = String::from("it has no address");
         for address in addresses {
             let to = SocketAddr::new(address, port);
-            match tokio::time::timeout_at(end, self.0.outgoing.connect(to)).await {
+            // One that does not answer does not take the time of the others.
+            let patience = end.min(Instant::now() + self.0.limits.connect / 3);
+            match tokio::time::timeout_at(patience, self.0.outgoing.connect(to)).await {
                 Ok(Ok(stream)) => {
                     client.event.connected = Some(to);
                     stream.set_nodelay(true)?;
                     return Ok(stream);
                 }
                 Ok(Err(error)) => last = format!("cannot connect to {to}: {error}"),
-                Err(_) => {
-                    last = format!("{to} does not answer");
-                    break;
-                }
+                Err(_) => last = format!("{to} does not answer"),
+            }
+            if Instant::now() >= end {
+                break;
             }
         }
         Err(Stop::Failed(last))

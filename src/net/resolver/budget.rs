@@ -10,6 +10,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use tokio::time::Instant;
 
 use super::ResolverLimits;
+use crate::net::bucket::Bucket;
 use crate::net::domain::Domain;
 use crate::net::refusal::{Code, Refusal};
 
@@ -24,38 +25,6 @@ const DENSE_ENTROPY: f64 = 3.3;
 const DENSE_MOST: usize = 90;
 /// What a character of such a label costs.
 const DENSE_COST: u32 = 4;
-
-/// A bucket that fills up again.
-#[derive(Debug)]
-struct Bucket {
-    left: f64,
-    size: f64,
-    per_second: f64,
-    at: Instant,
-}
-
-impl Bucket {
-    fn new(size: u32, per_second: u32, at: Instant) -> Self {
-        let size = f64::from(size);
-        Self {
-            left: size,
-            size,
-            per_second: f64::from(per_second),
-            at,
-        }
-    }
-
-    fn take(&mut self, amount: u32, now: Instant) -> bool {
-        let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.at = now;
-        self.left = (self.left + passed * self.per_second).min(self.size);
-        let enough = self.left >= f64::from(amount);
-        if enough {
-            self.left -= f64::from(amount);
-        }
-        enough
-    }
-}
 
 /// What is left to one machine.
 #[derive(Debug)]

@@ -43,6 +43,8 @@ use upstream::Upstreams;
 const LIFE_LEAST: Duration = Duration::from_secs(60);
 /// And at most.
 const LIFE_MOST: Duration = Duration::from_secs(3600);
+/// So much longer than the guest is told: it may connect in the last moment.
+const GRACE: Duration = Duration::from_secs(10);
 /// How long it may take to let an address through.
 const FEED_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -168,49 +170,67 @@ impl Resolver {
     /// The name may not be looked up, has no address that may be reached, or
     /// nobody answers.
     pub async fn lookup(&self, name: &Domain, ipv6: bool) -> Result<Vec<IpAddr>, LookupError> {
+        let since = Instant::now();
         let kind = if ipv6 {
             RecordType::AAAA
         } else {
             RecordType::A
         };
+        let found = self.look_up(name, kind).await;
+        let (result, addresses, refusal) = match &found {
+            Ok(addresses) => (QueryResult::Answered, addresses.clone(), None),
+            Err(LookupError::Refused(refusal)) => {
+                (QueryResult::Refused, Vec::new(), Some(refusal.clone()))
+            }
+            Err(LookupError::Failed { .. }) => (QueryResult::Failed, Vec::new(), None),
+        };
+        self.note(name.to_string(), kind.to_string(), result, since, |query| {
+            query.addresses = addresses;
+            query.refusal = refusal;
+        });
+        found
+    }
+
+    async fn look_up(&self, name: &Domain, kind: RecordType) -> Result<Vec<IpAddr>, LookupError> {
         let policy = self.policy();
         let allowed = policy.name(name)?;
-        let failed = |why: String| LookupError::Failed {
-            name: name.clone(),
-            why,
+        // A name in a handshake is as good a way out as one in a question.
+        {
+            let mut budget = self.0.budget();
+            budget.question()?;
+            if !allowed.exact {
+                budget.name(name)?;
+            }
+        }
+        let failed = |why: String| {
+            let name = name.clone();
+            LookupError::Failed { name, why }
         };
         let question = Question::of(name, kind).ok_or_else(|| failed("it does not fit".into()))?;
         let Some(place) = self.place(name) else {
             return Err(failed("too many questions are under way".into()));
         };
-        let sifted = self
-            .find(&question, &policy)
-            .await
-            .map_err(|error| match error {
-                LookupError::Refused(refusal) => LookupError::Refused(refusal),
-                LookupError::Failed { why, .. } => failed(why),
-            })?;
+        let sifted = self.find(&question, &policy).await?;
         drop(place);
         self.let_through(name, &allowed, &sifted)
             .await
             .map_err(failed)?;
         if sifted.addresses.is_empty() {
             let cause = format!("{name} has no address that may be reached");
-            let remedy = "Check the name.";
-            return Err(Refusal::built_in(Code::NoAddress, cause, remedy).into());
+            return Err(Refusal::built_in(Code::NoAddress, cause, "Check the name.").into());
         }
-        Ok(sifted
-            .addresses
-            .into_iter()
-            .map(|(address, _)| address)
-            .collect())
+        let addresses = sifted.addresses.into_iter();
+        Ok(addresses.map(|(address, _)| address).collect())
     }
 
     /// All that can be said without asking anybody.
     fn step(&self, bytes: &[u8]) -> Step {
         let since = Instant::now();
+        let within = self.0.budget().question();
         let question = match hear(bytes) {
             Heard::Noise => return Step::Nothing,
+            // What makes no sense is not worth an answer beyond the rate.
+            Heard::Wrong(_) | Heard::Refused { .. } if within.is_err() => return Step::Nothing,
             Heard::Wrong(bytes) => return Step::Bytes(bytes),
             Heard::Refused {
                 reply,
@@ -232,7 +252,7 @@ impl Resolver {
             });
             Step::Reply(reply)
         };
-        if let Err(refusal) = self.0.budget().question() {
+        if let Err(refusal) = within {
             return refuse(refusal);
         }
         let allowed = match self.policy().name(&question.name) {
@@ -368,7 +388,7 @@ impl Resolver {
         if sifted.addresses.is_empty() {
             return Ok(());
         }
-        let life = |ttl| Duration::from_secs(u64::from(ttl)).clamp(LIFE_LEAST, LIFE_MOST);
+        let life = |ttl| Duration::from_secs(u64::from(ttl)).clamp(LIFE_LEAST, LIFE_MOST) + GRACE;
         let grant = |&(address, ttl): &(IpAddr, u32)| Grant {
             name: name.clone(),
             address,
