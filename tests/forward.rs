@@ -14,7 +14,7 @@ use support::Bulkhead;
 const SERVICE: &str = r#"
 use IO::Socket::INET;
 $| = 1;
-my $s = IO::Socket::INET->new(Listen => 50, LocalAddr => "127.0.0.1", LocalPort => 80, ReuseAddr => 1) or die $!;
+my $s = IO::Socket::INET->new(Listen => 50, LocalAddr => "127.0.0.1", LocalPort => 8000, ReuseAddr => 1) or die $!;
 print "listening\n";
 while (my $c = $s->accept) {
     next if fork;
@@ -73,12 +73,18 @@ impl Drop for Forward {
 fn a_service_without_a_network_is_reached_from_the_host() {
     let bulkhead = Bulkhead::new().with_own_state();
     let vm = bulkhead.create("fwd", &["--", "perl", "-e", SERVICE]);
-    bulkhead.must_fail(&["forward", "fwd", "0:80"], "state-conflict");
+    bulkhead.must_fail(&["forward", "fwd", "0:8000"], "state-conflict");
     vm.start();
+    let begin = std::time::Instant::now();
     while !bulkhead.must(&["logs", "fwd"]).contains("listening") {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "{}",
+            vm.inspect()
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
-    let mut forward = Forward::new(&bulkhead, "fwd", "0:80");
+    let mut forward = Forward::new(&bulkhead, "fwd", "0:8000");
     assert!(forward.address.ip().is_loopback());
 
     // The service speaks first, and hears the end of what it is told.
@@ -117,13 +123,13 @@ fn a_service_without_a_network_is_reached_from_the_host() {
     assert_eq!(answer, "hello ");
 
     // Where nobody listens in the guest, the connection ends and it is told why.
-    let mut closed = Forward::new(&bulkhead, "fwd", "0:81");
+    let mut closed = Forward::new(&bulkhead, "fwd", "0:8001");
     let mut stream = closed.connect();
     assert!(matches!(stream.read(&mut [0; 8]), Ok(0) | Err(_)));
     let mut line = String::new();
     closed.stderr.read_line(&mut line).unwrap();
     assert!(
-        line.contains("connect to port 81") && line.contains("refused"),
+        line.contains("connect to port 8001") && line.contains("refused"),
         "{line:?}"
     );
 

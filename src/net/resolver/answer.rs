@@ -6,7 +6,7 @@ use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::rdata::svcb::{Mandatory, SvcParamKey, SvcParamValue};
 use hickory_proto::rr::rdata::{HTTPS, SVCB};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
-use hickory_proto::serialize::binary::{BinDecodable, BinEncodable};
+use hickory_proto::serialize::binary::BinEncodable;
 
 use super::question::{Question, domain};
 use super::{Reach, ResolverLimits};
@@ -75,7 +75,6 @@ pub(super) fn sift(
         sifted.add(question, &owner, ttl, RData::CNAME(target.clone()));
         owner = target.0.to_lowercase();
     }
-    sifted.records.retain(is_readable);
     let size: usize = sifted.records.iter().map(size).sum();
     if size > limits.answer_bytes {
         let cause = format!("the answer for {} has {size} bytes", question.name);
@@ -172,13 +171,6 @@ fn nothing(record: &Record, name: &Name) -> Option<Record> {
     let fits = record.dns_class == DNSClass::IN && record.name.zone_of(name);
     let ttl = record.ttl.min(soa.minimum).min(NOTHING_TTL);
     fits.then(|| Record::from_rdata(record.name.clone(), ttl, record.data.clone()))
-}
-
-/// Whether the record can be read again from what we write: hickory reads one
-/// without content as part of an update, and does not take it in an answer.
-fn is_readable(record: &Record) -> bool {
-    let bytes = record.to_bytes();
-    bytes.is_ok_and(|bytes| Record::<RData>::from_bytes(&bytes).is_ok())
 }
 
 /// Bytes of a record, names not compressed.

@@ -1,6 +1,6 @@
 //! Doors for the fuzzer: what a guest and an upstream may say.
 
-use hickory_proto::op::Message;
+use hickory_proto::op::{Message, OpCode};
 use hickory_proto::rr::{RData, RecordType};
 
 use super::answer::sift;
@@ -55,6 +55,10 @@ pub fn answer(bytes: &[u8], kind: u16, ipv6: bool) {
     let Ok(answer) = Message::from_vec(bytes) else {
         return;
     };
+    // As where it is received: an update may have records without content.
+    if answer.metadata.op_code != OpCode::Query {
+        return;
+    }
     let kind = RecordType::from(kind);
     let name = Domain::parse("example.org").expect("it is one");
     let question = Question::of(&name, kind).expect("it fits");
