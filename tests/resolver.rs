@@ -697,3 +697,15 @@ async fn nonsense_beyond_the_rate_has_no_answer() {
     let told = rig.told().len();
     assert!((1..=25).contains(&told), "{told}");
 }
+
+/// Found by the fuzzer.
+#[tokio::test]
+async fn a_name_that_begins_with_a_hyphen_is_looked_up() {
+    let upstream = one_for_all().await;
+    let rig = Rig::new(vec![upstream.address], Wish::default());
+    let mut asked = dns::question("xodd.example.org", RecordType::A);
+    asked[13] = b'-';
+    let answer = rig.ask_raw(&asked).await.unwrap();
+    assert_eq!(addresses(&answer), [IpAddr::V4(PUBLIC)]);
+    assert_eq!(upstream.asked_names(), ["-odd.example.org"]);
+}

@@ -34,9 +34,9 @@ pub(crate) struct Upstream {
 }
 
 pub(crate) fn name(text: &str) -> Name {
-    let mut name = Name::from_ascii(text).unwrap();
-    name.set_fqdn(true);
-    name
+    // Label by label, so that a name may begin with a hyphen.
+    let labels = text.split('.').filter(|label| !label.is_empty());
+    Name::from_labels(labels.map(str::as_bytes)).unwrap()
 }
 
 pub(crate) fn a(owner: &str, address: &str, ttl: u32) -> Record {
@@ -72,7 +72,8 @@ impl Upstream {
         let answer = move |bytes: &[u8], tcp: bool| {
             let request = Message::from_vec(bytes).unwrap();
             let query = request.queries[0].clone();
-            let text = query.name.to_ascii().trim_end_matches('.').to_owned();
+            let labels: Vec<_> = query.name.iter().map(String::from_utf8_lossy).collect();
+            let text = labels.join(".");
             log.lock()
                 .unwrap()
                 .push((text.clone(), query.query_type, tcp));

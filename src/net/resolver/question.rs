@@ -158,8 +158,7 @@ pub(super) fn hear(bytes: &[u8]) -> Heard {
 impl Question {
     /// A question that nobody of the guest's has asked.
     pub(super) fn of(name: &Domain, kind: RecordType) -> Option<Self> {
-        let mut written = Name::from_ascii(name.as_str()).ok()?;
-        written.set_fqdn(true);
+        let written = wire_name(name)?;
         let mut request = Message::query();
         request.add_query(Query::query(written, kind));
         Some(Self {
@@ -171,8 +170,7 @@ impl Question {
 
     /// The question for an upstream: nothing of the guest's but name and type.
     pub(super) fn query(&self) -> Option<Query> {
-        let mut name = Name::from_ascii(self.name.as_str()).ok()?;
-        name.set_fqdn(true);
+        let name = wire_name(&self.name)?;
         Some(Query::query(name, self.kind))
     }
 
@@ -200,6 +198,12 @@ impl Question {
     }
 }
 
+/// A host's name as messages have it. Label by label: what is read from text
+/// may not begin with a hyphen, and some hosts' names do.
+fn wire_name(name: &Domain) -> Option<Name> {
+    Name::from_labels(name.labels().map(str::as_bytes)).ok()
+}
+
 /// A name from a message, as a host's.
 pub(super) fn domain(name: &Name) -> Result<Domain, Refusal> {
     let labels: Vec<&[u8]> = name.iter().collect();
@@ -219,9 +223,7 @@ pub(super) fn private_reverse(name: &Domain) -> Option<Refusal> {
     if !name.is_within("arpa") {
         return None;
     }
-    let mut whole = Name::from_ascii(name.as_str()).ok()?;
-    whole.set_fqdn(true);
-    let parsed = whole.parse_arpa_name();
+    let parsed = wire_name(name)?.parse_arpa_name();
     // What is no whole address is of no use either.
     let kind = match parsed {
         Ok(net) if net.prefix_len() == net.max_prefix_len() => address::special(net.addr())?,
