@@ -678,3 +678,65 @@ async fn a_segmented_hello_and_one_sent_to_another_address() {
     }
     assert!(world.evil.lock().unwrap().is_empty());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_parts_together_write_a_record_and_sum_it_up() {
+    use bulkhead::net::{Filter, FilterConfig, Inside};
+    if let Some(why) = missing() {
+        println!("skipped: all_parts_together_write_a_record_and_sum_it_up: {why}");
+        return;
+    }
+    let router = Netns::new("r");
+    router.ip(&["addr", "add", "198.18.0.1/32", "dev", "lo"]);
+    let upstream = Upstream::new(|name, _, _| Says::Records(vec![a(name, GOOD, 60)])).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("network.jsonl");
+    let gateway = [GATEWAY.parse().unwrap()];
+    let inside = router.inside(|| Inside::open(&gateway, Some(3129), GROUP).unwrap());
+    let config = FilterConfig {
+        machine: "m1".into(),
+        policy: dns::policy(Preset::Offline, &["good.org"], &[]),
+        reach: Reach::default(),
+        upstreams: vec![upstream.address],
+        guests: vec![GUEST.parse().unwrap()],
+        record: path.clone(),
+    };
+    let (filter, mut fed) = Filter::start(inside, config).unwrap();
+    let granted = tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Some(Feed { grants, done }) = fed.recv().await {
+            all.extend(grants.into_iter().map(|grant| grant.address.to_string()));
+            let _ = done.send(Ok(()));
+        }
+        all
+    });
+    let dig = async |name: &str| {
+        let words = ["dig", "+time=3", "+tries=1", "@198.18.0.1", name];
+        let output = tokio::process::Command::from(router.command(&words))
+            .output()
+            .await;
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    assert!(dig("good.org").await.contains(GOOD));
+    assert!(dig("evil.org").await.contains("REFUSED"));
+    let gone = filter.set_policy(dns::policy(Preset::Offline, &[], &[]));
+    assert_eq!(
+        gone.into_iter()
+            .map(|one| one.to_string())
+            .collect::<Vec<_>>(),
+        [GOOD]
+    );
+    assert!(dig("good.org").await.contains("REFUSED"));
+    assert_eq!(filter.summary().queries, 3);
+    let (summary, learned, written) = filter.end().await;
+    written.unwrap();
+    assert_eq!(granted.await.unwrap(), [GOOD]);
+    assert_eq!(summary.line(), "0 hosts, 2 refused");
+    assert_eq!(learned.policy().allow_hosts.len(), 2);
+    let text = std::fs::read_to_string(path).unwrap();
+    let events: Vec<Event> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert!(events.len() == 3 && events.iter().all(|event| event.machine == "m1"));
+}

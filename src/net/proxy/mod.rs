@@ -7,7 +7,7 @@
 
 mod chunks;
 #[cfg(fuzzing)]
-pub mod fuzz;
+pub(super) mod fuzz;
 mod hello;
 mod http;
 mod listen;

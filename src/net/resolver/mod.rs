@@ -9,7 +9,7 @@ mod answer;
 mod budget;
 mod config;
 #[cfg(fuzzing)]
-pub mod fuzz;
+pub(super) mod fuzz;
 mod hosts;
 mod listen;
 mod question;
