@@ -33,7 +33,7 @@ struct Strict {
     address: SocketAddr,
     got: Got,
     events: mpsc::Receiver<bulkhead::net::Event>,
-    _serving: Serving,
+    serving: Option<Serving>,
 }
 
 /// What the host does with a connection.
@@ -85,13 +85,13 @@ impl Strict {
         let rig = Rig::new(vec![upstream.address], wish);
         let (journal, events) = Journal::new("test", 100_000);
         let proxy = Proxy::new(rig.resolver.clone(), Outgoing::here(), journal, limits);
-        let _serving = proxy.serve(vec![listener], Redirect::Tproxy).unwrap();
+        let serving = Some(proxy.serve(vec![listener], Redirect::Tproxy).unwrap());
         Self {
             rig,
             address,
             got,
             events,
-            _serving,
+            serving,
         }
     }
 
@@ -516,4 +516,17 @@ async fn ten_thousand_connections_are_bounded() {
 
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[tokio::test]
+async fn what_is_open_at_the_end_is_noted_too() {
+    let mut strict = Strict::echo().await;
+    let hello = one_hello("allowed.org");
+    let mut stream = strict.connect().await;
+    stream.write_all(&hello).await.unwrap();
+    stream.read_exact(&mut vec![0; hello.len()]).await.unwrap();
+    drop(strict.serving.take());
+    let event = strict.event().await;
+    assert_eq!(event.sent, hello.len() as u64);
+    assert!(event.failure.unwrap().contains("ended"));
 }

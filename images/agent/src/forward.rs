@@ -1,6 +1,5 @@
 //! Connections from the host to services in the guest, without a network.
 
-use std::future::Future;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -15,15 +14,13 @@ use crate::server::Stream;
 
 /// Connects to a port on loopback and carries bytes both ways, until the service
 /// ends the connection.
-pub(crate) fn connect(stream: Arc<Stream>, port: u16) -> impl Future<Output = Exit> + Send {
-    async move {
-        match carry(&stream, port).await {
-            Ok(()) => Exit {
-                code: Some(0),
-                ..Exit::default()
-            },
-            Err(failure) => stream.refuse(failure),
-        }
+pub(crate) async fn connect(stream: Arc<Stream>, port: u16) -> Exit {
+    match carry(&stream, port).await {
+        Ok(()) => Exit {
+            code: Some(0),
+            ..Exit::default()
+        },
+        Err(failure) => stream.refuse(failure),
     }
 }
 

@@ -109,6 +109,20 @@ struct Client {
     event: Proxied,
     account: Arc<Account>,
     since: Instant,
+    journal: Journal,
+    /// What is wrong with it if it ends now.
+    failure: Option<String>,
+}
+
+/// However it ends, it is noted.
+impl Drop for Client {
+    fn drop(&mut self) {
+        let mut event = self.event.clone();
+        (event.sent, event.received) = self.account.bytes();
+        event.ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        event.failure = self.failure.take();
+        self.journal.note(What::Proxied(event));
+    }
 }
 
 impl Proxy {
@@ -128,7 +142,7 @@ impl Proxy {
         }))
     }
 
-    /// Serves one connection to its end, and notes it.
+    /// Serves one connection to its end.
     async fn converse(&self, stream: TcpStream, source: SocketAddr, destination: SocketAddr) {
         let mut client = Client {
             stream,
@@ -149,21 +163,16 @@ impl Proxy {
             },
             account: Arc::default(),
             since: Instant::now(),
+            journal: self.0.journal.clone(),
+            failure: Some("the machine's network ended".into()),
         };
-        match self.serve_client(&mut client).await {
+        let result = self.serve_client(&mut client).await;
+        client.failure = None;
+        match result {
             Ok(()) => {}
             Err(Stop::Refused(refusal)) => client.event.refusal = Some(refusal),
-            Err(Stop::Failed(why)) => client.event.failure = Some(why),
+            Err(Stop::Failed(why)) => client.failure = Some(why),
         }
-        let Client {
-            mut event,
-            account,
-            since,
-            ..
-        } = client;
-        (event.sent, event.received) = account.bytes();
-        event.ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.0.journal.note(What::Proxied(event));
     }
 
     async fn serve_client(&self, client: &mut Client) -> Result<(), Stop> {
