@@ -616,7 +616,10 @@ async fn a_new_policy_counts_from_the_next_question_on() {
     let rig = Rig::new(vec![upstream.address], Wish::default());
     assert_eq!(rig.ask("example.org", RecordType::A).await.answers.len(), 1);
     let stricter = dns::policy(Preset::Dev, &[], &["example.org"]);
-    assert_eq!(rig.resolver.names().revoke(&stricter), [IpAddr::V4(PUBLIC)]);
+    let narrower = dns::policy(Preset::Offline, &["example.org:22"], &[]);
+    let left = rig.resolver.names().follow(&narrower);
+    assert!(left.len() == 1 && left[0].ports.contains(22) && !left[0].ports.contains(443));
+    assert!(rig.resolver.names().follow(&stricter).is_empty());
     rig.policy.send(std::sync::Arc::new(stricter)).unwrap();
     let answer = rig.ask("example.org", RecordType::A).await;
     assert_eq!(answer.metadata.response_code, ResponseCode::Refused);

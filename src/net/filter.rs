@@ -1,6 +1,5 @@
 //! Resolver, proxy and record of one machine, put together.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
@@ -11,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::event::{Event, Journal};
-use super::names::{Feed, Names};
+use super::names::{Feed, Grant, Names};
 use super::outgoing::Outgoing;
 use super::policy::Policy;
 use super::proxy::{Proxy, ProxyLimits, Redirect};
@@ -136,13 +135,13 @@ impl Filter {
         Ok((filter, fed))
     }
 
-    /// Changes the policy, and gives the addresses that are to be let through no
-    /// longer. Proxied connections that it forbids are cut.
-    pub fn set_policy(&self, policy: Policy) -> BTreeSet<IpAddr> {
+    /// Changes the policy, and gives what is to be let through from now on, in the
+    /// place of what was before. Proxied connections that it forbids are cut.
+    pub fn set_policy(&self, policy: Policy) -> Vec<Grant> {
         let policy = Arc::new(policy);
         // First the new answers, then the old addresses: not the other way round.
         self.policy.send_replace(Arc::clone(&policy));
-        self.names.revoke(&policy).into_iter().collect()
+        self.names.follow(&policy)
     }
 
     /// What the machine's network came to so far.

@@ -82,23 +82,29 @@ impl Names {
         names.iter().max_by_key(until).cloned()
     }
 
-    /// Forgets what a new policy does not allow, and gives the addresses that no
-    /// allowed name has any more: they are to be let through no longer.
-    pub fn revoke(&self, policy: &Policy) -> Vec<IpAddr> {
+    /// Forgets what a new policy does not allow, and gives what is to be let
+    /// through from now on: all of it, in the place of what was before.
+    pub fn follow(&self, policy: &Policy) -> Vec<Grant> {
+        let now = Instant::now();
         let mut table = self.lock();
-        let gone: Vec<(Domain, IpAddr)> = table
-            .until
-            .keys()
-            .filter(|(name, _)| policy.name(name).is_err())
-            .cloned()
-            .collect();
-        let mut addresses = BTreeSet::new();
-        for key in gone {
-            table.forget(&key);
-            addresses.insert(key.1);
+        let (mut gone, mut grants) = (Vec::new(), Vec::new());
+        for ((name, address), until) in &table.until {
+            match policy.name(name) {
+                Err(_) => gone.push((name.clone(), *address)),
+                Ok(allowed) if *until > now => grants.push(Grant {
+                    name: name.clone(),
+                    address: *address,
+                    ports: allowed.ports,
+                    lifetime: *until - now,
+                    rule: allowed.rule,
+                }),
+                Ok(_) => {}
+            }
         }
-        addresses.retain(|address| !table.names.contains_key(address));
-        addresses.into_iter().collect()
+        for key in &gone {
+            table.forget(key);
+        }
+        grants
     }
 
     /// How many pairs are kept.
@@ -185,8 +191,13 @@ mod tests {
             ..PolicyRequest::default()
         };
         let policy = Policy::new(&request).unwrap();
-        // The first is still an address of one.org.
-        assert_eq!(names.revoke(&policy), [address(2)]);
+        let left = names.follow(&policy);
+        assert_eq!(left.len(), 1);
+        assert_eq!(
+            (left[0].name.as_str(), left[0].address),
+            ("one.org", address(1))
+        );
+        assert_eq!(left[0].lifetime, minute);
         assert!(names.is_current(&name("one.org"), address(1)));
         assert!(!names.is_current(&name("two.org"), address(1)));
     }
