@@ -2,9 +2,10 @@
 //!
 //! Data flows one way: a [`spec`] becomes a [`plan`], a plan acquires leases on
 //! the [`host`], leases and arguments make a process ([`vmm`]), the process
-//! gives a monitor ([`qmp`]) and a channel ([`guest`]), the channel an outcome
-//! ([`run`]), or a machine that outlives its command ([`supervise`]). A module
-//! imports only from those before it.
+//! gives a monitor ([`qmp`]) and a channel ([`guest`]), its network is watched
+//! over ([`net`]), the channel gives an outcome ([`run`]), or a machine that
+//! outlives its command ([`supervise`]). A module imports only from those
+//! before it.
 
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -12,6 +13,7 @@ pub mod error;
 pub mod guest;
 pub mod host;
 pub mod image;
+pub mod net;
 pub mod plan;
 pub mod qmp;
 pub mod run;

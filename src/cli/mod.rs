@@ -8,6 +8,7 @@ mod create;
 mod doctor;
 mod each;
 mod exec;
+mod forward;
 mod gc;
 mod image;
 mod inspect;
@@ -114,6 +115,8 @@ enum Verb {
     Attach(exec::Attach),
     /// Copy files into a machine or out of it.
     Cp(cp::Args),
+    /// Lead ports of this host to services in a machine.
+    Forward(forward::Args),
     /// Show what commands of a machine wrote, or its serial console.
     Logs(logs::Args),
     /// List machines.
@@ -211,6 +214,7 @@ pub fn main() -> ExitCode {
             Verb::Exec(args) => exec::run(args, &global).await,
             Verb::Attach(args) => exec::attach(args, &global).await,
             Verb::Cp(args) => cp::run(args, &global).await,
+            Verb::Forward(args) => forward::run(args, &global).await,
             Verb::Logs(args) => logs::run(args, &global).await,
             Verb::Ls(args) => ls::run(args, &global).await,
             Verb::Stats(args) => stats::run(args, &global).await,

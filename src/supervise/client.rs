@@ -1,5 +1,7 @@
 //! Reaching the supervisor of a machine.
 
+use std::io;
+use std::net::TcpListener;
 use std::time::Duration;
 
 use bulkhead_agent::{FileKind, Reply, Request};
@@ -8,6 +10,7 @@ use super::error::SuperviseError;
 use super::view::Live;
 use super::wire::{Answer, Ask, ExecId, ExecInfo, ExecRequest, Open, Settings};
 use crate::guest::{Channel, GuestError};
+use crate::net::{self, Serving};
 use crate::run::{Commanded, ControlError, Controller, Dirs, Io, command};
 use crate::spec::{Timeout, VmId};
 
@@ -195,6 +198,49 @@ impl Client {
             }
             .into()),
         }
+    }
+
+    /// A channel over which ports are forwarded.
+    ///
+    /// # Errors
+    /// No supervisor answers.
+    pub async fn forward_channel(&self) -> Result<Channel, SuperviseError> {
+        self.streams().await
+    }
+
+    /// Carries connections to `listener` to a port on the guest's loopback;
+    /// `told` hears why one cannot be.
+    ///
+    /// # Errors
+    /// The listener cannot be watched.
+    pub fn forward(
+        channel: &Channel,
+        listener: TcpListener,
+        port: u16,
+        told: impl Fn(GuestError) + Clone + Send + Sync + 'static,
+    ) -> io::Result<Serving> {
+        // The channel ends with its last clone: the caller keeps one.
+        let channel = channel.clone();
+        let connect = move || {
+            let channel = channel.clone();
+            async move {
+                let what = format!("connect to port {port}");
+                let request = Request::Connect { port };
+                let asked = async {
+                    let mut stream = channel.open_with(&Open::Guest { request }).await?;
+                    stream.started(&what).await?;
+                    Ok(stream)
+                };
+                match tokio::time::timeout(ANSWER, asked).await {
+                    Ok(result) => result,
+                    Err(_) => Err(GuestError::Timeout {
+                        what: what.clone(),
+                        after: ANSWER,
+                    }),
+                }
+            }
+        };
+        net::forward(listener, connect, told)
     }
 
     /// A channel to the supervisor, over which streams are opened.

@@ -443,9 +443,13 @@ impl Execs {
         // What changes the machine itself is the supervisor's to ask.
         if !matches!(
             request,
-            Request::Put { .. } | Request::Get { .. } | Request::Stat { .. } | Request::Info
+            Request::Put { .. }
+                | Request::Get { .. }
+                | Request::Stat { .. }
+                | Request::Connect { .. }
+                | Request::Info
         ) {
-            let why = "only transfers are passed on to the guest";
+            let why = "only transfers and connections are passed on to the guest";
             to.refuse(failure(FailureKind::Invalid, why)).await;
             return;
         }

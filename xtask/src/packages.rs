@@ -28,6 +28,11 @@ const NEEDED: &[Package] = &[
     package("pkg-config", "finds libraries at build time"),
     package("libmnl-dev", "talks to the kernel's firewall"),
     package("libnftnl-dev", "talks to the kernel's firewall"),
+    package("bind9-dnsutils", "asks the resolver in tests (dig)"),
+    package("curl", "a client in tests of the network"),
+    package("iproute2", "makes the networks of tests (ip)"),
+    package("nftables", "sets the rules of networks in tests (nft)"),
+    package("openssl", "a TLS server in tests"),
 ];
 
 const fn package(name: &'static str, why: &'static str) -> Package {

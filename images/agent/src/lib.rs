@@ -222,6 +222,13 @@ pub enum Request {
         /// The same path as in the `Put`.
         path: String,
     },
+    /// Connect to a TCP port on the guest's loopback; answered with
+    /// [`Reply::Started`]. `In` goes to the service, `Out` comes from it; `End`
+    /// tells it that no more comes, and its own end is the stream's.
+    Connect {
+        /// The port.
+        port: u16,
+    },
     /// What is at `path`, links followed; answered with [`Reply::Stat`].
     Stat {
         /// Absolute path in the guest.

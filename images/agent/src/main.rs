@@ -6,6 +6,7 @@ mod emergency;
 mod exec;
 mod failure;
 mod files;
+mod forward;
 mod identity;
 mod info;
 mod init;

@@ -365,3 +365,50 @@ fn after_a_violation_only_a_hello_helps() {
         assert_eq!(agent.finish(200).reply, Some(Reply::Done), "violation {n}");
     }
 }
+
+#[test]
+fn a_port_of_the_guest_is_connected_to_both_ways() {
+    use std::io::{Read as _, Write as _};
+    let mut agent = Agent::start();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // Says something first, then sends back what it got when that has ended.
+    let service = std::thread::spawn(move || {
+        let (mut connection, _) = listener.accept().unwrap();
+        connection.write_all(b"hello ").unwrap();
+        let mut all = Vec::new();
+        connection.read_to_end(&mut all).unwrap();
+        connection.write_all(&all).unwrap();
+        listener
+    });
+    let stream = agent.open(&Request::Connect { port });
+    agent.until(stream, |seen| seen.out == b"hello ");
+    let much: Vec<u8> = (0..3_000_000_u32).map(|number| number as u8).collect();
+    agent.feed(stream, &much);
+    let seen = agent.finish(stream);
+    assert_eq!(code(&seen), Some(0));
+    assert!(seen.out[6..] == much, "{} bytes came back", seen.out.len());
+    // One that is given up is closed towards the service.
+    let listener = service.join().unwrap();
+    let stream = agent.open(&Request::Connect { port });
+    let (mut connection, _) = listener.accept().unwrap();
+    agent.until(stream, |seen| seen.reply.is_some());
+    agent.control(stream, &Control::Kill);
+    let limit = Some(Duration::from_secs(10));
+    connection.set_read_timeout(limit).unwrap();
+    assert!(matches!(connection.read(&mut [0; 8]), Ok(0) | Err(_)));
+    agent.finish(stream);
+    drop(listener);
+    for port in [port, 0] {
+        let stream = agent.open(&Request::Connect { port });
+        let seen = agent.finish(stream);
+        let Some(Reply::Refused(failure)) = seen.reply else {
+            panic!("{seen:?}")
+        };
+        assert!(
+            failure.message.contains(&port.to_string()),
+            "{}",
+            failure.message
+        );
+    }
+}

@@ -9,6 +9,10 @@ use std::process::Command;
 use bulkhead::guest::archive::{HostDir, PackLimits, pack};
 use bulkhead::image::{Agent, File, Kernel, KernelFormat, Manifest, Package};
 use bulkhead_agent::{Exit, Failure, FailureKind, Header, Info, Kind, Process, Reply, VERSION};
+use hickory_proto::op::{Edns, Message, OpCode, Query};
+use hickory_proto::rr::rdata::svcb::{IpHint, SvcParamKey, SvcParamValue};
+use hickory_proto::rr::rdata::{A, AAAA, CNAME, HTTPS, SVCB, TXT};
+use hickory_proto::rr::{Name, RData, Record, RecordType};
 use sha2::{Digest as _, Sha256};
 use tar::{EntryType, Header as TarHeader};
 
@@ -20,6 +24,10 @@ fn main() {
     image();
     layers();
     spec();
+    dns();
+    tls();
+    http();
+    netlink();
 }
 
 fn seed(target: &str, name: &str, parts: &[&[u8]]) {
@@ -333,4 +341,195 @@ team = "x"
     seed("spec", "all", &[all.as_bytes()]);
     let share = "workspace = \"/a,b\"\nworkspace_mode = \"share\"\nread_only = true\n";
     seed("spec", "share", &[share.as_bytes()]);
+}
+
+/// A question for records of a type, or an answer with them.
+fn message(kind: RecordType, answers: Vec<Record>) -> Vec<u8> {
+    let mut message = match answers.is_empty() {
+        true => Message::query(),
+        false => Message::response(7, OpCode::Query),
+    };
+    message.metadata.id = 7;
+    message.add_query(Query::query(dns_name("example.org."), kind));
+    message.insert_answers(answers);
+    message.set_edns(Edns::new());
+    message.to_vec().expect("it can be encoded")
+}
+
+fn dns_name(text: &str) -> Name {
+    Name::from_ascii(text).expect("it is one")
+}
+
+fn dns() {
+    let record = |name: &str, data| Record::from_rdata(dns_name(name), 60, data);
+    seed("dns", "a", &[&[0], &message(RecordType::A, vec![])]);
+    seed("dns", "any", &[&[0], &message(RecordType::ANY, vec![])]);
+    let answers = vec![
+        record(
+            "example.org.",
+            RData::CNAME(CNAME(dns_name("www.example.net."))),
+        ),
+        record("www.example.net.", RData::A(A::new(93, 184, 215, 14))),
+        record("www.example.net.", RData::A(A::new(10, 0, 0, 1))),
+    ];
+    seed(
+        "dns",
+        "chain",
+        &[&[2, 0, 1], &message(RecordType::A, answers)],
+    );
+    let six = vec![
+        record(
+            "example.org.",
+            RData::AAAA(AAAA::new(0x2606, 1, 0, 0, 0, 0, 0, 1)),
+        ),
+        record(
+            "example.org.",
+            RData::AAAA(AAAA::new(0, 0, 0, 0, 0, 0xffff, 0x0a00, 1)),
+        ),
+    ];
+    seed(
+        "dns",
+        "six",
+        &[&[3, 0, 28], &message(RecordType::AAAA, six)],
+    );
+    let params = vec![
+        (SvcParamKey::Port, SvcParamValue::Port(443)),
+        (
+            SvcParamKey::Ipv4Hint,
+            SvcParamValue::Ipv4Hint(IpHint(vec![A::new(10, 0, 0, 1)])),
+        ),
+    ];
+    let https = RData::HTTPS(HTTPS(SVCB::new(1, dns_name("."), params)));
+    let https = vec![record("example.org.", https)];
+    seed(
+        "dns",
+        "https",
+        &[&[2, 0, 65], &message(RecordType::HTTPS, https)],
+    );
+    let text = RData::TXT(TXT::new(vec!["v=spf1 -all".into()]));
+    let text = vec![record("example.org.", text)];
+    seed(
+        "dns",
+        "txt",
+        &[&[2, 0, 16], &message(RecordType::TXT, text)],
+    );
+}
+
+fn tls() {
+    let name = b"example.org";
+    let length = |length: usize| u16::try_from(length).expect("it is short").to_be_bytes();
+    let entry = [&[0][..], &length(name.len()), name].concat();
+    let list = [&length(entry.len())[..], &entry].concat();
+    let sni = [&[0, 0][..], &length(list.len()), &list].concat();
+    let groups = [0, 10, 0, 4, 0, 2, 0, 29];
+    let hello = |extensions: &[u8]| {
+        let head = [&[3, 3][..], &[7; 32], &[0, 0, 2, 0x13, 1, 1, 0]].concat();
+        let body = [&head[..], &length(extensions.len()), extensions].concat();
+        [&[1, 0][..], &length(body.len()), &body].concat()
+    };
+    let records = |message: &[u8], each: usize| {
+        let record = |part: &[u8]| [&[22, 3, 1][..], &length(part.len()), part].concat();
+        message.chunks(each).flat_map(record).collect::<Vec<u8>>()
+    };
+    let plain = hello(&[&groups[..], &sni].concat());
+    seed("hello", "plain", &[&[0, 9], &records(&plain, 500)]);
+    seed("hello", "pieces", &[&[0, 40], &records(&plain, 11)]);
+    seed(
+        "hello",
+        "nameless",
+        &[&[0, 9], &records(&hello(&groups), 500)],
+    );
+    let ech = [&sni[..], &[0xfe, 0x0d, 0, 2, 0, 0]].concat();
+    seed("hello", "ech", &[&[0, 9], &records(&hello(&ech), 500)]);
+}
+
+fn http() {
+    for (name, text) in [
+        (
+            "get",
+            "GET /x HTTP/1.1\r\nHost: example.org\r\nAccept: */*\r\n\r\n",
+        ),
+        (
+            "post",
+            "POST / HTTP/1.1\r\nHost: a.org:80\r\nContent-Length: 2\r\n\r\nhi",
+        ),
+        (
+            "chunked",
+            "PUT / HTTP/1.1\r\nHost: a.org\r\nTransfer-Encoding: chunked\r\n\r\n",
+        ),
+        (
+            "absolute",
+            "GET http://a.org/ HTTP/1.1\r\nHost: a.org\r\n\r\n",
+        ),
+        (
+            "connect",
+            "CONNECT a.org:443 HTTP/1.1\r\nHost: a.org:443\r\n\r\n",
+        ),
+        (
+            "twice",
+            "GET / HTTP/1.1\r\nHost: a.org\r\nhost: b.org\r\nUpgrade: h2c\r\n\r\n",
+        ),
+    ] {
+        seed("http", name, &[&[1, 20], text.as_bytes()]);
+    }
+    let chunks = b"5\r\nhello\r\n1a;x=y\r\nabcdefghijklmnopqrstuvwxyz\r\n0\r\nT: v\r\n\r\nmore";
+    seed("http", "chunks", &[&[0, 7], chunks]);
+}
+
+/// Attributes of netlink, one behind the other.
+fn attributes(all: &[(u16, &[u8])]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, data) in all {
+        let length = u16::try_from(4 + data.len()).expect("it is short");
+        bytes.extend(length.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(*data);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    bytes
+}
+
+fn netlink() {
+    let message = |kind: u16, attributes: &[u8]| {
+        let length = u32::try_from(20 + attributes.len()).expect("it is short");
+        let head = [
+            &length.to_ne_bytes()[..],
+            &kind.to_ne_bytes(),
+            &[0; 10],
+            &[2, 0, 0, 1],
+        ];
+        [&head.concat()[..], attributes].concat()
+    };
+    let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 198, 18, 0, 2];
+    packet.extend([1, 2, 3, 4, 0x9c, 0x40, 1, 0xbb]);
+    let logged = |prefix: &[u8], number: u8| {
+        let number = [0, 0, 0, number];
+        let all = [
+            (1, &[8, 0, 2, 0][..]),
+            (10, prefix),
+            (12, &number),
+            (9, &packet),
+        ];
+        message(4 << 8, &attributes(&all))
+    };
+    let mut six = vec![0x60, 0, 0, 0, 0, 12, 0, 64];
+    six.extend([0x20; 32]);
+    six.extend([17, 0, 0, 0, 0, 0, 0, 0, 0, 53, 0, 53]);
+    let refused6 = attributes(&[
+        (1, &[0x86, 0xdd, 2, 0][..]),
+        (10, b"refused:dns\0"),
+        (9, &six),
+    ]);
+    let ip = attributes(&[(1, &[198, 18, 0, 2]), (2, &[1, 2, 3, 4])]);
+    let proto = attributes(&[(1, &[6]), (2, &[0x9c, 0x40]), (3, &[1, 0xbb])]);
+    let tuple = attributes(&[(0x8001, &ip), (0x8002, &proto)]);
+    let counter = attributes(&[(2, &[0, 0, 0, 0, 0, 0, 2, 0])]);
+    let flow = attributes(&[(0x8001, &tuple), (0x8009, &counter), (0x800a, &counter)]);
+    seed(
+        "netlink",
+        "new",
+        &[&logged(b"new:\0", 1), &logged(b"refused:private\0", 3)],
+    );
+    seed("netlink", "six", &[&message(4 << 8, &refused6)]);
+    seed("netlink", "over", &[&message(1 << 8 | 2, &flow)]);
 }

@@ -15,7 +15,7 @@ use crate::channel::Channel;
 use crate::console::complain;
 use crate::exec::{self, Command};
 use crate::failure::{Result, invalid};
-use crate::{files, identity, info};
+use crate::{files, forward, identity, info};
 
 /// Why a session is over.
 pub(super) enum End {
@@ -216,6 +216,9 @@ impl Session {
             Request::Changes { path } => {
                 let (server, own) = (Arc::clone(&self.server), Arc::clone(stream));
                 self.follow(stream, None, files::changes(server, own, path));
+            }
+            Request::Connect { port } => {
+                self.follow(stream, None, forward::connect(Arc::clone(stream), port));
             }
             Request::Stat { path } => answer(stream, &files::stat(&path)?),
             Request::Mkdir { path, user } => {

@@ -1,0 +1,204 @@
+//! Which addresses the resolver gave out for which names, and until when.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::domain::Domain;
+use super::policy::{Policy, Ports};
+
+/// Most pairs of name and address that are kept.
+const MOST: usize = 8192;
+
+/// An address that is to be let through.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// The name it was asked for.
+    pub name: Domain,
+    /// The address.
+    pub address: IpAddr,
+    /// At which TCP ports.
+    pub ports: Ports,
+    /// From now on.
+    pub lifetime: Duration,
+    /// The rule that allows the name.
+    pub rule: String,
+}
+
+/// Addresses that have to be let through before the guest is told of them.
+#[derive(Debug)]
+pub struct Feed {
+    /// All of one answer.
+    pub grants: Vec<Grant>,
+    /// To be told when they are let through, or why they cannot be.
+    pub done: oneshot::Sender<Result<(), String>>,
+}
+
+/// Names and addresses of one machine. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Names(Arc<Mutex<Table>>);
+
+#[derive(Debug, Default)]
+struct Table {
+    /// Kept past its end, for the record of connections that outlive it.
+    until: BTreeMap<(Domain, IpAddr), Instant>,
+    names: HashMap<IpAddr, BTreeSet<Domain>>,
+}
+
+impl Names {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers that an address was given out. A shorter time does not cut a
+    /// longer one off.
+    pub(crate) fn give_out(&self, name: &Domain, address: IpAddr, lifetime: Duration) {
+        let now = Instant::now();
+        let mut table = self.lock();
+        if table.until.len() >= MOST {
+            table.make_room();
+        }
+        let until = table.until.entry((name.clone(), address)).or_insert(now);
+        *until = (*until).max(now + lifetime);
+        table.names.entry(address).or_default().insert(name.clone());
+    }
+
+    /// Whether the address is one that the name has now.
+    pub fn is_current(&self, name: &Domain, address: IpAddr) -> bool {
+        let now = Instant::now();
+        let until = self.lock().until.get(&(name.clone(), address)).copied();
+        until.is_some_and(|until| until > now)
+    }
+
+    /// The name that an address was given out for last, perhaps some time ago.
+    pub fn name_of(&self, address: IpAddr) -> Option<Domain> {
+        let table = self.lock();
+        let names = table.names.get(&address)?;
+        let until = |name: &&Domain| table.until.get(&((*name).clone(), address)).copied();
+        names.iter().max_by_key(until).cloned()
+    }
+
+    /// Forgets what a new policy does not allow, and gives what is to be let
+    /// through from now on: all of it, in the place of what was before.
+    pub fn follow(&self, policy: &Policy) -> Vec<Grant> {
+        let now = Instant::now();
+        let mut table = self.lock();
+        let (mut gone, mut grants) = (Vec::new(), Vec::new());
+        for ((name, address), until) in &table.until {
+            match policy.name(name) {
+                Err(_) => gone.push((name.clone(), *address)),
+                Ok(allowed) if *until > now => grants.push(Grant {
+                    name: name.clone(),
+                    address: *address,
+                    ports: allowed.ports,
+                    lifetime: *until - now,
+                    rule: allowed.rule,
+                }),
+                Ok(_) => {}
+            }
+        }
+        for key in &gone {
+            table.forget(key);
+        }
+        grants
+    }
+
+    /// How many pairs are kept.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.lock().until.len()
+    }
+}
+
+impl Table {
+    fn forget(&mut self, key: &(Domain, IpAddr)) {
+        self.until.remove(key);
+        if let Some(names) = self.names.get_mut(&key.1) {
+            names.remove(&key.0);
+            if names.is_empty() {
+                self.names.remove(&key.1);
+            }
+        }
+    }
+
+    /// Forgets an eighth: those that end, or ended, first.
+    fn make_room(&mut self) {
+        let mut all: Vec<_> = self
+            .until
+            .iter()
+            .map(|(key, until)| (*until, key.clone()))
+            .collect();
+        all.sort_by_key(|(until, _)| *until);
+        for (_, key) in all.into_iter().take(MOST / 8) {
+            self.forget(&key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::policy::{PolicyRequest, Preset};
+
+    fn name(text: &str) -> Domain {
+        Domain::parse(text).unwrap()
+    }
+
+    fn address(last: u32) -> IpAddr {
+        IpAddr::V4((0x0808_0000 + last).into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_is_current_for_its_time() {
+        let names = Names::default();
+        let (one, two) = (name("one.org"), name("two.org"));
+        names.give_out(&one, address(1), Duration::from_secs(60));
+        names.give_out(&two, address(1), Duration::from_secs(10));
+        names.give_out(&one, address(1), Duration::from_secs(1));
+        tokio::time::advance(Duration::from_secs(30)).await;
+        assert!(names.is_current(&one, address(1)));
+        assert!(!names.is_current(&two, address(1)) && !names.is_current(&one, address(2)));
+        assert_eq!(names.name_of(address(1)), Some(one.clone()));
+        tokio::time::advance(Duration::from_secs(31)).await;
+        assert!(!names.is_current(&one, address(1)));
+        assert_eq!(names.name_of(address(1)), Some(one));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_table_is_bounded() {
+        let names = Names::default();
+        for number in 0..30_000 {
+            names.give_out(&name("one.org"), address(number), Duration::from_secs(60));
+        }
+        assert!(names.len() <= MOST);
+        assert!(names.is_current(&name("one.org"), address(29_999)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stricter_policy_takes_addresses_back() {
+        let names = Names::default();
+        let minute = Duration::from_secs(60);
+        names.give_out(&name("one.org"), address(1), minute);
+        names.give_out(&name("two.org"), address(1), minute);
+        names.give_out(&name("two.org"), address(2), minute);
+        let request = PolicyRequest {
+            preset: Preset::Dev,
+            deny_hosts: vec!["two.org".parse().unwrap()],
+            ..PolicyRequest::default()
+        };
+        let policy = Policy::new(&request).unwrap();
+        let left = names.follow(&policy);
+        assert_eq!(left.len(), 1);
+        assert_eq!(
+            (left[0].name.as_str(), left[0].address),
+            ("one.org", address(1))
+        );
+        assert_eq!(left[0].lifetime, minute);
+        assert!(names.is_current(&name("one.org"), address(1)));
+        assert!(!names.is_current(&name("two.org"), address(1)));
+    }
+}

@@ -1,0 +1,266 @@
+//! The record of what a machine's network did, from the kernel's own words.
+
+mod flow;
+mod learn;
+mod netlink;
+mod packet;
+mod summary;
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, send,
+    setsockopt, socket, sockopt,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::task::JoinSet;
+
+use super::event::{Journal, What};
+use super::names::Names;
+use super::resolver::Serving;
+pub use learn::Learned;
+pub use summary::{Reached, Refused, Summary};
+
+/// Bytes of a logged packet that are looked at: headers with all their options.
+const PACKET: u32 = 128;
+/// What the kernel may keep for us.
+const ROOM: usize = 4 << 20;
+/// Group of netlink messages about connections that are over: bit 2.
+const DESTROYED: u32 = 1 << 2;
+/// Whether connections count their bytes, in each network namespace.
+const ACCOUNTING: &str = "/proc/sys/net/netfilter/nf_conntrack_acct";
+
+/// Sockets on which the kernel tells of packets and connections.
+#[derive(Debug)]
+pub struct Taps {
+    packets: OwnedFd,
+    flows: OwnedFd,
+}
+
+impl Taps {
+    /// Opens them in the network namespace of the calling thread, and switches
+    /// the counting of bytes on there. `group` is that of the rules that log.
+    ///
+    /// # Errors
+    /// Not allowed, or somebody else has the group.
+    pub fn open(group: u16) -> io::Result<Self> {
+        // Without, connections are told of without bytes.
+        let _ = std::fs::write(ACCOUNTING, "1");
+        let packets = listen(0)?;
+        let [a, b, c, d] = PACKET.to_be_bytes();
+        // Bind; so many bytes of each packet; told after 50 ms at the latest;
+        // each with its number.
+        for attribute in [
+            (1, &[1][..]),
+            (2, &[a, b, c, d, 2, 0]),
+            (4, &[0, 0, 0, 5]),
+            (6, &[0, 1]),
+        ] {
+            order(
+                &packets,
+                &netlink::request(packet::CONFIG, group, &[attribute]),
+            )?;
+        }
+        let flows = listen(DESTROYED)?;
+        Ok(Self { packets, flows })
+    }
+}
+
+fn listen(groups: u32) -> io::Result<OwnedFd> {
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
+    // Beyond what is usual for all; a smaller one loses more.
+    let _ = setsockopt(&socket, sockopt::RcvBufForce, &ROOM);
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+    Ok(socket)
+}
+
+fn order(socket: &OwnedFd, request: &[u8]) -> io::Result<()> {
+    send(socket.as_raw_fd(), request, MsgFlags::empty())?;
+    let mut answer = [0; 512];
+    loop {
+        let (length, _) = recvfrom::<NetlinkAddr>(socket.as_raw_fd(), &mut answer)?;
+        match netlink::acknowledged(&answer[..length]) {
+            Some(0) => return Ok(()),
+            Some(error) => return Err(io::Error::from_raw_os_error(-error)),
+            // A packet that is logged already.
+            None => {}
+        }
+    }
+}
+
+/// Notes what the kernel tells, with the names that the resolver gave out.
+/// Connections of others than `guests` are the proxy's own, and not noted.
+///
+/// # Errors
+/// The sockets cannot be watched.
+pub fn record(
+    taps: Taps,
+    guests: Vec<IpAddr>,
+    names: Names,
+    journal: Journal,
+) -> io::Result<Serving> {
+    let scribe = Scribe {
+        guests,
+        names,
+        journal,
+        next: None,
+    };
+    let mut tasks = JoinSet::new();
+    for fd in [taps.packets, taps.flows] {
+        tasks.spawn(follow(
+            crate::host::sys::watch(fd, Interest::READABLE)?,
+            scribe.clone(),
+        ));
+    }
+    Ok(Serving(tasks))
+}
+
+async fn follow(socket: AsyncFd<OwnedFd>, mut scribe: Scribe) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let Ok(mut ready) = socket.readable().await else {
+            return;
+        };
+        let received = ready.try_io(|socket| {
+            let fd = socket.as_fd().as_raw_fd();
+            nix::sys::socket::recv(fd, &mut buffer, MsgFlags::MSG_DONTWAIT).map_err(Into::into)
+        });
+        match received {
+            Ok(Ok(length)) => scribe.take(&buffer[..length]),
+            // The kernel had no room; it does not say for how many.
+            Ok(Err(error)) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
+                scribe.journal.lost(1);
+            }
+            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(Err(_)) => return,
+            Err(_) => {}
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Scribe {
+    guests: Vec<IpAddr>,
+    names: Names,
+    journal: Journal,
+    /// The number that the next logged packet has, if none is lost.
+    next: Option<u32>,
+}
+
+impl Scribe {
+    /// Notes what is in a piece of the kernel's messages.
+    fn take(&mut self, bytes: &[u8]) {
+        for message in netlink::messages(bytes) {
+            match message.kind {
+                packet::PACKET => self.packet(&message),
+                flow::DELETE => self.flow(&message),
+                _ => {}
+            }
+        }
+    }
+
+    fn packet(&mut self, message: &netlink::Message<'_>) {
+        let Some((mut packet, number)) = packet::read(message) else {
+            return;
+        };
+        if let Some(number) = number {
+            let missing = number.wrapping_sub(self.next.unwrap_or(number));
+            // A number before the last one is a new count.
+            if (1..1 << 24).contains(&missing) {
+                self.journal.lost(missing.into());
+            }
+            self.next = Some(number.wrapping_add(1));
+        }
+        packet.name = packet.destination.and_then(|to| self.name_of(to.address));
+        self.journal.note(What::Packet(packet));
+    }
+
+    fn flow(&mut self, message: &netlink::Message<'_>) {
+        let Some(mut flow) = flow::read(message) else {
+            return;
+        };
+        if !self.guests.contains(&flow.source.address) {
+            return;
+        }
+        flow.name = self.name_of(flow.destination.address);
+        self.journal.note(What::Flow(flow));
+    }
+
+    fn name_of(&self, address: IpAddr) -> Option<String> {
+        self.names.name_of(address).map(String::from)
+    }
+}
+
+/// For the fuzzer: takes in what a kernel might say.
+#[cfg(fuzzing)]
+pub fn take_bytes(bytes: &[u8], names: Names, journal: Journal) {
+    let guests = vec![IpAddr::from([198, 18, 0, 2])];
+    Scribe {
+        guests,
+        names,
+        journal,
+        next: None,
+    }
+    .take(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::domain::Domain;
+
+    #[tokio::test]
+    async fn packets_and_connections_have_names_and_losses_are_told() {
+        let (journal, mut events) = Journal::new("m", 100);
+        let names = Names::default();
+        let name = Domain::parse("example.org").unwrap();
+        names.give_out(
+            &name,
+            [1, 2, 3, 4].into(),
+            std::time::Duration::from_secs(60),
+        );
+        let mut scribe = Scribe {
+            guests: vec![[198, 18, 0, 2].into()],
+            names,
+            journal,
+            next: None,
+        };
+        let packet = packet::tests::logged;
+        scribe.take(&packet(b"new:", [1, 2, 3, 4], 5));
+        scribe.take(
+            &[
+                packet(b"refused:private", [10, 0, 0, 1], 6),
+                flow::tests::over([1, 2, 3, 4], true),
+            ]
+            .concat(),
+        );
+        scribe.take(&packet(b"new:", [9, 9, 9, 9], 10));
+        let mut all = Vec::new();
+        while let Ok(event) = events.try_recv() {
+            all.push(event.what);
+        }
+        match &all[..] {
+            [
+                What::Packet(new),
+                What::Packet(refused),
+                What::Flow(flow),
+                What::Lost { count: 3 },
+                What::Packet(_),
+            ] => {
+                assert_eq!(new.name.as_deref(), Some("example.org"));
+                assert!(refused.name.is_none() && refused.refusal.is_some());
+                assert_eq!(flow.name.as_deref(), Some("example.org"));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

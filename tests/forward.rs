@@ -1,0 +1,146 @@
+//! Ports of this host that lead to services in a machine without a network.
+
+mod support;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use support::Bulkhead;
+
+/// A service in the guest that says hello and sends back what it gets, in
+/// capitals, when that has ended.
+const SERVICE: &str = r#"
+use IO::Socket::INET;
+$| = 1;
+my $s = IO::Socket::INET->new(Listen => 50, LocalAddr => "127.0.0.1", LocalPort => 8000, ReuseAddr => 1) or die $!;
+print "listening\n";
+while (my $c = $s->accept) {
+    next if fork;
+    print $c "hello "; $c->flush;
+    my $all = ""; while (sysread($c, my $part, 65536)) { $all .= $part }
+    print $c uc $all; close $c; exit;
+}
+"#;
+
+struct Forward {
+    child: Child,
+    address: SocketAddr,
+    stderr: BufReader<std::process::ChildStderr>,
+}
+
+impl Forward {
+    fn new(bulkhead: &Bulkhead, vm: &str, port: &str) -> Self {
+        let mut command = bulkhead.command(&["forward", vm, port]);
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        stderr.read_line(&mut line).unwrap();
+        let address = line
+            .strip_prefix("bulkhead: ")
+            .and_then(|rest| rest.split(' ').next());
+        let address = address.and_then(|text| text.parse().ok());
+        let address = address.unwrap_or_else(|| panic!("{line:?}"));
+        Self {
+            child,
+            address,
+            stderr,
+        }
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        stream
+    }
+}
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_service_without_a_network_is_reached_from_the_host() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let vm = bulkhead.create("fwd", &["--", "perl", "-e", SERVICE]);
+    bulkhead.must_fail(&["forward", "fwd", "0:8000"], "state-conflict");
+    vm.start();
+    let begin = std::time::Instant::now();
+    while !bulkhead.must(&["logs", "fwd"]).contains("listening") {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "{}",
+            vm.inspect()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let mut forward = Forward::new(&bulkhead, "fwd", "0:8000");
+    assert!(forward.address.ip().is_loopback());
+
+    // The service speaks first, and hears the end of what it is told.
+    let mut one = forward.connect();
+    let mut hello = [0; 6];
+    one.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello, b"hello ");
+    let much = "abcdefghij".repeat(100_000);
+    one.write_all(much.as_bytes()).unwrap();
+    one.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    one.read_to_string(&mut answer).unwrap();
+    assert!(
+        answer == much.to_uppercase(),
+        "{} bytes came back",
+        answer.len()
+    );
+
+    // Several at a time, each with its own answer; more than there are places.
+    let all: Vec<_> = (0..60).map(|number| (number, forward.connect())).collect();
+    for (number, mut stream) in all {
+        stream.write_all(format!("n{number}").as_bytes()).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, format!("hello N{number}"));
+    }
+    // Clients that go away leave nothing in the way.
+    for _ in 0..60 {
+        drop(forward.connect());
+    }
+    let mut stream = forward.connect();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "hello ");
+
+    // Where nobody listens in the guest, the connection ends and it is told why.
+    let mut closed = Forward::new(&bulkhead, "fwd", "0:8001");
+    let mut stream = closed.connect();
+    assert!(matches!(stream.read(&mut [0; 8]), Ok(0) | Err(_)));
+    let mut line = String::new();
+    closed.stderr.read_line(&mut line).unwrap();
+    assert!(
+        line.contains("connect to port 8001") && line.contains("refused"),
+        "{line:?}"
+    );
+
+    // It ends with the machine.
+    bulkhead.must(&["stop", "fwd"]);
+    let mut rest = String::new();
+    forward.stderr.read_to_string(&mut rest).unwrap();
+    assert_eq!(forward.child.wait().unwrap().code(), Some(125), "{rest}");
+    for wrong in ["x", "0", "1.2.3.4:80:90:1", "0:0"] {
+        let ran = bulkhead.raw(&["forward", "fwd", wrong]);
+        assert_eq!(ran.code, 125, "{ran:?}");
+    }
+    drop(vm);
+}

@@ -1,0 +1,746 @@
+//! Resolver, proxy and record with a real kernel and real clients: a guest, a
+//! machine's router and an internet, each in a network namespace of its own.
+
+#[path = "support/dns.rs"]
+mod dns;
+#[path = "support/tls.rs"]
+mod tls;
+
+use std::io::Write as _;
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bulkhead::net::{
+    Code, Event, Feed, Journal, Learned, Names, Outgoing, Policy, Preset, Proxy, ProxyLimits,
+    QueryResult, Reach, Redirect, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets,
+    Summary, Taps, What, record,
+};
+use dns::{Says, Upstream, a};
+use hickory_proto::rr::RecordType;
+use nix::sched::{CloneFlags, setns};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, watch};
+
+const GATEWAY: &str = "198.18.0.1";
+const GUEST: &str = "198.18.0.2";
+/// An allowed host, and one that is not.
+const GOOD: &str = "93.184.215.14";
+const EVIL: &str = "93.184.215.15";
+/// Of the rules' log.
+const GROUP: u16 = 1;
+
+/// A network namespace with a name of its own, gone when dropped.
+struct Netns(String);
+
+impl Netns {
+    fn new(what: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::SeqCst);
+        let name = format!("bhd-{}-{number}-{what}", std::process::id());
+        ip(&["netns", "add", &name]);
+        let made = Self(name);
+        made.ip(&["link", "set", "lo", "up"]);
+        made
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0)
+    }
+
+    fn ip(&self, words: &[&str]) {
+        ip(&[&["-n", &self.0], words].concat());
+    }
+
+    fn open(&self) -> OwnedFd {
+        std::fs::File::open(self.path()).unwrap().into()
+    }
+
+    /// Does something in a thread that is in it.
+    fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let namespace = self.open();
+        let enter = move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(enter).join().unwrap())
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.0]).args(words);
+        command
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+fn ip(words: &[&str]) {
+    let output = Command::new("ip").args(words).output().unwrap();
+    assert!(output.status.success(), "{words:?}: {output:?}");
+}
+
+/// What these tests need and not every machine has.
+fn missing() -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("not root".into());
+    }
+    ["ip", "nft", "curl", "dig", "openssl", "nsenter"]
+        .iter()
+        .find(|tool| {
+            let mut command = Command::new("sh");
+            let found = command
+                .args(["-c", &format!("command -v {tool}")])
+                .stdout(Stdio::null());
+            !found.status().is_ok_and(|status| status.success())
+        })
+        .map(|tool| format!("there is no {tool}"))
+}
+
+/// A process that ends with the test.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+type Got = Arc<Mutex<Vec<Vec<u8>>>>;
+
+struct World {
+    guest: Netns,
+    router: Arc<Netns>,
+    internet: Netns,
+    dir: tempfile::TempDir,
+    events: mpsc::Receiver<Event>,
+    /// What came to the good host's port 80, to its port 8443, and to the evil host.
+    web: Got,
+    raw: Got,
+    evil: Got,
+    policy: watch::Sender<Arc<Policy>>,
+    names: Names,
+    _servings: Vec<Serving>,
+    _tls: Server,
+}
+
+/// As the machine's own rules have it, as far as these tests go.
+const RULES: &str = "
+table inet bulkhead {
+  set allowed4 { type ipv4_addr . inet_service; flags timeout; }
+  chain pre { type nat hook prerouting priority dstnat;
+    iifname \"g1\" ip daddr != 198.18.0.1 tcp dport { 80, 443 } redirect to :PORT
+  }
+  chain post { type nat hook postrouting priority srcnat; oifname \"o1\" masquerade
+  }
+  chain forward { type filter hook forward priority 0; policy drop;
+    ct state established,related accept
+    ip daddr 10.0.0.0/8 log prefix \"refused:private\" group 1 reject
+    ip daddr . tcp dport @allowed4 log prefix \"new:\" group 1 accept
+    log prefix \"refused:name\" group 1 reject with tcp reset
+  }
+}";
+
+impl World {
+    async fn new(preset: Preset, allow: &[&str], deny: &[&str]) -> Self {
+        let (guest, router, internet) = (Netns::new("g"), Netns::new("r"), Netns::new("i"));
+        guest.ip(&[
+            "link", "add", "g0", "type", "veth", "peer", "name", "g1", "netns", &router.0,
+        ]);
+        router.ip(&[
+            "link",
+            "add",
+            "o1",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "o0",
+            "netns",
+            &internet.0,
+        ]);
+        for (netns, device, address) in [
+            (&guest, "g0", "198.18.0.2/30"),
+            (&router, "g1", "198.18.0.1/30"),
+            (&router, "o1", "10.200.0.1/30"),
+            (&internet, "o0", "10.200.0.2/30"),
+        ] {
+            netns.ip(&["addr", "add", address, "dev", device]);
+            netns.ip(&["link", "set", device, "up"]);
+        }
+        guest.ip(&["route", "add", "default", "via", GATEWAY]);
+        router.ip(&["route", "add", "default", "via", "10.200.0.2"]);
+        for address in [GOOD, EVIL] {
+            internet.ip(&["addr", "add", &format!("{address}/32"), "dev", "lo"]);
+        }
+        router.inside(|| std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap());
+
+        let dir = tempfile::tempdir().unwrap();
+        let tls = be_tls_host(&internet, dir.path());
+        let (web, raw, evil) = (Got::default(), Got::default(), Got::default());
+        for (got, address) in [
+            (&web, format!("{GOOD}:80")),
+            (&raw, format!("{GOOD}:8443")),
+            (&evil, format!("{EVIL}:443")),
+            (&evil, format!("{EVIL}:80")),
+            (&evil, format!("{EVIL}:8443")),
+        ] {
+            let listener = internet.inside(|| TcpListener::bind(address).unwrap());
+            be_host(listener, Arc::clone(got));
+        }
+        let upstream = Upstream::new(|name, kind, _| match (name, kind) {
+            ("good.org", RecordType::A) => Says::Records(vec![a(name, GOOD, 60)]),
+            ("evil.org", RecordType::A) => Says::Records(vec![a(name, EVIL, 60)]),
+            ("rebind.org", RecordType::A) => Says::Records(vec![a(name, "169.254.169.254", 0)]),
+            _ => Says::Records(vec![]),
+        })
+        .await;
+
+        let (journal, events) = Journal::new("test", 10_000);
+        let (policy, watched) = watch::channel(Arc::new(dns::policy(preset, allow, deny)));
+        let (feed, fed) = mpsc::channel(8);
+        let router = Arc::new(router);
+        tokio::spawn(let_through(fed, Arc::clone(&router)));
+        let names = Names::default();
+        let config = ResolverConfig {
+            upstreams: vec![upstream.address],
+            strict: true,
+            reach: Reach::default(),
+            limits: ResolverLimits::default(),
+        };
+        let resolver = Resolver::new(config, watched, names.clone(), feed, journal.clone());
+        let (sockets, listener, taps) = router.inside(|| {
+            let sockets = Sockets {
+                udp: vec![UdpSocket::bind((GATEWAY, 53)).unwrap()],
+                tcp: vec![TcpListener::bind((GATEWAY, 53)).unwrap()],
+            };
+            let listener = TcpListener::bind((GATEWAY, 0)).unwrap();
+            (sockets, listener, Taps::open(GROUP).unwrap())
+        });
+        let port = listener.local_addr().unwrap().port();
+        nft(&router, &RULES.replace("PORT", &port.to_string()));
+        let outgoing = Outgoing::within(router.open()).unwrap();
+        let proxy = Proxy::new(
+            resolver.clone(),
+            outgoing,
+            journal.clone(),
+            ProxyLimits::default(),
+        );
+        let guests = vec![GUEST.parse().unwrap()];
+        let servings = vec![
+            resolver.serve(sockets).unwrap(),
+            proxy.serve(vec![listener], Redirect::Nat).unwrap(),
+            record::record(taps, guests, names.clone(), journal).unwrap(),
+        ];
+        std::fs::write(
+            dir.path().join("resolv.conf"),
+            format!("nameserver {GATEWAY}\n"),
+        )
+        .unwrap();
+        Self {
+            guest,
+            router,
+            internet,
+            dir,
+            events,
+            web,
+            raw,
+            evil,
+            policy,
+            names,
+            _servings: servings,
+            _tls: tls,
+        }
+    }
+
+    /// Runs a program as the guest would, with the resolver in its resolv.conf.
+    async fn run(&self, words: &[&str]) -> Output {
+        let resolv = self.dir.path().join("resolv.conf");
+        let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+        let mut command = tokio::process::Command::new("nsenter");
+        command.arg(format!("--net={}", self.guest.path().display()));
+        command
+            .args(["unshare", "-m", "sh", "-c", script])
+            .arg(resolv)
+            .args(words);
+        let output = tokio::time::timeout(Duration::from_secs(60), command.output());
+        output.await.expect("it ends").unwrap()
+    }
+
+    /// curl's exit code and what it printed.
+    async fn curl(&self, words: &[&str]) -> (i32, String) {
+        let fixed = ["curl", "-sSk", "--noproxy", "*", "--max-time", "20"];
+        let output = self.run(&[&fixed, words].concat()).await;
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.code().unwrap(),
+            String::from_utf8_lossy(&text).into_owned(),
+        )
+    }
+
+    /// All events until one is as wanted.
+    async fn until(&mut self, wanted: impl Fn(&What) -> bool) -> Vec<Event> {
+        let mut all = Vec::new();
+        let end = Instant::now() + Duration::from_secs(10);
+        while !all.last().is_some_and(|event: &Event| wanted(&event.what)) {
+            let left = end.saturating_duration_since(Instant::now());
+            match tokio::time::timeout(left, self.events.recv()).await {
+                Ok(event) => all.push(event.unwrap()),
+                Err(_) => panic!("it did not come: {all:#?}"),
+            }
+        }
+        all
+    }
+}
+
+/// The kernel's half: what the resolver allows goes into the set.
+async fn let_through(mut fed: mpsc::Receiver<Feed>, router: Arc<Netns>) {
+    while let Some(Feed { grants, done }) = fed.recv().await {
+        let mut text = String::new();
+        for grant in grants {
+            for port in [80, 443, 8443]
+                .into_iter()
+                .filter(|port| grant.ports.contains(*port))
+            {
+                text.push_str(&format!(
+                    "add element inet bulkhead allowed4 {{ {} . {port} timeout {}s }}\n",
+                    grant.address,
+                    grant.lifetime.as_secs()
+                ));
+            }
+        }
+        nft(&router, &text);
+        let _ = done.send(Ok(()));
+    }
+}
+
+fn nft(router: &Netns, rules: &str) {
+    let mut command = router.command(&["nft", "-f", "-"]);
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(rules.as_bytes())
+        .unwrap();
+    assert!(child.wait().unwrap().success(), "{rules}");
+}
+
+fn be_tls_host(internet: &Netns, dir: &Path) -> Server {
+    let (key, cert) = (dir.join("key"), dir.join("cert"));
+    let made = Command::new("openssl")
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=good.org",
+        ])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&cert)
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let mut command = internet.command(&["openssl", "s_server", "-quiet", "-www"]);
+    command
+        .args(["-accept", &format!("{GOOD}:443")])
+        .arg("-key")
+        .arg(key)
+        .arg("-cert")
+        .arg(cert);
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let server = Server(child.spawn().unwrap());
+    let end = Instant::now() + Duration::from_secs(20);
+    let connect = || internet.inside(|| std::net::TcpStream::connect((GOOD, 443)));
+    while connect().is_err() {
+        assert!(Instant::now() < end, "openssl does not listen");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    server
+}
+
+/// Answers everything with a short response, and records it.
+fn be_host(listener: TcpListener, got: Got) {
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let got = Arc::clone(&got);
+            tokio::spawn(async move {
+                let mut buffer = vec![0; 65_536];
+                while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+                    got.lock().unwrap().push(buffer[..length].to_vec());
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n";
+                    if stream.write_all(answer).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_clients_reach_what_is_allowed_and_nothing_else() {
+    if let Some(why) = missing() {
+        println!("skipped: real_clients_reach_what_is_allowed_and_nothing_else: {why}");
+        return;
+    }
+    let allow = ["good.org", "good.org:8443", "rebind.org"];
+    let mut world = World::new(Preset::Offline, &allow, &[]).await;
+
+    // HTTPS and HTTP, by name.
+    let (code, text) = world.curl(&["https://good.org/"]).await;
+    assert!(code == 0 && text.contains("s_server"), "{code} {text}");
+    let (code, text) = world
+        .curl(&["http://good.org/", "http://good.org/again"])
+        .await;
+    assert_eq!((code, text.as_str()), (0, "hello\nhello\n"));
+    // A port without the proxy, through the set that the resolver feeds.
+    let (code, text) = world.curl(&["http://good.org:8443/"]).await;
+    assert_eq!((code, text.as_str()), (0, "hello\n"));
+
+    // A name that is not allowed has no address.
+    let (code, text) = world.curl(&["https://evil.org/"]).await;
+    assert!(code == 6, "{code} {text}");
+    let dig = world.run(&["dig", "+time=3", "+tries=1", "evil.org"]).await;
+    let dig = String::from_utf8_lossy(&dig.stdout).into_owned();
+    assert!(
+        dig.contains("REFUSED") && dig.contains("host-not-allowed"),
+        "{dig}"
+    );
+    let dig = world.run(&["dig", "+short", "+tcp", "good.org"]).await;
+    assert_eq!(String::from_utf8_lossy(&dig.stdout).trim(), GOOD);
+    let dig = world
+        .run(&["dig", "+time=3", "+tries=1", "rebind.org"])
+        .await;
+    let dig = String::from_utf8_lossy(&dig.stdout).into_owned();
+    assert!(
+        dig.contains("REFUSED") && dig.contains("answer-private"),
+        "{dig}"
+    );
+
+    // Its address known from elsewhere: no name of ours in it.
+    let (code, text) = world
+        .curl(&[
+            "--resolve",
+            &format!("evil.org:443:{EVIL}"),
+            "https://evil.org/",
+        ])
+        .await;
+    assert!(code == 35 && text.contains("alert"), "{code} {text}");
+    let (code, text) = world
+        .curl(&[
+            "--resolve",
+            &format!("evil.org:80:{EVIL}"),
+            "http://evil.org/",
+        ])
+        .await;
+    assert!(
+        code == 0 && text.contains("host-not-allowed"),
+        "{code} {text}"
+    );
+    // No name at all, and the address of the allowed host with another name.
+    let (code, text) = world.curl(&[&format!("https://{GOOD}/")]).await;
+    assert!(code == 35 && text.contains("alert"), "{code} {text}");
+    let (code, _) = world
+        .curl(&[
+            "--resolve",
+            &format!("evil.org:443:{GOOD}"),
+            "https://evil.org/",
+        ])
+        .await;
+    assert_eq!(code, 35, "a shared address does not open a forbidden name");
+    let host = ["-H", "Host: evil.org"];
+    let (_, text) = world
+        .curl(&[&host[..], &["http://good.org/"]].concat())
+        .await;
+    assert!(text.contains("host-not-allowed"), "{text}");
+    // A relay, and a port that nobody allowed.
+    let (code, text) = world
+        .curl(&["-p", "-x", "http://good.org:80", "https://evil.org/"])
+        .await;
+    assert!(code != 0 && !text.contains("s_server"), "{code} {text}");
+    let (code, _) = world.curl(&[&format!("http://{EVIL}:8443/")]).await;
+    assert_eq!(code, 7);
+    let (code, _) = world.curl(&["http://10.200.0.2:8080/"]).await;
+    assert_eq!(code, 7);
+    // The proxy's own port is nobody's.
+    assert!(
+        world.evil.lock().unwrap().is_empty(),
+        "{:?}",
+        world.evil.lock().unwrap()
+    );
+    assert_eq!(world.web.lock().unwrap().len(), 2);
+
+    // The allowed name with another address goes to the name's own.
+    let (code, text) = world
+        .curl(&[
+            "--resolve",
+            &format!("good.org:443:{EVIL}"),
+            "https://good.org/",
+        ])
+        .await;
+    assert!(code == 0 && text.contains("s_server"), "{code} {text}");
+    assert!(world.evil.lock().unwrap().is_empty());
+    assert_eq!(world.raw.lock().unwrap().len(), 1);
+
+    // What is denied now is over now.
+    let stricter = dns::policy(Preset::Offline, &allow, &["good.org"]);
+    let left = world.names.follow(&stricter);
+    assert!(left.iter().all(|grant| grant.name.as_str() != "good.org"));
+    world.policy.send(Arc::new(stricter)).unwrap();
+    let (code, _) = world
+        .curl(&[
+            "--resolve",
+            &format!("good.org:443:{GOOD}"),
+            "https://good.org/",
+        ])
+        .await;
+    assert_eq!(code, 35);
+    check_record(&mut world).await;
+    drop(world.internet);
+}
+
+/// All of that is on record, with names, reasons and bytes.
+async fn check_record(world: &mut World) {
+    // The kernel tells of packets within 50 ms.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut events = Vec::new();
+    while let Ok(event) = world.events.try_recv() {
+        events.push(event);
+    }
+    let mut summary = Summary::default();
+    let mut learned = Learned::default();
+    for event in &events {
+        summary.take(event);
+        learned.take(event);
+    }
+    let whats: Vec<&What> = events.iter().map(|event| &event.what).collect();
+    let refused = |wanted: Code| {
+        whats.iter().any(|what| match what {
+            What::Query(query) => query.refusal.as_ref().is_some_and(|one| one.code == wanted),
+            What::Packet(packet) => packet
+                .refusal
+                .as_ref()
+                .is_some_and(|one| one.code == wanted),
+            What::Proxied(one) => one.refusal.as_ref().is_some_and(|one| one.code == wanted),
+            _ => false,
+        })
+    };
+    for code in [
+        Code::HostNotAllowed,
+        Code::HostDenied,
+        Code::SniMissing,
+        Code::AnswerPrivate,
+        Code::Packet,
+    ] {
+        assert!(refused(code), "{code:?} is not on record: {whats:#?}");
+    }
+    assert!(whats.iter().any(|what| matches!(what, What::Packet(packet)
+        if packet.name.as_deref() == Some("good.org") && packet.refusal.is_none())));
+    assert!(whats.iter().any(|what| matches!(what, What::Packet(packet)
+        if packet.refusal.as_ref().is_some_and(|refusal| refusal.rule == "packet:private"))));
+    assert!(whats.iter().any(|what| matches!(what, What::Proxied(one)
+        if one.protocol == "tls" && one.name.as_deref() == Some("good.org") && one.received > 500
+            && one.refusal.is_none())));
+    // Went elsewhere than the guest wanted.
+    assert!(whats.iter().any(|what| matches!(what, What::Proxied(one)
+        if one.destination.ip().to_string() == EVIL
+            && one.connected.is_some_and(|to| to.ip().to_string() == GOOD))));
+    assert!(whats.iter().any(|what| matches!(what, What::Query(query)
+        if query.result == QueryResult::Answered && query.name == "good.org")));
+    assert_eq!(summary.lost, 0);
+    assert_eq!(
+        summary.hosts.keys().collect::<Vec<_>>(),
+        ["good.org"],
+        "{summary:#?}"
+    );
+    assert!(summary.refused.contains_key("evil.org"));
+    assert!(summary.line().starts_with("1 host, "), "{}", summary.line());
+    let policy = Policy::new(&learned.policy()).unwrap();
+    let name = bulkhead::net::Domain::parse("good.org").unwrap();
+    assert!(policy.connect(&name, 8443).is_ok() && policy.connect(&name, 443).is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ends_of_connections_are_told_with_their_bytes() {
+    if let Some(why) = missing() {
+        println!("skipped: ends_of_connections_are_told_with_their_bytes: {why}");
+        return;
+    }
+    let mut world = World::new(Preset::Offline, &["good.org:8443"], &[]).await;
+    let (code, text) = world.curl(&["http://good.org:8443/"]).await;
+    assert_eq!((code, text.as_str()), (0, "hello\n"));
+    world.router.inside(forget_all);
+    let over =
+        |what: &What| matches!(what, What::Flow(flow) if flow.destination.port == Some(8443));
+    let last = world.until(over).await.pop();
+    let Some(What::Flow(flow)) = last.map(|event| event.what) else {
+        panic!("it is no such event")
+    };
+    assert_eq!(flow.name.as_deref(), Some("good.org"));
+    assert_eq!(flow.source.address.to_string(), GUEST);
+    assert!(
+        flow.counted && flow.sent > 200 && flow.received > 200,
+        "{flow:?}"
+    );
+}
+
+/// Has conntrack forget everything, in the namespace of the calling thread
+/// (IPCTNL_MSG_CT_DELETE without a connection): connections that are over are
+/// kept for two minutes.
+fn forget_all() {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sendto, socket,
+    };
+    use std::os::fd::AsRawFd as _;
+    let protocol = SockProtocol::NetlinkNetFilter;
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        protocol,
+    )
+    .unwrap();
+    let mut message = Vec::new();
+    message.extend(20_u32.to_ne_bytes());
+    message.extend((1_u16 << 8 | 2).to_ne_bytes());
+    message.extend(1_u16.to_ne_bytes());
+    message.extend([0; 8]);
+    // Of IPv4.
+    message.extend([2, 0, 0, 0]);
+    let to = NetlinkAddr::new(0, 0);
+    sendto(socket.as_raw_fd(), &message, &to, MsgFlags::empty()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_segmented_hello_and_one_sent_to_another_address() {
+    if let Some(why) = missing() {
+        println!("skipped: a_segmented_hello_and_one_sent_to_another_address: {why}");
+        return;
+    }
+    let mut world = World::new(Preset::Offline, &["good.org"], &[]).await;
+    for (sni, to, reaches) in [
+        ("good.org", GOOD, true),
+        ("good.org", EVIL, true),
+        ("evil.org", EVIL, false),
+        ("evil.org", GOOD, false),
+    ] {
+        let guest = &world.guest;
+        let stream = guest.inside(move || std::net::TcpStream::connect((to, 443)).unwrap());
+        stream.set_nonblocking(true).unwrap();
+        let mut stream = tokio::net::TcpStream::from_std(stream).unwrap();
+        stream.set_nodelay(true).unwrap();
+        let bytes = tls::records(&tls::hello(Some(sni), &[]), 20);
+        for part in bytes.chunks(11) {
+            if stream.write_all(part).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let mut answer = vec![0; 7];
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut answer)).await;
+        let length = read.expect("somebody answers").unwrap_or(0);
+        // Ours denies access (49); the host dislikes what is made by hand.
+        let denied = answer[..length] == [21, 3, 3, 0, 2, 2, 49];
+        assert_eq!(denied, !reaches, "{sni} at {to}: {:?}", &answer[..length]);
+        drop(stream);
+        let last = world
+            .until(|what| matches!(what, What::Proxied(_)))
+            .await
+            .pop();
+        let Some(What::Proxied(event)) = last.map(|event| event.what) else {
+            panic!("it is no such event")
+        };
+        assert_eq!(event.destination.ip().to_string(), to);
+        assert_eq!(event.connected.is_some(), reaches, "{event:?}");
+        assert!(event.connected.is_none_or(|to| to.ip().to_string() == GOOD));
+    }
+    assert!(world.evil.lock().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_parts_together_write_a_record_and_sum_it_up() {
+    use bulkhead::net::{Filter, FilterConfig, Inside};
+    if let Some(why) = missing() {
+        println!("skipped: all_parts_together_write_a_record_and_sum_it_up: {why}");
+        return;
+    }
+    let router = Netns::new("r");
+    router.ip(&["addr", "add", "198.18.0.1/32", "dev", "lo"]);
+    let upstream = Upstream::new(|name, _, _| Says::Records(vec![a(name, GOOD, 60)])).await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("network.jsonl");
+    let gateway = [GATEWAY.parse().unwrap()];
+    let inside = router.inside(|| Inside::open(&gateway, Some(3129), GROUP).unwrap());
+    let config = FilterConfig {
+        machine: "m1".into(),
+        policy: dns::policy(Preset::Offline, &["good.org"], &[]),
+        reach: Reach::default(),
+        upstreams: vec![upstream.address],
+        guests: vec![GUEST.parse().unwrap()],
+        record: path.clone(),
+    };
+    let (filter, mut fed) = Filter::start(inside, config).unwrap();
+    let granted = tokio::spawn(async move {
+        let mut all = Vec::new();
+        while let Some(Feed { grants, done }) = fed.recv().await {
+            all.extend(grants.into_iter().map(|grant| grant.address.to_string()));
+            let _ = done.send(Ok(()));
+        }
+        all
+    });
+    let dig = async |name: &str| {
+        let words = ["dig", "+time=3", "+tries=1", "@198.18.0.1", name];
+        let output = tokio::process::Command::from(router.command(&words))
+            .output()
+            .await;
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    assert!(dig("good.org").await.contains(GOOD));
+    assert!(dig("evil.org").await.contains("REFUSED"));
+    let same = filter.set_policy(dns::policy(Preset::Offline, &["*.org"], &["evil.org"]));
+    assert!(
+        same.len() == 1
+            && same[0].address.to_string() == GOOD
+            && same[0].rule == "allow-host:*.org"
+    );
+    assert!(
+        filter
+            .set_policy(dns::policy(Preset::Offline, &[], &[]))
+            .is_empty()
+    );
+    assert!(dig("good.org").await.contains("REFUSED"));
+    assert_eq!(filter.summary().queries, 3);
+    let (summary, learned, written) = filter.end().await;
+    written.unwrap();
+    assert_eq!(granted.await.unwrap(), [GOOD]);
+    assert_eq!(summary.line(), "0 hosts, 2 refused");
+    assert_eq!(learned.policy().allow_hosts.len(), 2);
+    let text = std::fs::read_to_string(path).unwrap();
+    let events: Vec<Event> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert!(events.len() == 3 && events.iter().all(|event| event.machine == "m1"));
+}
