@@ -383,8 +383,18 @@ impl Hierarchies {
     /// processes: us. The nearest one above that hands it down takes ours; the
     /// root may do both.
     fn base_v2(&self, controller: Controller, mount: &Path, own: &Path) -> Option<PathBuf> {
+        // A process is in one group of v2: the same one for every controller
+        // that this hierarchy has.
+        let all = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+        let offered = Controller::ALL.map(|one| (one, lists(&all, one)));
+        if !offered.contains(&(controller, true)) {
+            return None;
+        }
         let has = |dir: &Path, file: &str| {
-            fs::read_to_string(dir.join(file)).is_ok_and(|names| lists(&names, controller))
+            fs::read_to_string(dir.join(file)).is_ok_and(|names| {
+                let mut needed = offered.iter().filter(|(_, offered)| *offered);
+                needed.all(|(one, _)| lists(&names, *one))
+            })
         };
         own.ancestors()
             .take_while(|dir| dir.starts_with(mount))
@@ -499,6 +509,10 @@ mod tests {
             "memory cpu\n",
         );
         assert_eq!(base(), Some(root.join("system.slice")));
+        // One group for all of them, or their limits would not hold together.
+        say(root, "cgroup.controllers", "cpu io memory pids\n");
+        say(root, "cgroup.subtree_control", "cpu memory pids\n");
+        assert_eq!(base().as_deref(), Some(root));
     }
 
     /// A group of the kernel's, or the reason why there is none here.

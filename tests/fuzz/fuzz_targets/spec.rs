@@ -39,6 +39,8 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         qemu: "/qemu".into(),
         tsc_khz: None,
         vhost_vsock: false,
+        closure: Ok(bulkhead::plan::jail::Closure::default()),
+        unprivileged: false,
     };
     match Plan::new(&spec, &IMAGE, kernel, &facts) {
         Ok(plan) => {

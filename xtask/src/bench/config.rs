@@ -188,9 +188,9 @@ impl Bed {
     }
 
     pub(super) fn plan(&self, config: &Config) -> Result<(Image, Plan)> {
+        // Bare QEMU finds its files where they are, not where a jail has them.
         let spec = Spec {
-            // Bare QEMU finds its files where they are.
-            waive: "files".parse()?,
+            waive: "files".parse().map_err(explain)?,
             ..config.spec()?
         };
         self.host(config).plan(&spec).map_err(explain)
