@@ -161,9 +161,7 @@ impl Cgroup {
             loop {
                 match make(dir) {
                     // The end of the last other machine took the parent away.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound && tries < TRIES => {
-                        tries += 1;
-                    }
+                    Err(error) if is_gone(&error) && tries < TRIES => tries += 1,
                     made => break made.map_err(io_error("make the control group", dir))?,
                 }
             }
@@ -261,6 +259,12 @@ impl Cgroup {
             .map(|dir| dir.join(name))
             .find(|file| file.exists())
     }
+}
+
+/// What is said of a group that was removed: ENODEV where one of its files was
+/// open already.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
 }
 
 fn write(file: &Path, text: &str) -> Result<(), CgroupError> {

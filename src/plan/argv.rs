@@ -212,7 +212,7 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
             "max,-svm,-la57,-erms,-fsrm,xlevel=0x80000008",
         ),
         // QEMU emulates AMD's SVM, not Intel's VMX.
-        (Accel::Tcg, true) => ("tcg,thread=multi", "max,-la57"),
+        (Accel::Tcg, true) => ("tcg,thread=multi", "max,-la57,-erms,-fsrm"),
     };
     list.push(Box::new(Valued("-accel", accel.into())));
     list.push(Box::new(Valued("-cpu", cpu.into())));
