@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use bulkhead::error::Report;
 use bulkhead::run::{Dirs, Host, Io, RunError, run};
-use bulkhead::spec::{Accel, Catalog, Request};
+use bulkhead::spec::{Accel, Catalog, NetworkMode, Request};
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         image: Some("base".into()),
         accel: Some(accel),
         command: words.collect(),
+        network: Some(NetworkMode::Isolated.into()),
         ..Request::default()
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -147,6 +147,7 @@ fn a_full_host_disk_is_named() {
     let mut command = std::process::Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
     command.env("BULKHEAD_CONFIG", "none");
+    command.env("BULKHEAD_NETWORK", "isolated");
     command.env("BULKHEAD_RUNTIME_DIR", temp.path().join("runtime"));
     let output = command.output().unwrap();
     let run = Ran {

@@ -261,6 +261,7 @@ fn an_ordinary_user_gets_what_a_user_namespace_gives() {
         .env("PATH", "/usr/bin:/bin");
     command
         .env("BULKHEAD_CONFIG", "none")
+        .env("BULKHEAD_NETWORK", "isolated")
         .env("HOME", place.path());
     command.env("BULKHEAD_STATE_DIR", place.path().join("state"));
     command.env("BULKHEAD_RUNTIME_DIR", place.path().join("run"));

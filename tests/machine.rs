@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead::error::Explain as _;
 use bulkhead::guest::Output;
 use bulkhead::run::{Dirs, Host};
-use bulkhead::spec::{Accel, Catalog, Request as Wish, Spec};
+use bulkhead::spec::{Accel, Catalog, NetworkMode, Request as Wish, Spec};
 use bulkhead_agent::{Exec, Request};
 use support::Bulkhead;
 use support::terminal::Terminal;
@@ -32,6 +32,7 @@ fn spec() -> Spec {
     let wish = Wish {
         image: Some("base".into()),
         accel: Some(Accel::Tcg),
+        network: Some(NetworkMode::Isolated.into()),
         command: vec!["true".into()],
         ..Wish::default()
     };

@@ -274,6 +274,7 @@ fn users_cannot_see_or_touch_each_others_machines_and_root_can() {
             .env_clear()
             .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
             .env("BULKHEAD_CONFIG", "none")
+            .env("BULKHEAD_NETWORK", "isolated")
             .env("BULKHEAD_STATE_DIR", &state)
             .env("BULKHEAD_RUNTIME_DIR", runtime.join("alice"))
             .current_dir("/");

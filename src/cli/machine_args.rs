@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, LabelName, MachineType, NetworkName, ProfileName, Request,
-    Survivors, Timeout, Waived, WorkspaceMode,
+    Accel, Bytes, ChannelKind, Exception, LabelName, MachineType, NetworkName, Port, ProfileName,
+    Request, Survivors, Timeout, Waived, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -33,9 +33,19 @@ pub(super) struct MachineArgs {
     /// How long the command may run, such as 90s or 5m [default: the profile's].
     #[arg(long, value_name = "TIME")]
     timeout: Option<Timeout>,
-    /// Name of a network; this version gives machines none [default: isolated].
+    /// What the machine can reach: nat-filtered (the internet by usual ports, never the host or a LAN),
+    /// isolated (no network), open, or a network of the configuration [default: nat-filtered].
     #[arg(long, value_name = "NAME")]
     network: Option<NetworkName>,
+    /// A port, or several, that may be reached besides those of the network: 8443, 8000-8100, 4433/udp.
+    #[arg(long = "allow-port", value_name = "PORT")]
+    allow_ports: Vec<Port>,
+    /// Addresses that may be reached although they are private: 10.1.2.3/32:5432.
+    #[arg(long = "allow-cidr", value_name = "CIDR[:PORT]")]
+    allow_cidrs: Vec<Exception>,
+    /// With IPv6, filtered as IPv4 is.
+    #[arg(long)]
+    ipv6: bool,
     /// kvm, or tcg: software emulation, slow and no isolation by hardware [default: kvm].
     #[arg(long, value_parser = word::<Accel>)]
     accel: Option<Accel>,
@@ -81,6 +91,9 @@ impl MachineArgs {
             disk: self.disk,
             timeout: self.timeout,
             network: self.network,
+            allow_ports: self.allow_ports.into_iter().collect(),
+            allow_cidrs: self.allow_cidrs.into_iter().collect(),
+            ipv6: self.ipv6.then_some(true),
             accel: self.accel,
             machine: self.machine,
             channel: self.channel,
@@ -263,8 +276,7 @@ mod tests {
                 "{key} is not {name}"
             );
             assert_eq!(filed(key), typed(words), "{key}");
-            // The one network mode is also the default.
-            assert!(filed(key) != nothing || name == "network", "{key}");
+            assert!(filed(key) != nothing, "{key}");
         }
         let keys = SAME.map(|(key, _)| key).join("\n");
         let words: Vec<&str> = SAME.iter().flat_map(|(_, words)| *words).copied().collect();

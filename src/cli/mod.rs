@@ -17,6 +17,7 @@ mod ls;
 mod machine_args;
 mod man;
 mod message;
+mod net;
 mod run;
 mod set;
 mod settings;
@@ -76,6 +77,10 @@ struct Global {
     /// [env: BULKHEAD_UIDS] [default: 1900000000-1900065535].
     #[arg(long, global = true, value_name = "FIRST-LAST")]
     uids: Option<crate::spec::UidRange>,
+    /// Addresses for machines, one each [env: BULKHEAD_NETWORK_POOL] [default: one the host has no
+    /// use for].
+    #[arg(long, global = true, value_name = "CIDR")]
+    network_pool: Option<crate::spec::Cidr>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -127,6 +132,8 @@ enum Verb {
     Top(stats::Top),
     /// Change limits of machines, also while they run.
     Set(set::Args),
+    /// Show or change what machines may reach.
+    Net(net::Args),
     /// Make machines stand still.
     Pause(stop::Names),
     /// Make paused machines go on.
@@ -220,6 +227,7 @@ pub fn main() -> ExitCode {
             Verb::Stats(args) => stats::run(args, &global).await,
             Verb::Top(args) => stats::top(args, &global).await,
             Verb::Set(args) => set::run(args, &global).await,
+            Verb::Net(args) => net::run(args, &global).await,
             Verb::Pause(args) => stop::pause(args, &global).await,
             Verb::Resume(args) => stop::resume(args, &global).await,
             Verb::Stop(args) => stop::stop(args, &global).await,

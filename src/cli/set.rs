@@ -4,7 +4,7 @@ use super::Global;
 use super::each::each;
 use super::machine_args::word;
 use super::message::Failure;
-use crate::spec::{Bytes, IoLimits, SpecError, Timeout, VmId};
+use crate::spec::{Bytes, IoLimits, NetworkChange, SpecError, Timeout, VmId};
 use crate::supervise::{Limit, Machines, Settings};
 
 /// Options.
@@ -41,7 +41,22 @@ pub(super) struct Args {
     /// Writes a second.
     #[arg(long, value_name = "N")]
     write_iops: Option<u64>,
-    /// Take a limit away: ttl, idle-timeout, cpu-quota, memory or io.
+    /// Bytes a second from the guest to the network.
+    #[arg(long, value_name = "SIZE")]
+    upload: Option<Bytes>,
+    /// Bytes a second from the network to the guest.
+    #[arg(long, value_name = "SIZE")]
+    download: Option<Bytes>,
+    /// New connections a second.
+    #[arg(long, value_name = "N")]
+    connection_rate: Option<u32>,
+    /// Connections at a time.
+    #[arg(long, value_name = "N")]
+    connections: Option<u32>,
+    /// Bytes over the network in all.
+    #[arg(long, value_name = "SIZE")]
+    total: Option<Bytes>,
+    /// Take a limit away: ttl, idle-timeout, cpu-quota, memory, io, upload, download or total.
     #[arg(long, value_name = "LIMIT", value_parser = word::<Limit>)]
     without: Vec<Limit>,
 }
@@ -59,6 +74,14 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
             write_bytes: args.write_rate,
             read_operations: args.read_iops,
             write_operations: args.write_iops,
+        },
+        network: NetworkChange {
+            upload: args.upload,
+            download: args.download,
+            connection_rate: args.connection_rate,
+            connections: args.connections,
+            total: args.total,
+            ..NetworkChange::default()
         },
         without: args.without,
     };

@@ -8,8 +8,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::Global;
+use crate::host::network::Site;
 use crate::run::{Dirs, Host};
-use crate::spec::{Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge};
+use crate::spec::{
+    Cidr, Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge,
+};
 use crate::supervise::Launcher;
 
 /// The system's configuration file.
@@ -29,6 +32,8 @@ pub(super) struct Settings {
     boot_timeout: Option<Timeout>,
     /// User ids for machines.
     pub(super) uids: UidRange,
+    /// Addresses for machines, where they are given.
+    network_pool: Option<Cidr>,
     /// Lowest first.
     layers: Vec<Layer>,
 }
@@ -54,6 +59,7 @@ impl Settings {
             qemu: global.qemu.clone(),
             boot_timeout: global.boot_timeout,
             uids: global.uids,
+            network_pool: global.network_pool,
             ..Config::default()
         }));
         let config = merge(&layers)?.config;
@@ -70,6 +76,7 @@ impl Settings {
             qemu: config.qemu,
             boot_timeout: config.boot_timeout,
             uids: config.uids.unwrap_or_default(),
+            network_pool: config.network_pool,
             layers,
         })
     }
@@ -81,6 +88,10 @@ impl Settings {
             qemu: self.qemu.clone(),
             uids: self.uids,
             die_with_thread: true,
+            site: Site {
+                pool: self.network_pool,
+                ..Site::default()
+            },
             ..Host::new(self.dirs.clone())
         };
         if let Some(timeout) = self.boot_timeout {
@@ -110,6 +121,10 @@ impl Settings {
         }
         args.push("--uids".into());
         args.push(self.uids.to_string().into());
+        if let Some(pool) = &self.network_pool {
+            args.push("--network-pool".into());
+            args.push(pool.to_string().into());
+        }
         args.push("supervise".into());
         Launcher {
             // Replaced by an update, it is still this very program.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{cgroup, fault, process, uid};
+use super::{cgroup, fault, network, process, uid};
 use crate::error::Explain;
 
 /// One host resource.
@@ -40,6 +40,19 @@ pub enum Lease {
         /// The link that takes it.
         path: PathBuf,
         /// Where the link leads while it is this lease's.
+        token: String,
+    },
+    /// A network namespace kept under a path, with everything in it.
+    Netns {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A machine's link to the host, its connections, and its place in the
+    /// host's rules.
+    Uplink {
+        /// The namespace of the host's side; the process's own when absent.
+        netns: Option<PathBuf>,
+        /// Tells the machine from every other.
         token: String,
     },
     /// A control group, with every process in it.
@@ -119,6 +132,8 @@ impl Lease {
             Self::Process { .. } => "process",
             Self::File { .. } => "file",
             Self::Dir { .. } => "dir",
+            Self::Netns { .. } => "netns",
+            Self::Uplink { .. } => "uplink",
             Self::Cgroup { .. } => "cgroup",
             Self::Uid { .. } => "uid",
         }
@@ -163,6 +178,17 @@ impl Lease {
                     source,
                 })
             }
+            Self::Netns { path } => {
+                network::release_netns(path).map_err(|source| LeaseError::Release {
+                    what: format!("the network namespace {}", path.display()),
+                    source,
+                })
+            }
+            Self::Uplink { netns, token } => network::release_uplink(netns.as_deref(), token)
+                .map_err(|source| LeaseError::Release {
+                    what: format!("the link bh{token}"),
+                    source,
+                }),
             Self::Cgroup { path } => cgroup::release(path).map_err(|source| LeaseError::Release {
                 what: format!("the control group {}", path.display()),
                 source,

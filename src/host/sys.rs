@@ -63,6 +63,43 @@ pub(crate) fn set_guest_cid(vhost: BorrowedFd<'_>, cid: u64) -> io::Result<()> {
     Ok(())
 }
 
+mod tun {
+    nix::ioctl_write_ptr_bad!(
+        set_iff,
+        nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
+        nix::libc::ifreq
+    );
+}
+
+/// Makes a tap of this name in the thread's network namespace; it is there for
+/// as long as the descriptor is open. Packets have a virtio-net header, as QEMU
+/// wants them (linux/if_tun.h).
+///
+/// # Errors
+/// No /dev/net/tun, not allowed, or the name is taken.
+pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    let tap = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
+    // SAFETY: all zeroes is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero.
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .take(libc::IFNAMSIZ - 1)
+        .zip(name.bytes())
+    {
+        *to = from as libc::c_char;
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: a valid descriptor, and the kernel reads and writes one `ifreq`.
+    unsafe { tun::set_iff(tap.as_raw_fd(), &raw const request) }?;
+    Ok(tap.into())
+}
+
 /// Lets the runtime watch a descriptor.
 ///
 /// # Errors

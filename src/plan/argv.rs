@@ -1,6 +1,6 @@
 //! QEMU's arguments, one struct for each kind.
 
-use super::{Channel, Descriptor, Plan, SHARE_TAG, jail};
+use super::{Channel, Descriptor, Plan, SHARE_TAG, jail, network};
 use crate::image::{Image, KernelFormat};
 use crate::spec::{Accel, JailLayer, MachineType, Spec};
 use bulkhead_agent::{AGENT_PORT, QGA_PORT, ROOT_SERIAL, SCRATCH_SERIAL};
@@ -165,6 +165,7 @@ pub(super) fn build(spec: &Spec, image: &Image, plan: &Plan) -> Vec<String> {
     disks(&mut list, plan);
     balloon(&mut list, plan);
     share(&mut list, plan);
+    nic(&mut list, plan);
     let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
     list.push(Box::new(Valued("-sandbox", sandbox.into())));
     list.iter()
@@ -371,6 +372,32 @@ fn balloon(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
 /// device would be dead. The slots below have interrupts of their own.
 fn slot(plan: &Plan, number: u32) -> Option<(&'static str, String)> {
     (plan.machine == MachineType::Microvm).then(|| ("bus", format!("virtio-mmio-bus.{number}")))
+}
+
+fn nic(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    let Some(fd) = plan.fd(Descriptor::Tap) else {
+        return;
+    };
+    let netdev = Options::new("tap")
+        .set("id", "net")
+        .set("fd", fd)
+        .set("vhost", "off");
+    list.push(Box::new(Valued("-netdev", netdev.0)));
+    let mut options = vec![
+        ("id", "nic".to_owned()),
+        ("netdev", "net".to_owned()),
+        ("mac", network::mac(network::GUEST_MAC)),
+    ];
+    match plan.machine {
+        MachineType::Microvm => options.extend(slot(plan, 0)),
+        // Nothing boots from the network.
+        MachineType::Q35 => options.push(("romfile", String::new())),
+    }
+    list.push(Box::new(VirtioDevice {
+        kind: "virtio-net",
+        machine: plan.machine,
+        options,
+    }));
 }
 
 fn share(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {

@@ -1,6 +1,6 @@
 //! The guest kernel's command line.
 
-use super::{Channel, HostFacts};
+use super::{Channel, HostFacts, Network};
 use crate::image::KernelFormat;
 use crate::spec::{Accel, MachineType, Spec};
 
@@ -55,5 +55,8 @@ pub(super) fn build(
         }
         .into(),
     );
+    if let Some(network) = Network::of(&spec.network) {
+        options.extend(network.options());
+    }
     options.join(" ")
 }

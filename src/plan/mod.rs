@@ -6,7 +6,9 @@
 mod argv;
 mod cmdline;
 mod facts;
+pub mod firewall;
 pub mod jail;
+pub mod network;
 
 use std::path::PathBuf;
 
@@ -21,6 +23,7 @@ use crate::spec::{
 pub(crate) use argv::{CID, ROOT_ID, SCRATCH_ID, SCRATCH_NODE};
 pub use facts::HostFacts;
 pub use jail::Jail;
+pub use network::Network;
 
 /// Number of the first descriptor handed to QEMU.
 pub const FIRST_FD: i32 = 3;
@@ -105,6 +108,8 @@ pub enum Descriptor {
     Share,
     /// /dev/vhost-vsock, with the machine's CID set.
     Vsock,
+    /// The tap in the machine's network namespace.
+    Tap,
 }
 
 /// How the guest agent is reached.
@@ -165,6 +170,9 @@ pub struct Plan {
     pub adoptable: bool,
     /// How the VMM is confined.
     pub jail: Jail,
+    /// Its network; none when it is isolated.
+    #[serde(default)]
+    pub network: Option<Network>,
     /// The vsock address it leased.
     #[serde(default)]
     pub cid: Option<u32>,
@@ -203,6 +211,10 @@ impl Plan {
         if share.is_some() && !jail.has(JailLayer::Files) {
             descriptors.push(D::Share);
         }
+        let network = Network::of(&spec.network);
+        if network.is_some() {
+            descriptors.push(D::Tap);
+        }
         let mut plan = Self {
             id: spec.id.clone(),
             qemu: facts.qemu.clone(),
@@ -221,6 +233,7 @@ impl Plan {
             keep_disk: spec.detached,
             adoptable: spec.detached && spec.lifetime.survivors == Survivors::Adopt,
             jail,
+            network,
             cid: None,
         };
         plan.args = argv::build(spec, image, &plan);

@@ -35,7 +35,11 @@ fn image() -> Image {
 }
 
 fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
-    let text = format!("name = \"vm1\"\ncommand = [\"true\"]\n{request}");
+    let network = match request.contains("network") {
+        true => "",
+        false => "network = \"isolated\"\n",
+    };
+    let text = format!("name = \"vm1\"\ncommand = [\"true\"]\n{network}{request}");
     let spec = toml::from_str::<Request>(&text)
         .unwrap()
         .resolve(&Catalog::default())
@@ -115,6 +119,42 @@ fn nested_virtualization_only_where_it_is_asked_for() {
             "{nested}"
         );
     }
+}
+
+#[test]
+fn a_network_is_a_device_a_descriptor_and_an_address() {
+    let words = |request: &str| {
+        let plan = plan(request, false).unwrap();
+        let words = plan.args.iter().filter(|word| word.contains("net"));
+        let words: Vec<_> = words
+            .map(|word| word.split(" bulkhead.channel").next().unwrap().to_owned())
+            .collect();
+        (words, plan.fd(Descriptor::Tap), plan.cmdline)
+    };
+    assert_eq!(words("network = \"offline\"").1, None);
+    let (args, fd, cmdline) = words("network = \"nat-filtered\"");
+    assert_eq!(
+        args,
+        [
+            "-netdev",
+            "tap,id=net,fd=10,vhost=off",
+            "virtio-net-device,id=nic,netdev=net,mac=02:62:68:00:00:02,bus=virtio-mmio-bus.0"
+        ]
+    );
+    assert_eq!(fd, Some(10));
+    assert!(
+        cmdline.ends_with(" bulkhead.ip=198.18.0.2/30@198.18.0.1"),
+        "{cmdline}"
+    );
+    let (args, _, cmdline) = words("network = \"dev\"\nipv6 = true\nmachine = \"q35\"");
+    assert!(
+        args[2].ends_with("mac=02:62:68:00:00:02,romfile="),
+        "{args:?}"
+    );
+    assert!(
+        cmdline.ends_with(" bulkhead.ip6=fd62:756c:6b68::2/64@fd62:756c:6b68::1"),
+        "{cmdline}"
+    );
 }
 
 #[test]

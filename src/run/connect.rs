@@ -17,6 +17,7 @@ use super::error::MachineError;
 use super::machine::{Live, Phases, StartOptions, io_error, missing, since};
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::cgroup::{Cgroup, CgroupError};
+use crate::host::netns::Netns;
 use crate::host::{fault, kmsg};
 use crate::plan::Plan;
 use crate::qmp::Monitor;
@@ -29,6 +30,7 @@ pub(super) struct Parts {
     pub(super) console: ConsoleLog,
     pub(super) words: ConsoleLog,
     pub(super) cgroup: Result<Cgroup, CgroupError>,
+    pub(super) netns: Option<Netns>,
 }
 
 impl Parts {
@@ -127,6 +129,7 @@ impl Parts {
             disk: disk.into_inner().ok_or(missing("its disk"))?,
             cgroup: self.cgroup,
             proof: Vec::new(),
+            netns: self.netns,
             phases,
         })
     }

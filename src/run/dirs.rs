@@ -81,6 +81,11 @@ impl Dirs {
         self.runtime.join("uids")
     }
 
+    /// Where a machine's network namespace is kept.
+    pub fn netns(&self, id: &crate::spec::VmId) -> PathBuf {
+        self.runtime.join(format!("{id}.netns"))
+    }
+
     /// The control socket of a machine.
     pub fn control_socket(&self, id: &crate::spec::VmId) -> PathBuf {
         self.runtime.join(format!("{id}.sock"))

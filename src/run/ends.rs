@@ -24,6 +24,8 @@ pub(super) struct Ends {
     pub(super) qga: Option<UnixStream>,
     pub(super) agent: Option<UnixStream>,
     pub(super) cid: Option<u32>,
+    /// The guest's end of its network, until QEMU has it.
+    pub(super) tap: Option<OwnedFd>,
 }
 
 impl Ends {
@@ -55,7 +57,11 @@ impl Ends {
             Descriptor::Console => Some(("console", &mut self.console)),
             Descriptor::Qga => Some(("qga", &mut self.qga)),
             Descriptor::Agent => Some(("agent", &mut self.agent)),
-            Descriptor::Root | Descriptor::Scratch | Descriptor::Share | Descriptor::Vsock => None,
+            Descriptor::Root
+            | Descriptor::Scratch
+            | Descriptor::Share
+            | Descriptor::Vsock
+            | Descriptor::Tap => None,
         }
     }
 }
@@ -80,6 +86,10 @@ pub(super) fn descriptors(
                 let (vhost, cid) = claim_cid()?;
                 ends.cid = Some(cid);
                 Ok(vhost)
+            }
+            Descriptor::Tap => {
+                let what = "the tap";
+                ends.tap.take().ok_or(MachineError::Missing { what })
             }
             socket => {
                 let what = "a descriptor that is no socket";

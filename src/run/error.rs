@@ -8,8 +8,10 @@ use super::record::RecordError;
 use crate::error::Explain;
 use crate::guest::GuestError;
 use crate::host::cgroup::CgroupError;
+use crate::host::network::NetworkError;
 use crate::image::Error as ImageError;
 use crate::qmp::QmpError;
+use crate::spec::SpecError;
 use crate::vmm::{ExitStatus, SpawnError};
 
 /// A machine did not come up, or did not stay up.
@@ -75,6 +77,12 @@ pub enum MachineError {
     /// A control group could not be made or changed.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// Asked for something that cannot be.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// The network could not be made.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// An empty disk could not be made.
     #[error(transparent)]
     Disk(#[from] ImageError),
@@ -188,6 +196,8 @@ impl Explain for MachineError {
             Self::OldAgent { .. } => "agent-version",
             Self::DiskFailed(_) => "disk-failed",
             Self::Cgroup(error) => error.code(),
+            Self::Spec(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::Disk(error) => error.code(),
             Self::Record(error) => error.code(),
             Self::Spawn(error) => error.code(),
@@ -229,6 +239,8 @@ impl Explain for MachineError {
                 "Look after the disk; the kernel's log (dmesg) may say more.".into()
             }
             Self::Cgroup(error) => error.remedy(),
+            Self::Spec(error) => error.remedy(),
+            Self::Network(error) => error.remedy(),
             Self::Disk(error) => error.remedy(),
             Self::Record(error) => error.remedy(),
             Self::Spawn(error) => error.remedy(),

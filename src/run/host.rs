@@ -8,6 +8,7 @@ use super::machine::{Machine, StartOptions};
 use super::record::Record;
 use super::{RunError, prove};
 use crate::guest::archive::HostDir;
+use crate::host::network::Site;
 use crate::host::probe;
 use crate::image::{Image, KernelFormat, Store};
 use crate::plan::{KernelChoice, Plan};
@@ -29,6 +30,8 @@ pub struct Host {
     pub proof_timeout: Duration,
     /// End machines with the thread that starts them.
     pub die_with_thread: bool,
+    /// Where machines' networks lead.
+    pub site: Site,
 }
 
 impl Host {
@@ -49,6 +52,7 @@ impl Host {
             boot_timeout: Self::BOOT_TIMEOUT,
             proof_timeout: Self::PROOF_TIMEOUT,
             die_with_thread: false,
+            site: Site::default(),
         }
     }
 
@@ -164,6 +168,8 @@ impl Host {
             uid_dir: self.dirs.uids(),
             uids: self.uids,
             disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
+            netns: self.dirs.netns(&plan.id),
+            site: self.site.clone(),
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }
     }

@@ -21,10 +21,13 @@ use crate::guest::archive::HostDir;
 use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
 use crate::host::lease::Lease;
+use crate::host::netns::Netns;
+use crate::host::network::{self, Site, Wires};
 use crate::image::Lock;
-use crate::plan::{self, Plan};
+use crate::plan::firewall::Names;
+use crate::plan::{self, Network, Plan};
 use crate::qmp::Monitor;
-use crate::spec::UidRange;
+use crate::spec::{NetworkPolicy, UidRange};
 use crate::vmm::{Spawn, VmmProcess};
 
 /// What starting a machine needs besides its plan.
@@ -48,6 +51,10 @@ pub struct StartOptions {
     pub disk: Option<PathBuf>,
     /// Where the machine's sockets are, where it can outlive its owner.
     pub sockets: Option<PathBuf>,
+    /// Where its network namespace is kept, where it has a network.
+    pub netns: PathBuf,
+    /// Where its network leads.
+    pub site: Site,
 }
 
 /// When the phases of a start were over, in microseconds since its beginning.
@@ -90,6 +97,8 @@ pub(super) struct Live {
     pub(super) proof: Vec<Finding>,
     /// Its control group, or why it has none.
     pub(super) cgroup: Result<Cgroup, CgroupError>,
+    /// Its network namespace, where it has a network.
+    pub(super) netns: Option<Netns>,
     pub(super) phases: Phases,
 }
 
@@ -153,6 +162,10 @@ impl Machine {
             record.lease(lease).map_err(RecordError::from)?;
             super::dirs::make_private(dir).map_err(io_error("make", dir))?;
         }
+        let netns = match &plan.network {
+            Some(network) => Some(wire(network, record, options, &mut ends)?),
+            None => None,
+        };
         let descriptors = ends::descriptors(&plan, record.dir(), options, &mut ends)?;
         plan.cid = ends.cid;
         if let Some(cid) = ends.cid {
@@ -201,6 +214,7 @@ impl Machine {
             console,
             words,
             cgroup,
+            netns,
         };
         let dir = record.dir().to_owned();
         let live = parts
@@ -261,6 +275,11 @@ impl Machine {
         let words =
             ConsoleLog::resume(words, &log_path).map_err(io_error("open QEMU's log", &log_path))?;
         let parts = Parts {
+            netns: match Netns::open(&options.netns) {
+                Ok(netns) => Some(netns),
+                Err(_) if plan.network.is_none() => None,
+                Err(error) => return Err(io_error("open", &options.netns)(error)),
+            },
             plan,
             process,
             console,
@@ -325,6 +344,21 @@ impl Machine {
     /// The host gave it none.
     pub fn cgroup(&self) -> Result<&Cgroup, &CgroupError> {
         self.live.cgroup.as_ref()
+    }
+
+    /// Its network namespace: sockets made in it are the machine's gateway's.
+    pub fn netns(&self) -> Option<&Netns> {
+        self.live.netns.as_ref()
+    }
+
+    /// Changes what it may reach and use of its network. With `deny`,
+    /// connections there are have to pass the new rules, too.
+    ///
+    /// # Errors
+    /// It has no network, or the kernel refuses.
+    pub fn set_network(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
+        let netns = self.netns().ok_or(missing("a network"))?;
+        Ok(network::change(netns, policy, Names::Any, deny)?)
     }
 
     /// The serial console.
@@ -483,4 +517,23 @@ pub(super) fn io_error(
         path,
         source,
     }
+}
+
+/// Makes the machine's network; its tap is among the ends.
+fn wire(
+    network: &Network,
+    record: &mut Record,
+    options: &StartOptions,
+    ends: &mut Ends,
+) -> Result<Netns, MachineError> {
+    let wires = Wires::choose(options.netns.clone(), options.site.clone());
+    if let Some(dir) = options.netns.parent() {
+        super::dirs::make_private(dir).map_err(io_error("make", dir))?;
+    }
+    for lease in wires.leases() {
+        record.lease(lease).map_err(RecordError::from)?;
+    }
+    let wired = wires.make(&network.policy, Names::Any)?;
+    ends.tap = Some(wired.tap);
+    Ok(wired.netns)
 }

@@ -20,7 +20,7 @@ use crate::host::lease::write_durably;
 use crate::host::process;
 use crate::image::Image;
 use crate::plan::{KernelChoice, Plan};
-use crate::spec::{Accel, Bytes, Catalog, Request, Spec, VmId};
+use crate::spec::{Accel, Bytes, Catalog, NetworkMode, Request, Spec, VmId};
 
 /// QEMU's words for what passes.
 const BUSY: [&str; 2] = ["Device or resource busy", "Cannot allocate memory"];
@@ -148,6 +148,8 @@ fn proof_spec(image: &str) -> Result<Spec, RunError> {
         cpus: Some(1),
         memory: Some(Bytes::mib(256)),
         disk: Some(Bytes::mib(64)),
+        // Nothing is proved by it, and it is root's to have.
+        network: Some(NetworkMode::Isolated.into()),
         accel: Some(Accel::Kvm),
         command: vec!["true".into()],
         ..Request::default()

@@ -237,6 +237,18 @@ impl Record {
         Ok((record, spec, state))
     }
 
+    /// The spec of a machine or a run, whoever has it.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn spec(dirs: &Dirs, id: &VmId) -> Result<Spec, RecordError> {
+        let path = dirs.run(id).join(SPEC);
+        if !path.exists() {
+            return Err(RecordError::NotFound { id: id.clone() });
+        }
+        read_json(&path)
+    }
+
     /// The run's directory.
     pub fn dir(&self) -> &Path {
         &self.dir

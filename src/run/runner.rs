@@ -165,7 +165,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         hardware_isolation: spec.accel == Accel::Kvm,
         machine: spec.machine,
         channel,
-        network: spec.network,
+        network: spec.network.mode,
         exit_code: match done.failed {
             Some(_) => FAILED,
             None => done.command.exit_code,

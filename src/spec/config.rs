@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::layer::Layer;
 use super::{
-    Catalog, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request, Spec,
+    Catalog, Cidr, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request, Spec,
     SpecError, Timeout, UidRange,
 };
 
@@ -31,6 +31,10 @@ pub struct Config {
     /// User ids that are nobody else's on this host: every machine's VMM takes
     /// one while it runs.
     pub uids: Option<UidRange>,
+    /// IPv4 addresses for machines on the host's side, one each, such as
+    /// `10.213.0.0/16`. Without it the first of some ranges that the host has
+    /// no route into.
+    pub network_pool: Option<Cidr>,
     /// What every machine gets unless asked otherwise.
     pub machine: Request,
     /// Custom profiles by name; no name of a built-in one.
@@ -65,7 +69,14 @@ pub const MACHINE_KEYS: [&str; 20] = [
 ];
 
 /// Keys beside the tables.
-const TOP_KEYS: [&str; 5] = ["state_dir", "runtime_dir", "qemu", "boot_timeout", "uids"];
+const TOP_KEYS: [&str; 6] = [
+    "state_dir",
+    "runtime_dir",
+    "qemu",
+    "boot_timeout",
+    "uids",
+    "network_pool",
+];
 
 /// Keys of `[machine]` that a profile decides together.
 const LIMITS: [&str; 4] = ["cpus", "memory", "disk", "timeout"];
@@ -92,6 +103,7 @@ impl Config {
             qemu: self.qemu.or(below.qemu),
             boot_timeout: self.boot_timeout.or(below.boot_timeout),
             uids: self.uids.or(below.uids),
+            network_pool: self.network_pool.or(below.network_pool),
             machine: self.machine.over(below.machine),
             profile,
             network,
@@ -152,6 +164,16 @@ pub fn merge<'l>(layers: impl IntoIterator<Item = &'l Layer>) -> Result<Merged, 
         }
         config = above.clone().over(config);
     }
+    if let Some(pool) = config
+        .network_pool
+        .filter(|pool| !pool.first().is_ipv4() || pool.length() > 30)
+    {
+        return Err(SpecError::Value {
+            what: "network_pool",
+            value: pool.to_string(),
+            why: "it is a range of at least four IPv4 addresses",
+        });
+    }
     let mut catalog = Catalog::default();
     let at = |words: [&str; 3], error| match origins.get(&key(&words)) {
         Some(origin) => SpecError::At {
@@ -162,7 +184,7 @@ pub fn merge<'l>(layers: impl IntoIterator<Item = &'l Layer>) -> Result<Merged, 
     };
     for (name, policy) in &config.network {
         catalog
-            .add_network(name.clone(), *policy)
+            .add_network(name.clone(), policy.clone())
             .map_err(|error| at(["network", name.as_str(), "mode"], error))?;
     }
     for (name, custom) in &config.profile {

@@ -133,7 +133,16 @@ impl Layer {
             })
         });
         let uids = uids.transpose()?;
+        let pool = get("network_pool").map(|text| {
+            let text = text.to_string_lossy();
+            text.parse()
+                .map_err(|error: super::Malformed| SpecError::Variable {
+                    name: variable("network_pool"),
+                    why: error.to_string(),
+                })
+        });
         let config = Config {
+            network_pool: pool.transpose()?,
             state_dir: path("state_dir"),
             runtime_dir: path("runtime_dir"),
             qemu: path("qemu"),

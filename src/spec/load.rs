@@ -1,14 +1,14 @@
 //! From flags and TOML files to a [`Spec`], resolved once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, Catalog, ChannelKind, Command, LabelName, Lifetime, MachineType, NetworkName,
-    Profile, ProfileName, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived,
-    Workspace, WorkspaceMode,
+    Accel, Bytes, Catalog, ChannelKind, Command, Exception, LabelName, Lifetime, MachineType,
+    NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName, Script, Spec, SpecError,
+    Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -60,6 +60,14 @@ pub struct Request {
     /// layers below the profile's asked for. Not part of files.
     #[serde(skip)]
     pub network_below: Option<NetworkName>,
+    /// Ports that may be reached besides those of the network, such as `8443`
+    /// or `8000-8100`.
+    pub allow_ports: BTreeSet<Port>,
+    /// Exceptions from what no machine may reach, besides those of the network,
+    /// such as `10.1.2.3/32:5432`.
+    pub allow_cidrs: BTreeSet<Exception>,
+    /// With IPv6, filtered as IPv4 is; as the network says when absent.
+    pub ipv6: Option<bool>,
     /// What executes the guest's instructions: `kvm`, or `tcg`, software
     /// emulation, slow and no isolation by hardware.
     pub accel: Option<Accel>,
@@ -133,6 +141,10 @@ impl Request {
         env.extend(self.env);
         let mut labels = below.labels;
         labels.extend(self.labels);
+        let mut allow_ports = below.allow_ports;
+        allow_ports.extend(self.allow_ports);
+        let mut allow_cidrs = below.allow_cidrs;
+        allow_cidrs.extend(self.allow_cidrs);
         Self {
             name: self.name.or(below.name),
             image: self.image.or(below.image),
@@ -151,6 +163,9 @@ impl Request {
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
+            allow_ports,
+            allow_cidrs,
+            ipv6: self.ipv6.or(below.ipv6),
             accel: self.accel.or(below.accel),
             machine: self.machine.or(below.machine),
             channel: self.channel.or(below.channel),
@@ -187,6 +202,24 @@ impl Request {
         self.check(catalog, false)
     }
 
+    /// What a network becomes with this request.
+    fn policy(&self, network: &NetworkPolicy) -> Result<NetworkPolicy, SpecError> {
+        let asked =
+            !self.allow_ports.is_empty() || !self.allow_cidrs.is_empty() || self.ipv6 == Some(true);
+        if asked && network.mode != NetworkMode::NatFiltered {
+            return Err(SpecError::Clash {
+                first: "--allow-port, --allow-cidr or --ipv6",
+                second: "a network mode other than nat-filtered",
+            });
+        }
+        let mut policy = network.clone();
+        policy.ports.extend(&self.allow_ports);
+        policy.exceptions.extend(&self.allow_cidrs);
+        policy.ipv6 = self.ipv6.unwrap_or(policy.ipv6);
+        policy.check()?;
+        Ok(policy)
+    }
+
     /// Name of the network it gets with this profile.
     pub(super) fn network_with(&self, profile: &Profile) -> NetworkName {
         let named = self.network.as_ref();
@@ -216,7 +249,7 @@ impl Request {
     fn check(self, catalog: &Catalog, detached: bool) -> Result<Spec, SpecError> {
         let name = self.profile.clone().unwrap_or_default();
         let profile = catalog.profile(&name)?;
-        let network = catalog.network(&self.network_with(profile))?;
+        let network = self.policy(catalog.network(&self.network_with(profile))?)?;
         let mut limits = profile.limits;
         limits.vcpus = self.cpus.unwrap_or(limits.vcpus);
         limits.memory = self.memory.unwrap_or(limits.memory);

@@ -7,6 +7,7 @@ mod layer;
 mod lifetime;
 mod load;
 mod network;
+mod network_change;
 mod origin;
 mod profile;
 mod script;
@@ -24,7 +25,10 @@ pub use jail::{JailLayer, UidRange, Waived};
 pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::Request;
-pub use network::{NetworkMode, NetworkName, NetworkPolicy};
+pub use network::{
+    Cidr, Exception, NetworkLimits, NetworkMode, NetworkName, NetworkPolicy, Port, Protocol,
+};
+pub use network_change::NetworkChange;
 pub use origin::Origin;
 pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
 pub use script::Script;
@@ -46,7 +50,7 @@ pub struct Spec {
     /// What the machine may use.
     pub limits: Limits,
     /// The network it gets.
-    pub network: NetworkMode,
+    pub network: NetworkPolicy,
     /// What executes the guest's instructions.
     pub accel: Accel,
     /// The machine type.

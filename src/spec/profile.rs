@@ -77,12 +77,12 @@ const BUILT_IN: [(&str, u32, u64, u64, u64); 4] = [
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Catalog {
     profiles: BTreeMap<ProfileName, Profile>,
-    networks: BTreeMap<NetworkName, NetworkMode>,
+    networks: BTreeMap<NetworkName, NetworkPolicy>,
 }
 
 impl Default for Catalog {
     fn default() -> Self {
-        let isolated = NetworkName::default();
+        let isolated: NetworkName = NetworkMode::Isolated.into();
         let profiles = BUILT_IN.map(|(name, vcpus, memory, disk, timeout)| {
             let limits = Limits {
                 vcpus,
@@ -95,7 +95,7 @@ impl Default for Catalog {
         });
         Self {
             profiles: profiles.into(),
-            networks: [(isolated, NetworkMode::Isolated)].into(),
+            networks: NetworkName::built_in().collect(),
         }
     }
 }
@@ -120,10 +120,9 @@ impl Catalog {
     ///
     /// # Errors
     /// There is none; the error names those there are.
-    pub fn network(&self, name: &NetworkName) -> Result<NetworkMode, SpecError> {
+    pub fn network(&self, name: &NetworkName) -> Result<&NetworkPolicy, SpecError> {
         self.networks
             .get(name)
-            .copied()
             .ok_or_else(|| unknown("network", name, &self.networks))
     }
 
@@ -162,19 +161,20 @@ impl Catalog {
     /// Adds a network, or replaces one that was added before.
     ///
     /// # Errors
-    /// The name is that of a mode.
+    /// The name is built in, or what it says cannot be.
     pub fn add_network(
         &mut self,
         name: NetworkName,
         policy: NetworkPolicy,
     ) -> Result<(), SpecError> {
-        if name.is_mode() {
+        if name.is_built_in() {
             return Err(SpecError::Taken {
                 kind: "network",
                 name: name.to_string(),
             });
         }
-        self.networks.insert(name, policy.mode);
+        policy.check()?;
+        self.networks.insert(name, policy);
         Ok(())
     }
 }
@@ -269,13 +269,15 @@ mod tests {
     #[test]
     fn a_network_takes_the_name_of_no_mode() {
         let mut catalog = Catalog::default();
-        let policy = NetworkPolicy {
-            mode: NetworkMode::Isolated,
-        };
-        let mut add = |text: &str| catalog.add_network(text.parse().unwrap(), policy);
-        assert!(add("offline").is_ok());
+        let policy = NetworkPolicy::of_mode(NetworkMode::Isolated);
+        let mut add = |text: &str| catalog.add_network(text.parse().unwrap(), policy.clone());
+        assert!(add("quiet").is_ok());
+        assert!(add("offline").is_err() && add("bridge").is_err());
         assert!(add("isolated").is_err() && add("nat-filtered").is_err());
-        let offline = "offline".parse().unwrap();
-        assert_eq!(catalog.network(&offline).unwrap(), NetworkMode::Isolated);
+        let offline = "quiet".parse().unwrap();
+        assert_eq!(
+            catalog.network(&offline).unwrap().mode,
+            NetworkMode::Isolated
+        );
     }
 }

@@ -28,7 +28,7 @@ impl Explain for Malformed {
     }
 }
 
-fn malformed(value: &str, expected: &'static str) -> Malformed {
+pub(super) fn malformed(value: &str, expected: &'static str) -> Malformed {
     Malformed {
         value: value.to_owned(),
         expected,
@@ -157,7 +157,7 @@ macro_rules! name_type {
         }
     };
 }
-pub(super) use name_type;
+pub(super) use {as_text, name_type};
 
 /// An amount of memory or disk, in bytes. Parsed from `512M`, `2G`, `2GiB`,
 /// `1048576`: units are powers of 1024.

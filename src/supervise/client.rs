@@ -91,6 +91,7 @@ impl Client {
     /// # Errors
     /// It cannot be so, or no supervisor answers.
     pub async fn set(&self, settings: Settings) -> Result<(), SuperviseError> {
+        let settings = Box::new(settings);
         self.done(&Ask::Set { settings }, ANSWER).await
     }
 

@@ -39,6 +39,10 @@ pub(super) async fn change(
     if settings.io != Default::default() || without(&[Limit::Io]) {
         machine.set_io_limits(tuning.io).await?;
     }
+    let unlimited = without(&[Limit::Upload, Limit::Download, Limit::Total]);
+    if settings.network != Default::default() || unlimited {
+        machine.set_network(&spec.network, settings.network.denies())?;
+    }
     if settings.memory.is_some() || without(&[Limit::Memory]) {
         let target = tuning.memory.unwrap_or(spec.limits.memory);
         machine.set_memory_target(target, MEMORY).await?;
@@ -55,6 +59,7 @@ pub(super) async fn change(
 impl Settings {
     /// Refuses what could not be at the next start either.
     pub(super) fn check(&self, spec: &Spec) -> Result<(), SpecError> {
+        self.network.check(&spec.network)?;
         let value = |what, value: String, why| Err(SpecError::Value { what, value, why });
         match (self.cpu_quota, self.memory) {
             (Some(percent), _) if !(1..=6400).contains(&percent) => {
@@ -80,8 +85,12 @@ impl Settings {
                 Limit::CpuQuota => tuning.cpu_quota = None,
                 Limit::Memory => tuning.memory = None,
                 Limit::Io => tuning.io = Default::default(),
+                Limit::Upload => spec.network.limits.upload = None,
+                Limit::Download => spec.network.limits.download = None,
+                Limit::Total => spec.network.limits.total = None,
             }
         }
+        self.network.apply(&mut spec.network);
         spec.lifetime.ttl = self.ttl.or(spec.lifetime.ttl);
         spec.lifetime.idle = self.idle_timeout.or(spec.lifetime.idle);
         tuning.cpu_quota = self.cpu_quota.or(tuning.cpu_quota);

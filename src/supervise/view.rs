@@ -143,7 +143,7 @@ impl View {
             memory: spec.limits.memory,
             disk: spec.limits.disk,
             accel: spec.accel,
-            network: spec.network,
+            network: spec.network.mode,
             lifetime: spec.lifetime,
             tuning: spec.tuning,
             labels: spec.labels.clone(),

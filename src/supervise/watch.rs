@@ -51,7 +51,7 @@ enum After {
     /// The user has paused or resumed it.
     Held(bool),
     /// It is asked for differently from now on.
-    Changed(Box<Spec>, Settings),
+    Changed(Box<Spec>, Box<Settings>),
 }
 
 impl Supervisor<'_> {
@@ -327,9 +327,13 @@ impl Supervisor<'_> {
             }),
             Ask::Set { settings } => {
                 let mut spec = Box::new(self.spec.clone());
+                let checked = settings.check(&spec);
                 settings.apply(&mut spec);
                 Box::pin(async move {
-                    let set = tune::change(machine, &settings, &spec).await;
+                    let set = match checked {
+                        Ok(()) => tune::change(machine, &settings, &spec).await,
+                        Err(error) => Err(error.into()),
+                    };
                     Done::of(asked, set, After::Changed(spec, settings))
                 })
             }

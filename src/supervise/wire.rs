@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::view::Live;
 use crate::error::Report;
-use crate::spec::{Bytes, IoLimits, Malformed, Timeout};
+use crate::spec::{Bytes, IoLimits, Malformed, NetworkChange, Timeout};
 
 /// Number of a command in a machine; 0 is its main command, written `main`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -122,6 +122,8 @@ pub struct Settings {
     pub disk: Option<Bytes>,
     /// Reads and writes.
     pub io: IoLimits,
+    /// Its network.
+    pub network: NetworkChange,
     /// What is not limited any more.
     pub without: Vec<Limit>,
 }
@@ -140,6 +142,12 @@ pub enum Limit {
     Memory,
     /// All limits on reads and writes.
     Io,
+    /// The limit on bytes a second from the guest.
+    Upload,
+    /// The limit on bytes a second to the guest.
+    Download,
+    /// The limit on bytes in all.
+    Total,
 }
 
 /// What can be asked of a supervisor, besides what can be asked of every
@@ -163,7 +171,7 @@ pub(super) enum Ask {
     /// Go on.
     Resume,
     /// Change limits.
-    Set { settings: Settings },
+    Set { settings: Box<Settings> },
     /// Start a command that runs on when the asker is gone.
     Detach { request: Box<ExecRequest> },
     /// Commands that run or ran lately.

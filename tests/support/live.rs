@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bulkhead::guest::{Channel, Output};
 use bulkhead::run::{Dirs, Host, Machine, recover};
-use bulkhead::spec::{Accel, Bytes, Request as Wish, Timeout};
+use bulkhead::spec::{Accel, Bytes, Catalog, NetworkMode, Request as Wish, Timeout};
 use bulkhead_agent::{Exec, Request};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -29,6 +29,13 @@ impl Live {
         live
     }
 
+    /// As [`Live::new`], with networks that lead elsewhere.
+    pub(crate) fn with_site(site: bulkhead::host::network::Site) -> Self {
+        let mut live = Self::new();
+        live.host.site = site;
+        live
+    }
+
     /// Everything below `dir`.
     pub(crate) fn at(dir: &Path) -> Self {
         let mut host = Host {
@@ -48,6 +55,11 @@ impl Live {
 
     /// Starts a small machine; `wish` says what differs.
     pub(crate) async fn start(&self, wish: Wish) -> Machine {
+        self.start_from(wish, &Catalog::default()).await
+    }
+
+    /// As [`Live::start`], with names of a catalog.
+    pub(crate) async fn start_from(&self, wish: Wish, catalog: &Catalog) -> Machine {
         let wish = wish.over(Wish {
             image: Some("base".into()),
             kernel: Some("tuned".into()),
@@ -58,11 +70,10 @@ impl Live {
             cpus: Some(1),
             memory: Some(Bytes::mib(512)),
             disk: Some(Bytes::gib(2)),
+            network: Some(NetworkMode::Isolated.into()),
             ..Wish::default()
         });
-        let spec = wish
-            .resolve_machine(&bulkhead::spec::Catalog::default())
-            .unwrap();
+        let spec = wish.resolve_machine(catalog).unwrap();
         self.host.start(&spec).await.unwrap().1
     }
 }

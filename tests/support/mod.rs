@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub(crate) mod live;
+pub(crate) mod net;
 pub(crate) mod terminal;
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -99,6 +100,8 @@ impl Bulkhead {
         command
             .args(words)
             .env("BULKHEAD_CONFIG", "none")
+            // Networks are tested in namespaces of their own.
+            .env("BULKHEAD_NETWORK", "isolated")
             .env("BULKHEAD_STATE_DIR", &self.state)
             .env("BULKHEAD_RUNTIME_DIR", &self.runtime);
         command

@@ -247,6 +247,7 @@ async fn drive(args: &Drive) -> Result<()> {
         workspace_mode: share.then_some(WorkspaceMode::Share),
         waive: Some("seccomp".parse()?),
         command: vec!["true".into()],
+        network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
         ..Request::default()
     };
     let spec = wish.resolve(&Catalog::default())?;

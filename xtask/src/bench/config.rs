@@ -141,6 +141,7 @@ impl Config {
             }),
             channel: Some(ChannelKind::Serial),
             command: vec!["true".into()],
+            network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
             ..Wish::default()
         };
         wish.resolve(&Catalog::default()).map_err(explain)

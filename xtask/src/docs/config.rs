@@ -37,10 +37,13 @@ env = { LANG = "C.UTF-8" }
 [profile.big]
 base = "intensive"
 memory = "12G"
-network = "offline"
+network = "db"
 
-[network.offline]
-mode = "isolated"
+[network.db]
+mode = "nat-filtered"
+ports = ["443", "8000-8100"]
+exceptions = ["10.1.2.3/32:5432"]
+limits = { download = "10M", total = "2G" }
 ```
 
 A *size* is a text such as `"512M"` or `"2G"` (powers of 1024), a *time* one such as `"90s"`, `"5m"` or `"2h"`, a *name* 1 to 63 of `a-z`, `0-9`, `_` and `-`.
@@ -198,6 +201,9 @@ pub(super) fn page(schema: &Value) -> Result<String> {
     let network = definition("NetworkPolicy");
     head(&mut text, "`[network.NAME]`", &about(network, schema));
     table(&mut text, network, Some("network"))?;
+    let limits = definition("NetworkLimits");
+    head(&mut text, "`[network.NAME.limits]`", &about(limits, schema));
+    table(&mut text, limits, Some("limits"))?;
     Ok(text)
 }
 
@@ -205,9 +211,15 @@ pub(super) fn page(schema: &Value) -> Result<String> {
 fn order<'k>(keys: &'k Map<String, Value>, above: Option<&str>) -> Vec<&'k str> {
     let mut names: Vec<&str> = keys.keys().map(String::as_str).collect();
     let place = |name: &str| match above {
-        None => ["state_dir", "runtime_dir", "qemu", "boot_timeout"]
-            .iter()
-            .position(|known| *known == name),
+        None => [
+            "state_dir",
+            "runtime_dir",
+            "qemu",
+            "boot_timeout",
+            "network_pool",
+        ]
+        .iter()
+        .position(|known| *known == name),
         _ if name == "base" => Some(0),
         _ => MACHINE_KEYS
             .iter()
@@ -225,6 +237,7 @@ fn kind(key: &Value, schema: &Value) -> String {
             "Bytes" => "size".into(),
             "Timeout" => "time".into(),
             "NetworkName" | "ProfileName" => "name".into(),
+            "Cidr" => "range of addresses".into(),
             name => match schema["$defs"][name]["oneOf"].as_array() {
                 Some(choices) => {
                     let choices = choices
@@ -242,6 +255,7 @@ fn kind(key: &Value, schema: &Value) -> String {
         "object" if named_texts(key) => "table of texts".into(),
         "object" => String::new(),
         "string" => "text".into(),
+        "array" => "list of texts".into(),
         kind => kind.into(),
     }
 }

@@ -8,7 +8,7 @@ use bulkhead::error::{Explain, Report};
 use bulkhead::guest::Stream;
 use bulkhead::plan::SHARE_TAG;
 use bulkhead::run::{Dirs, Host, Io, Machine, command, recover};
-use bulkhead::spec::{Accel, Bytes, Catalog, Request as Wish, VmId, WorkspaceMode};
+use bulkhead::spec::{Accel, Bytes, Catalog, NetworkMode, Request as Wish, VmId, WorkspaceMode};
 use bulkhead_agent::{Exec, Request};
 
 use super::{Options, kit};
@@ -57,6 +57,7 @@ impl Lab {
             workspace: Some("/".into()),
             workspace_mode: Some(WorkspaceMode::Share),
             read_only: Some(true),
+            network: Some(NetworkMode::Isolated.into()),
             command: vec!["true".into()],
             ..Wish::default()
         };

@@ -75,6 +75,7 @@ async fn look(host: &Host, args: &Args, kind: MachineType) -> Result<Vec<Row>> {
         memory: Some("256M".parse()?),
         cpus: Some(1),
         command: vec!["true".into()],
+        network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
         ..Request::default()
     };
     let spec = wish.resolve(&Catalog::default())?;

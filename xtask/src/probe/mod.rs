@@ -4,6 +4,7 @@ mod case;
 mod faults;
 mod guest;
 mod monitor;
+mod network;
 pub(crate) mod place;
 mod points;
 pub(crate) mod verdict;
@@ -32,6 +33,8 @@ enum Probe {
     Qmp(monitor::Args),
     /// Start a program in QEMU's place that tries to get out of its jail.
     Vmm(vmm::Args),
+    /// Try everything a guest may not do to the network, and what it may.
+    Network(network::Args),
 }
 
 /// Runs the task.
@@ -41,6 +44,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Probe::Guest(args) => guest::run(&args)?,
         Probe::Qmp(args) => monitor::run(&args)?,
         Probe::Vmm(args) => vmm::run(&args)?,
+        Probe::Network(args) => network::run(&args)?,
     };
     if !passed {
         // Without a word: the closing line is the last.

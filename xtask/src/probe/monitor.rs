@@ -217,6 +217,7 @@ async fn attempt(
         memory: Some("256M".parse()?),
         cpus: Some(1),
         command: vec!["true".into()],
+        network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
         ..Request::default()
     };
     let spec = wish.resolve(&Catalog::default())?;

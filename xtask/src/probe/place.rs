@@ -132,6 +132,7 @@ impl Place {
         command
             .args(words)
             .env("BULKHEAD_CONFIG", "none")
+            .env("BULKHEAD_NETWORK", "isolated")
             .env("BULKHEAD_STATE_DIR", &dirs.state)
             .env("BULKHEAD_RUNTIME_DIR", &dirs.runtime)
             .env("BULKHEAD_ACCEL", &self.kit.accel)

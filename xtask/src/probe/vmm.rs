@@ -180,6 +180,7 @@ async fn attempt(host: &Host, args: &Args, number: usize, name: &str, filter: bo
         } else {
             Some("seccomp".parse()?)
         },
+        network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
         ..Request::default()
     };
     let spec: Spec = wish.resolve(&Catalog::default())?;

@@ -1,6 +1,7 @@
 //! PID 1: boots the machine, starts the agent's server, reaps, powers off.
 
 mod modules;
+mod network;
 mod options;
 mod power;
 mod root;
@@ -76,6 +77,10 @@ pub(crate) fn run() -> ! {
     steps.done("workspace");
     settle::loopback_up();
     steps.done("lo");
+    if let Err(error) = options.network.up() {
+        complain!("{}", error.message);
+    }
+    steps.done("network");
     let source = Source::Machine(options.vsock);
     let own_init = options.init.is_none();
     let role = server::Role::Machine { own_init };

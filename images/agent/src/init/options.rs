@@ -1,5 +1,7 @@
 //! What the kernel's command line tells the agent: `bulkhead.*`.
 
+use super::network::Network;
+
 /// Options of a boot.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Options {
@@ -13,6 +15,8 @@ pub(crate) struct Options {
     pub(crate) vsock: bool,
     /// `bulkhead.hostname=NAME`: instead of the one in /etc/hostname.
     pub(crate) hostname: Option<String>,
+    /// `bulkhead.ip=ADDRESS/PREFIX@GATEWAY`, and `bulkhead.ip6=` likewise.
+    pub(crate) network: Network,
     /// `bulkhead.trace=1`: log how long each step of the boot took.
     pub(crate) trace: bool,
 }
@@ -34,6 +38,20 @@ impl Options {
                 Some(("channel", "serial")) => options.vsock = false,
                 Some(("hostname", name)) if !name.is_empty() => {
                     options.hostname = Some(name.into())
+                }
+                Some(("ip", text))
+                    if text
+                        .parse::<super::network::Address<std::net::Ipv4Addr>>()
+                        .is_ok() =>
+                {
+                    options.network.ip = text.parse().ok();
+                }
+                Some(("ip6", text))
+                    if text
+                        .parse::<super::network::Address<std::net::Ipv6Addr>>()
+                        .is_ok() =>
+                {
+                    options.network.ip6 = text.parse().ok();
                 }
                 Some(("trace", "1")) => options.trace = true,
                 _ => unknown.push(format!("bulkhead.{word}")),

@@ -1,0 +1,230 @@
+//! nftables over netlink: rules in atomic batches, in the namespace of the
+//! calling thread.
+
+mod build;
+mod counters;
+mod raw;
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use nftnl::{Batch, MsgType};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
+    socket,
+};
+
+use crate::plan::firewall::{ALLOWED, Changes, Elements, Family, Ruleset, Set, gate, gate_member};
+
+pub use counters::{Counted, counters};
+
+/// How long the kernel may take to answer: it holds one lock for everybody who
+/// changes rules.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Part of the error that the kernel answers with (linux/netlink.h).
+const NLMSG_ERROR: u16 = 2;
+/// Length of a netlink header.
+pub(super) const HEADER: usize = 16;
+
+/// Makes tables that are not there yet, all of them or none.
+///
+/// # Errors
+/// The kernel refuses: no permission, or it lacks a part of nftables.
+pub fn apply(rules: &Ruleset) -> io::Result<()> {
+    let mut batch = Batch::new();
+    for table in &rules.tables {
+        build::add_table(&mut batch, table, false);
+    }
+    send(batch)
+}
+
+/// Replaces what can change of a machine's rules, at once.
+///
+/// # Errors
+/// As [`apply`]; then nothing has changed.
+pub fn change(changes: &Changes) -> io::Result<()> {
+    let mut batch = Batch::new();
+    build::change(&mut batch, changes);
+    send(batch)
+}
+
+/// Lets a machine reach an address on some ports for a time; again, for that
+/// time from now.
+///
+/// # Errors
+/// As [`apply`].
+pub fn allow(address: IpAddr, ports: &[u16], time: Duration) -> io::Result<()> {
+    let v6 = address.is_ipv6();
+    let set = Set {
+        name: ALLOWED[usize::from(v6)],
+        elements: Elements::Timed { v6 },
+    };
+    let table = build::table(Family::Inet);
+    let made = build::declared(&set, 1, &table);
+    for port in ports {
+        // Each part of the key takes whole registers of four bytes.
+        let key = [&build::octets(address)[..], &port.to_be_bytes(), &[0, 0]].concat();
+        let timeout_ms = u64::try_from(time.as_millis()).ok();
+        raw::add_element(
+            &made,
+            &raw::Element {
+                key,
+                timeout_ms,
+                ..raw::Element::default()
+            },
+        );
+    }
+    let mut batch = Batch::new();
+    batch.add(&raw::Elements(&made), MsgType::Add);
+    send(batch)
+}
+
+/// Makes the host's table, or brings it up to date, and counts a machine in.
+///
+/// # Errors
+/// As [`apply`].
+pub fn enter_gate(token: &str) -> io::Result<()> {
+    let mut batch = Batch::new();
+    build::add_table(&mut batch, &gate(), true);
+    let table = build::table(Family::Inet);
+    let name = build::text(&gate_member(token));
+    batch.add(
+        &raw::Counter {
+            table: &table,
+            name,
+        },
+        MsgType::Add,
+    );
+    send(batch)
+}
+
+/// Counts a machine out, and takes the table away with the last one. Nothing
+/// happens where it is out already.
+///
+/// # Errors
+/// As [`apply`].
+pub fn leave_gate(token: &str) -> io::Result<()> {
+    let table = build::table(Family::Inet);
+    let name = build::text(&gate_member(token));
+    let mut batch = Batch::new();
+    batch.add(
+        &raw::Counter {
+            table: &table,
+            name,
+        },
+        MsgType::Del,
+    );
+    gone(send(batch))?;
+    // Only to save the kernel a refusal, which takes it long.
+    let there = counters(Family::Inet)?;
+    if there.keys().any(|name| name.starts_with(&gate_member(""))) {
+        return Ok(());
+    }
+    // The kernel refuses all of it while another machine is counted in: nobody
+    // can come in between.
+    let mut batch = Batch::new();
+    let data = gate();
+    let chains: Vec<_> = data
+        .chains
+        .iter()
+        .map(|chain| nftnl::Chain::new(build::text(&chain.name), &table))
+        .collect();
+    for chain in &chains {
+        batch.add(&raw::NoRules(chain), MsgType::Del);
+    }
+    for chain in &chains {
+        batch.add(chain, MsgType::Del);
+    }
+    for name in &data.counters {
+        let name = build::text(name);
+        batch.add(
+            &raw::Counter {
+                table: &table,
+                name,
+            },
+            MsgType::Del,
+        );
+    }
+    batch.add(&raw::EmptyTable(&table), MsgType::Del);
+    match gone(send(batch)) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
+        left => left,
+    }
+}
+
+/// That it is not there is what was wanted.
+fn gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// A socket to the kernel's netfilter, in the thread's namespace.
+pub(super) fn connect() -> io::Result<OwnedFd> {
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkNetFilter,
+    )?;
+    bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    let time = nix::sys::time::TimeVal::new(ANSWER.as_secs() as i64, 0);
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::ReceiveTimeout, &time)?;
+    Ok(socket)
+}
+
+/// Sends a batch and waits until the kernel has taken all of it.
+fn send(batch: Batch) -> io::Result<()> {
+    let batch = batch.finalize();
+    // The last that is answered: older kernels do not answer a batch's end.
+    let last = batch.sequence_numbers().end.saturating_sub(1);
+    // One message to the kernel is one transaction.
+    let bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+    let socket = connect()?;
+    let to = NetlinkAddr::new(0, 0);
+    sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
+    let mut answers = vec![0; 1 << 16];
+    loop {
+        let length = receive(&socket, &mut answers)?;
+        for (kind, seq, content) in messages(&answers[..length]) {
+            let Some(code) = content.first_chunk().filter(|_| kind == NLMSG_ERROR) else {
+                continue;
+            };
+            match i32::from_ne_bytes(*code) {
+                // What one message is refused, all are.
+                0 if seq >= last => return Ok(()),
+                0 => {}
+                code => return Err(io::Error::from_raw_os_error(-code)),
+            }
+        }
+    }
+}
+
+pub(super) fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            received => return Ok(received?),
+        }
+    }
+}
+
+/// The messages in what was received: type, number, content.
+pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
+        let message = bytes
+            .get(..length)
+            .filter(|message| message.len() >= HEADER)?;
+        let kind = u16::from_ne_bytes([message[4], message[5]]);
+        let seq = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, seq, &message[HEADER..]))
+    })
+}

@@ -1,0 +1,136 @@
+//! What can change of a machine's rules while it runs, and what names change.
+
+use std::net::IpAddr;
+
+use super::machine::refuse;
+use super::*;
+use crate::plan::network::TAP;
+use crate::spec::NetworkPolicy;
+
+/// What names have to do with what may be reached.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Names {
+    /// Nothing: every address that is not forbidden, at the allowed ports.
+    #[default]
+    Any,
+    /// Only what the resolver put into [`ALLOWED`]. TCP only.
+    Fed,
+    /// As fed; and web connections (TCP to 80 and 443) go to this port of the
+    /// gateway, where the name they ask for is read.
+    Strict(u16),
+}
+
+/// What can change while the machine runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// Chains whose rules are replaced.
+    pub chains: Vec<Chain>,
+    /// Sets whose elements are replaced.
+    pub sets: Vec<Set>,
+}
+
+/// The rules and sets that follow from what is allowed and limited. `used` are
+/// the bytes that count against the total already.
+pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
+    let through = || Expr::goto("let-through");
+    let sets = [("ports-tcp", Protocol::Tcp), ("ports-udp", Protocol::Udp)];
+    let sets = sets.map(|(name, protocol)| {
+        let ports = policy.ports.iter().filter(|port| port.protocol == protocol);
+        Set {
+            name,
+            elements: Elements::Ports(merged(ports)),
+        }
+    });
+    let to_ports =
+        |protocol, set| vec![Expr::L4(protocol), Expr::InSet(Field::Port, set), through()];
+    let to_fed = |family, v6| {
+        let set = Expr::DestInSet(v6, ALLOWED[usize::from(v6)]);
+        vec![Expr::Nfproto(family), Expr::L4(TCP), set, through()]
+    };
+    let allowed = match names {
+        Names::Any => vec![to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")],
+        Names::Fed | Names::Strict(_) => vec![to_fed(2, false), to_fed(10, true)],
+    };
+    let limits = &policy.limits;
+    let new = vec![
+        vec![Expr::RateOver(limits.connection_rate), refuse("rate")],
+        vec![Expr::CountOver(limits.connections), refuse("connections")],
+    ];
+    let quota = limits
+        .total
+        .map(|total| vec![Expr::QuotaOver(total.0, used), refuse("quota")]);
+    let mut chains = vec![
+        chain("exceptions", exceptions(policy, &through())),
+        chain("allowed", allowed),
+        chain("limits", new),
+        chain("quota", quota.into_iter().collect()),
+    ];
+    if let Names::Strict(_) = names {
+        chains.push(chain("not-strict", exceptions(policy, &Expr::Accept)));
+    }
+    Changes {
+        chains,
+        sets: sets.into(),
+    }
+}
+
+/// A rule for each exception and protocol.
+fn exceptions(policy: &NetworkPolicy, then: &Expr) -> Vec<Rule> {
+    let rules = policy.exceptions.iter().flat_map(|exception| {
+        let (family, field) = match exception.cidr.first() {
+            IpAddr::V4(_) => (2, Field::Ip4Dest),
+            IpAddr::V6(_) => (10, Field::Ip6Dest),
+        };
+        let ports = match exception.port {
+            Some(port) => vec![Expr::port(port).to_vec()],
+            None => vec![vec![Expr::L4(TCP)], vec![Expr::L4(UDP)]],
+        };
+        let to = vec![Expr::Nfproto(family), Expr::Within(field, exception.cidr)];
+        let rule = move |port| [to.clone(), port, vec![then.clone()]].concat();
+        ports.into_iter().map(rule)
+    });
+    rules.collect()
+}
+
+/// Web connections go to the proxy, but for exceptions by address; what no
+/// machine may reach is refused here, where its address is still seen.
+pub(super) fn strict(policy: &NetworkPolicy, port: u16) -> [Chain; 2] {
+    let web = |to: u16| {
+        let to = Expr::is(Field::Port, to.to_be_bytes());
+        vec![Expr::In(TAP), Expr::L4(TCP), to, Expr::goto("strict")]
+    };
+    let mut rules = vec![
+        vec![Expr::jump("not-strict")],
+        vec![Expr::Nfproto(2), Expr::Map(Field::Ip4Dest, "never4")],
+    ];
+    rules.push(match policy.ipv6 {
+        true => vec![Expr::Nfproto(10), Expr::Map(Field::Ip6Dest, "never6")],
+        false => vec![Expr::Nfproto(10), refuse("ipv6")],
+    });
+    rules.push(vec![Expr::Redirect(port)]);
+    [
+        nat(
+            "prerouting",
+            Hook::Prerouting,
+            -100,
+            vec![web(80), web(443)],
+        ),
+        chain("strict", rules),
+    ]
+}
+
+/// Ranges of ports without overlaps or neighbours, in order.
+fn merged<'p>(ports: impl Iterator<Item = &'p crate::spec::Port>) -> Vec<(u16, u16)> {
+    let mut sorted: Vec<_> = ports.map(|port| (port.first, port.last)).collect();
+    sorted.sort_unstable();
+    let mut merged: Vec<(u16, u16)> = Vec::new();
+    for (first, last) in sorted {
+        match merged.last_mut() {
+            Some(before) if u32::from(first) <= u32::from(before.1) + 1 => {
+                before.1 = before.1.max(last)
+            }
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}

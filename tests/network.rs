@@ -1,0 +1,225 @@
+//! Machines' networks, in namespaces that stand for the host and the internet.
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use bulkhead::host::nft;
+use bulkhead::plan::firewall::{self, Names};
+use bulkhead::spec::{Bytes, NetworkMode, NetworkPolicy};
+use support::net::{World, mounts_below, sh_in};
+
+fn policy() -> NetworkPolicy {
+    NetworkPolicy::of_mode(NetworkMode::NatFiltered)
+}
+
+/// Everything there is, once.
+fn everything() -> NetworkPolicy {
+    let mut policy = policy();
+    policy.ipv6 = true;
+    policy.ports.insert("8000-8100".parse().unwrap());
+    policy.ports.insert("4433/udp".parse().unwrap());
+    policy.exceptions = ["10.77.0.1/32:5432", "[fd00::]/8:443/udp"]
+        .map(|text| text.parse().unwrap())
+        .into();
+    policy.limits.total = Some(Bytes::gib(1));
+    policy.limits.upload = Some(Bytes::mib(2));
+    policy.limits.download = Some(Bytes::mib(4));
+    policy
+}
+
+#[test]
+fn the_kernel_has_the_rules_that_were_planned() {
+    let world = World::new();
+    sh_in(
+        &world.host.netns,
+        "sysctl -qw net.ipv6.conf.all.forwarding=1",
+    );
+    let wiring = world.wire("vm", &everything());
+    let rules = sh_in(wiring.netns(), "nft -nn list ruleset");
+    insta::assert_snapshot!("machine", rules);
+    let gate = sh_in(&world.host.netns, "nft -nn list table inet bulkhead");
+    let gate: Vec<_> = gate
+        .lines()
+        .map(|line| match line.split_once("machine-") {
+            Some((before, _)) => format!("{before}machine-TOKEN {{"),
+            None => line.to_owned(),
+        })
+        .collect();
+    insta::assert_snapshot!("gate", gate.join("\n"));
+    let shaped = sh_in(
+        wiring.netns(),
+        "tc qdisc show dev tap; tc qdisc show dev out",
+    );
+    assert!(
+        shaped.contains("tbf 1: root") && shaped.contains("rate 32Mbit")
+            || shaped.contains("rate 33554"),
+        "{shaped}"
+    );
+}
+
+#[test]
+fn nothing_is_left_of_a_thousand_networks() {
+    let world = World::new();
+    let look = || {
+        let host = sh_in(
+            &world.host.netns,
+            "ip -o link | sed 's/ state.*//;s/^[0-9]*//'; ip route; ip neigh | wc -l; nft list ruleset; cat /proc/sys/net/netfilter/nf_conntrack_count",
+        );
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        (host, mounts_below(world.dir.path()), fds)
+    };
+    world.wire("first", &policy()).release();
+    let before = look();
+    let rules = world.own_rules();
+    for _ in 0..1000 {
+        world.wire("vm", &policy()).release();
+    }
+    let after = look();
+    assert_eq!((&after.0, after.1), (&before.0, before.1));
+    // Other tests have some, too.
+    assert!(
+        after.2 < before.2 + 100,
+        "{} descriptors, {} before",
+        after.2,
+        before.2
+    );
+    assert_eq!(world.own_rules(), rules);
+}
+
+/// Figures for people: `cargo test --test network -- --ignored --nocapture`.
+#[test]
+#[ignore = "takes its time and proves nothing on a busy machine"]
+fn setting_up_costs_the_same_however_many_there_are() {
+    let world = World::new();
+    let mut present = Vec::new();
+    for count in [1, 50, 100, 200, 300, 400, 500] {
+        while present.len() < count {
+            present.push(world.wire(&format!("vm{}", present.len()), &policy()));
+        }
+        let mut times: Vec<(Duration, Duration)> = (0..20)
+            .map(|_| {
+                let begin = Instant::now();
+                let mut one = world.wire("one", &policy());
+                let made = begin.elapsed();
+                let begin = Instant::now();
+                one.release();
+                (made, begin.elapsed())
+            })
+            .collect();
+        times.sort();
+        let made = times[10].0;
+        times.sort_by_key(|(_, gone)| *gone);
+        println!(
+            "{count} present: made in {made:?}, gone in {:?} (medians of 20)",
+            times[10].1
+        );
+    }
+}
+
+#[test]
+fn rules_change_at_once_and_keep_what_they_counted() {
+    let world = World::new();
+    let wiring = world.wire("vm", &policy());
+    let mut more = policy();
+    more.ports.insert("8443".parse().unwrap());
+    more.exceptions.insert("10.77.0.1:5432".parse().unwrap());
+    more.limits.connections = 7;
+    bulkhead::host::network::change(wiring.netns(), &more, Names::Any, false).unwrap();
+    let rules = sh_in(wiring.netns(), "nft -nn list table inet bulkhead");
+    for line in [
+        "22, 80, 443, 8443, 9418",
+        "ip daddr 10.77.0.1",
+        "ct count over 7",
+    ] {
+        assert!(rules.contains(line), "{line} is not in {rules}");
+    }
+    bulkhead::host::network::change(wiring.netns(), &policy(), Names::Any, true).unwrap();
+    let rules = sh_in(wiring.netns(), "nft -nn list table inet bulkhead");
+    assert!(
+        !rules.contains("8443") && !rules.contains("ip daddr 10.77.0.1"),
+        "{rules}"
+    );
+}
+
+#[test]
+fn strict_rules_are_taken_and_replaced() {
+    let world = World::new();
+    let names = Names::Strict(8443);
+    let wiring = world.wire_with("vm", &policy(), names);
+    let chain = |name: &str| {
+        sh_in(
+            wiring.netns(),
+            &format!("nft -nn list chain inet bulkhead {name}"),
+        )
+    };
+    let strict = chain("strict");
+    assert!(
+        strict.contains("vmap @never4") && strict.contains("redirect to :8443"),
+        "{strict}"
+    );
+    assert!(
+        chain("allowed").contains("@allowed4"),
+        "{}",
+        chain("allowed")
+    );
+    let mut more = policy();
+    more.exceptions.insert("10.77.0.1:443".parse().unwrap());
+    bulkhead::host::network::change(wiring.netns(), &more, names, false).unwrap();
+    assert!(
+        chain("not-strict").contains("10.77.0.1"),
+        "{}",
+        chain("not-strict")
+    );
+}
+
+#[test]
+fn names_stand_for_addresses_for_a_time() {
+    let world = World::new();
+    let wiring = world.wire("vm", &policy());
+    let allow = |seconds| {
+        let address = "203.0.113.1".parse().unwrap();
+        let allow = || nft::allow(address, &[80, 443], Duration::from_secs(seconds));
+        wiring.netns().run_in(allow).unwrap().unwrap();
+    };
+    allow(1);
+    // Again is not an error, and for longer.
+    allow(60);
+    let set = || sh_in(wiring.netns(), "nft -nn list set inet bulkhead allowed4");
+    let text = set();
+    assert!(text.contains("203.0.113.1 . 443 timeout"), "{text}");
+    let counters = wiring
+        .netns()
+        .run_in(|| nft::counters(firewall::Family::Inet))
+        .unwrap()
+        .unwrap();
+    assert!(
+        counters.contains_key("port") && counters.contains_key("new"),
+        "{counters:?}"
+    );
+}
+
+#[test]
+fn a_pool_that_clashes_is_refused_or_passed_over() {
+    use bulkhead::error::Explain;
+    use bulkhead::host::network::{Site, Wires};
+    let world = World::new();
+    let clash = |pool: &str| {
+        let site = Site {
+            pool: Some(pool.parse().unwrap()),
+            ..world.site()
+        };
+        let wires = Wires::choose(world.dir.path().join("x"), site);
+        let error = wires.make(&policy(), Names::Any).unwrap_err();
+        for lease in wires.leases().iter().rev() {
+            lease.release().unwrap();
+        }
+        error
+    };
+    assert_eq!(clash("10.77.0.0/28").code(), "network-clash");
+    assert_eq!(clash("10.0.0.0/8").code(), "network-clash");
+    sh_in(&world.host.netns, "ip route add 198.19.5.0/24 dev lan0");
+    let wiring = world.wire("vm", &policy());
+    let outer = wiring.wired.as_ref().unwrap().outer;
+    assert!(outer.to_string().starts_with("10.213."), "{outer}");
+}

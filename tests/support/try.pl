@@ -1,0 +1,102 @@
+# Tries the network from inside a guest with nothing but Debian's perl-base:
+# each line of input is one try, each line of output what came of it.
+use strict; use warnings; use Socket; use Errno; $| = 1;
+my ($index) = map { chomp; $_ } do { open my $f, '<', '/sys/class/net/eth0/ifindex' or die; <$f> };
+my $mac = pack 'H12', '026268000002';
+my $gate = pack 'H12', '026268000001';
+my $me = inet_aton('198.18.0.2');
+my @held;
+
+sub said { # the error by name
+    my ($e) = @_;
+    return 'refused' if $e == Errno::ECONNREFUSED;
+    return 'prohibited' if $e == Errno::EHOSTUNREACH || $e == Errno::EACCES;
+    return 'no route' if $e == Errno::ENETUNREACH || $e == Errno::EADDRNOTAVAIL;
+    return "error $e";
+}
+sub ready { my ($s, $write, $time) = @_; my $v = ''; vec($v, fileno $s, 1) = 1;
+    return $write ? select(undef, my $w = $v, undef, $time) : select(my $r = $v, undef, undef, $time); }
+sub address { my ($host, $port) = @_;
+    return $host =~ /:/ ? (PF_INET6, pack_sockaddr_in6($port, Socket::inet_pton(AF_INET6, $host)))
+                        : (PF_INET, pack_sockaddr_in($port, inet_aton $host)); }
+sub tcp { my ($host, $port, $hold) = @_;
+    my ($family, $to) = address($host, $port);
+    socket(my $s, $family, SOCK_STREAM, 6) or return said($!);
+    if (!fcntl_nonblock($s) || !connect($s, $to)) {
+        return said($!) unless $! == Errno::EINPROGRESS;
+        return 'silence' unless ready($s, 1, 3);
+        my $e = unpack 'i', getsockopt($s, SOL_SOCKET, SO_ERROR);
+        return said($e) if $e;
+    }
+    push @held, $s if $hold;
+    return 'open' if $hold;
+    return 'silent' unless ready($s, 0, 3);
+    sysread $s, my $line, 100; chomp $line; return "open $line"; }
+sub fcntl_nonblock { my ($s) = @_; my $f = fcntl($s, 3, 0); return fcntl($s, 4, $f | 2048); }
+sub udp { my ($host, $port) = @_;
+    my ($family, $to) = address($host, $port);
+    socket(my $s, $family, SOCK_DGRAM, 17) or return said($!);
+    setsockopt $s, SOL_SOCKET, SO_BROADCAST, 1;
+    connect $s, $to or return said($!);
+    defined send $s, "hello\n", 0 or return said($!);
+    return 'silence' unless ready($s, 0, 2);
+    my $got = recv $s, my $line, 100, 0; return said($!) unless defined $got;
+    chomp $line; return "open $line"; }
+sub sum { my ($data) = @_; my $sum = 0; $sum += $_ for unpack 'n*', $data . (length($data) % 2 ? "\0" : '');
+    $sum = ($sum >> 16) + ($sum & 0xffff) while $sum >> 16; return ~$sum & 0xffff; }
+sub ping { my ($host) = @_;
+    socket(my $s, PF_INET, SOCK_RAW, 1) or return said($!);
+    my $echo = pack 'CCnnn', 8, 0, 0, 7, 1; substr($echo, 2, 2) = pack 'n', sum($echo);
+    defined send $s, $echo, 0, pack_sockaddr_in(0, inet_aton $host) or return said($!);
+    my $end = time + 2;
+    while (time <= $end && ready($s, 0, 1)) {
+        recv $s, my $answer, 200, 0; my ($type, $code) = unpack 'CC', substr $answer, 20;
+        return 'reply' if $type == 0; return 'prohibited' if $type == 3 && $code == 13; }
+    return 'silence'; }
+sub ip { my ($from, $to, $proto, $data) = @_;
+    my $h = pack 'CCnnnCCna4a4', 0x45, 0, 20 + length $data, 1, 0, 64, $proto, 0, $from, $to;
+    substr($h, 10, 2) = pack 'n', sum($h); return $h . $data; }
+my $udp = pack 'nnnn', 4000, 80, 8, 0;
+my $web = inet_aton('203.0.113.1');
+my $six = pack 'H32', 'fe800000000000000062' . '68fffe000002';
+my $all = pack 'H32', 'ff020000000000000000000000000001';
+sub icmp6 { my ($from, $body) = @_;
+    my $c = sum($from . $all . pack('NN', length $body, 58) . $body); substr($body, 2, 2) = pack 'n', $c;
+    return pack('Nn CC', 6 << 28, length $body, 58, 255) . $from . $all . $body; }
+my %frames = (
+    mac => sub { $gate . pack('H12', '020000000099') . pack('n', 0x800) . ip($me, $web, 17, $udp) },
+    source => sub { $gate . $mac . pack('n', 0x800) . ip(inet_aton('198.18.0.1'), $web, 17, $udp) },
+    elsewhere => sub { $gate . $mac . pack('n', 0x800) . ip(inet_aton('8.8.8.8'), $web, 17, $udp) },
+    arp => sub { "\xff" x 6 . $mac . pack('n nnCCn a6a4a6a4', 0x806, 1, 0x800, 6, 4, 2, $mac, inet_aton('198.18.0.1'), "\0" x 6, $me) },
+    'arp-mac' => sub { "\xff" x 6 . $mac . pack('n nnCCn a6a4a6a4', 0x806, 1, 0x800, 6, 4, 2, "\x02\0\0\0\0\x99", $me, "\0" x 6, $me) },
+    vlan => sub { $gate . $mac . pack('nnn', 0x8100, 5, 0x800) . ip($me, $web, 17, $udp) },
+    qinq => sub { $gate . $mac . pack('nnnnn', 0x88a8, 5, 0x8100, 6, 0x800) . ip($me, $web, 17, $udp) },
+    stp => sub { pack('H12', '0180c2000000') . $mac . pack('n', 38) . "\x42\x42\x03" . "\0" x 35 },
+    multicast => sub { pack('H12', '01005e0000fb') . $mac . pack('n', 0x800) . ip($me, inet_aton('224.0.0.251'), 17, $udp) },
+    'dhcp-offer' => sub { "\xff" x 6 . $mac . pack('n', 0x800) . ip($me, inet_aton('255.255.255.255'), 17, pack('nnnn', 67, 68, 8, 0)) },
+    ra => sub { pack('H12', '333300000001') . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnCCnNN', 134, 0, 0, 64, 0, 1800, 0, 0)) },
+    ipv6 => sub { $gate . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnnn', 128, 0, 0, 1, 1)) },
+);
+sub frame { my ($name) = @_;
+    socket(my $s, 17, SOCK_RAW, 0) or return said($!);
+    my $to = pack 'SnlSCCa8', 17, 3, $index, 0, 0, 6, "\0" x 8;
+    my $frame = $frames{$name}->(); $frame .= "\0" x (60 - length $frame) if length $frame < 60;
+    return defined send($s, $frame, 0, $to) ? 'sent' : said($!); }
+sub scan { my ($host, $first, $last) = @_;
+    my @open = grep { tcp($host, $_, 0) =~ /^open/ } $first .. $last; return "@open"; }
+sub get { my ($host, $port) = @_; # bytes until the end
+    my ($family, $to) = address($host, $port);
+    socket(my $s, $family, SOCK_STREAM, 6) or return said($!);
+    connect $s, $to or return said($!);
+    my $all = 0; my $n; my $end = time + 20;
+    while (time < $end && ready($s, 0, 5)) { $n = sysread $s, my $x, 65536; last unless $n; $all += $n }
+    return "$all bytes" . (defined $n && $n == 0 ? '' : ' and no end'); }
+sub put { my ($host, $port, $bytes) = @_;
+    my ($family, $to) = address($host, $port);
+    socket(my $s, $family, SOCK_STREAM, 6) or return said($!);
+    connect $s, $to or return said($!);
+    my $left = $bytes; while ($left > 0) { my $n = syswrite $s, 'x' x ($left > 16384 ? 16384 : $left) or last; $left -= $n }
+    shutdown $s, 1; sysread $s, my $line, 100; return $line // 'cut'; }
+my %tries = (tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
+    hold => sub { my ($h, $p, $n) = @_; my %r; $r{tcp($h, $p, 1)}++ for 1 .. $n; join ', ', map { "$r{$_} $_" } sort keys %r });
+while (<STDIN>) { chomp; my ($kind, @rest) = split; print $tries{$kind}->(@rest), "\n" }
