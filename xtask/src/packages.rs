@@ -30,7 +30,6 @@ const NEEDED: &[Package] = &[
     package("libnftnl-dev", "talks to the kernel's firewall"),
     package("bind9-dnsutils", "asks the resolver in tests (dig)"),
     package("curl", "a client in tests of the network"),
-    package("iproute2", "makes the networks of tests (ip)"),
     package("nftables", "sets the rules of networks in tests (nft)"),
     package("openssl", "a TLS server in tests"),
 ];
