@@ -342,15 +342,14 @@ async fn a_longer_file_is_filled_at_the_next_boot() {
         small.kill().await.unwrap();
         // The next machine gets the small file system in a longer file.
         let cache = live.host.dirs.cache();
-        let template = fs::read_dir(&cache)
-            .unwrap()
-            .next()
-            .unwrap()
+        let size_128 = (128_u64 << 20).to_string();
+        let mut files = fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap());
+        let template = files
+            .find(|file| file.file_name().to_string_lossy().contains(&size_128))
             .unwrap()
             .path();
         let name = template.to_str().unwrap();
-        let longer = name.replace(&(128_u64 << 20).to_string(), &(3_u64 << 30).to_string());
-        assert_ne!(longer, name);
+        let longer = name.replace(&size_128, &(3_u64 << 30).to_string());
         fs::rename(name, &longer).unwrap();
         let grown = bulkhead::run::lengthen(longer.as_ref(), Bytes::gib(3)).unwrap();
         assert_eq!(grown.before, Bytes::mib(128));

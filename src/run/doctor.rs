@@ -107,7 +107,15 @@ async fn accelerator(host: &Host) -> Check {
         let images = host.images();
         let image = images.get("base").or_else(|_| images.get("default"))?;
         let kernel = KernelChoice::own(&image);
-        prove::kvm(host, &qemu, &image, kernel, prove::Earlier::Good).await
+        prove::kvm(
+            host,
+            &qemu,
+            &image,
+            kernel,
+            crate::spec::Waived::default(),
+            prove::Earlier::Good,
+        )
+        .await
     };
     match proved.await {
         Ok(verdict) if verdict.usable => check(name, Status::Ok, verdict.reason, ""),

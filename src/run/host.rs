@@ -131,7 +131,8 @@ impl Host {
     ) -> Result<(), RunError> {
         if spec.accel == Accel::Kvm {
             let (kernel, earlier) = (plan.kernel.clone(), prove::Earlier::Any);
-            let verdict = prove::kvm(self, &plan.qemu, image, kernel, earlier).await?;
+            let verdict =
+                prove::kvm(self, &plan.qemu, image, kernel, spec.waive.clone(), earlier).await?;
             if !verdict.usable {
                 return Err(RunError::NoKvm {
                     reason: verdict.reason,

@@ -57,6 +57,7 @@ pub(super) fn make(
         true => seccomp::filters(seccomp::Wanted {
             accel: plan.accel,
             share: plan.share.is_some(),
+            adopt: plan.adoptable,
             host_files: !jail.has(JailLayer::Files),
         }),
         false => Ok(Vec::new()),

@@ -20,7 +20,7 @@ use crate::host::lease::write_durably;
 use crate::host::process;
 use crate::image::Image;
 use crate::plan::{KernelChoice, Plan};
-use crate::spec::{Accel, Bytes, Catalog, NetworkMode, Request, Spec, VmId};
+use crate::spec::{Accel, Bytes, Catalog, NetworkMode, Request, Spec, VmId, Waived};
 
 /// QEMU's words for what passes.
 const BUSY: [&str; 2] = ["Device or resource busy", "Cannot allocate memory"];
@@ -49,7 +49,8 @@ pub enum Earlier {
     Good,
 }
 
-/// Proves KVM with `image` and `kernel`, or finds the earlier verdict.
+/// Proves KVM with `image` and `kernel`, or finds the earlier verdict. The
+/// machine for it does without the layers in `waived`.
 ///
 /// # Errors
 /// The proof itself could not be attempted (no space, no image ...).
@@ -58,6 +59,7 @@ pub async fn kvm(
     qemu: &Path,
     image: &Image,
     kernel: KernelChoice,
+    waived: Waived,
     earlier: Earlier,
 ) -> Result<Verdict, RunError> {
     let within_ms = u64::try_from(host.proof_timeout.as_millis()).unwrap_or(u64::MAX);
@@ -95,7 +97,7 @@ pub async fn kvm(
             ..verdict
         });
     }
-    let verdict = match boot(host, qemu, &small, kernel).await {
+    let verdict = match boot(host, qemu, &small, kernel, waived).await {
         Ok(machine) => {
             let ms = machine.phases().agent_us / 1000;
             let _ = machine.kill().await;
@@ -133,15 +135,16 @@ async fn boot(
     qemu: &Path,
     image: &Image,
     kernel: KernelChoice,
+    waived: Waived,
 ) -> Result<Machine, RunError> {
-    let spec = proof_spec(&image.id)?;
+    let spec = proof_spec(&image.id, waived)?;
     let facts = crate::host::probe::facts(qemu.to_owned(), &host.dirs.cache());
     let plan = Plan::new(&spec, image, kernel, &facts)?;
     host.start_unproved(&spec, plan, host.proof_timeout, None)
         .await
 }
 
-fn proof_spec(image: &str) -> Result<Spec, RunError> {
+fn proof_spec(image: &str, waived: Waived) -> Result<Spec, RunError> {
     let request = Request {
         name: format!("proof-{}", VmId::random()).parse().ok(),
         image: Some(image.to_owned()),
@@ -152,6 +155,7 @@ fn proof_spec(image: &str) -> Result<Spec, RunError> {
         network: Some(NetworkMode::Isolated.into()),
         accel: Some(Accel::Kvm),
         command: vec!["true".into()],
+        waive: Some(waived),
         ..Request::default()
     };
     Ok(request.resolve(&Catalog::default())?)

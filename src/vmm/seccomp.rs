@@ -25,6 +25,7 @@ struct List {
     tcg: Table,
     kvm: Table,
     share: Table,
+    adopt: Table,
     host_files: Table,
 }
 
@@ -55,6 +56,8 @@ pub struct Wanted {
     pub accel: Accel,
     /// It has a shared workspace.
     pub share: bool,
+    /// It may outlive its supervisor.
+    pub adopt: bool,
     /// It sees the host's files.
     pub host_files: bool,
 }
@@ -78,6 +81,7 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         tcg,
         kvm,
         share,
+        adopt,
         host_files,
     } = toml::from_str(LIST).map_err(io::Error::other)?;
     let accel = match wanted.accel {
@@ -87,6 +91,7 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
     let tables = [
         Some(accel),
         wanted.share.then_some(share),
+        wanted.adopt.then_some(adopt),
         wanted.host_files.then_some(host_files),
     ];
     let (mut allow, mut when) = (allow, when);
@@ -155,36 +160,36 @@ pub fn name(number: i64) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    const ALL: [Wanted; 5] = {
-        let (tcg, kvm) = (Accel::Tcg, Accel::Kvm);
-        [
-            Wanted {
-                accel: tcg,
-                share: false,
-                host_files: false,
-            },
-            Wanted {
-                accel: tcg,
-                share: true,
-                host_files: false,
-            },
-            Wanted {
-                accel: kvm,
-                share: false,
-                host_files: false,
-            },
-            Wanted {
-                accel: kvm,
-                share: true,
-                host_files: false,
-            },
-            Wanted {
-                accel: tcg,
-                share: false,
-                host_files: true,
-            },
-        ]
+    const NONE: Wanted = Wanted {
+        accel: Accel::Tcg,
+        share: false,
+        adopt: false,
+        host_files: false,
     };
+    const ALL: [Wanted; 6] = [
+        NONE,
+        Wanted {
+            share: true,
+            ..NONE
+        },
+        Wanted {
+            accel: Accel::Kvm,
+            ..NONE
+        },
+        Wanted {
+            accel: Accel::Kvm,
+            share: true,
+            ..NONE
+        },
+        Wanted {
+            adopt: true,
+            ..NONE
+        },
+        Wanted {
+            host_files: true,
+            ..NONE
+        },
+    ];
 
     #[test]
     fn every_list_compiles_and_gives_reasons() {

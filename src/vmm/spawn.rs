@@ -24,7 +24,7 @@ pub struct Spawn {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<String>,
-    /// Descriptors it gets, from [`FIRST_FD`] on.
+    /// Descriptors it gets, from [`FIRST_FD`](crate::plan::FIRST_FD) on.
     pub descriptors: Vec<OwnedFd>,
     /// Where its stderr and stdout go.
     pub log: OwnedFd,

@@ -326,13 +326,15 @@ impl Drop for Started {
     }
 }
 
-/// What is below a directory, but for the locks of the store and verdicts on KVM.
+/// What is below a directory, but for the locks of the store, verdicts on KVM,
+/// and the place of user ids when none is taken.
 pub(crate) fn entries(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = std::fs::read_dir(dir)
         .into_iter()
         .flatten()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name != ".lock" && name != "state" && !name.starts_with("kvm-"))
+        .filter(|name| name != "uids" || !entries(&dir.join("uids")).is_empty())
         .collect();
     names.sort();
     names

@@ -129,6 +129,7 @@ fn trace(args: &Trace) -> Result<()> {
         let wanted = Wanted {
             accel: Accel::Tcg,
             share,
+            adopt: false,
             host_files: false,
         };
         Ok(calls(wanted)?.into_iter().map(|(call, _)| call).collect())
