@@ -43,6 +43,19 @@ pub fn cpu_ms(stat: &Path) -> io::Result<u64> {
     Ok(ticks.ok_or(io::ErrorKind::InvalidData)? * 10)
 }
 
+/// Whether a process is a thread of the kernel's own: it has no program, and
+/// nothing in user space can look like that (PF_KTHREAD; field 9 of
+/// /proc/PID/stat).
+pub fn is_kernel_thread(pid: i32) -> bool {
+    const PF_KTHREAD: u32 = 0x0020_0000;
+    let flags = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(')')?;
+        rest.split_whitespace().nth(6)?.parse::<u32>().ok()
+    };
+    flags().is_some_and(|flags| flags & PF_KTHREAD != 0)
+}
+
 /// Whether a process that has ended waits only for its parent to look.
 fn is_zombie(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/stat"))
@@ -93,5 +106,18 @@ pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
             "it does not end after SIGKILL",
         )),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn threads_of_the_kernel_are_told_apart() {
+        assert!(!is_kernel_thread(std::process::id().cast_signed()));
+        if fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n") {
+            assert!(is_kernel_thread(2));
+        }
     }
 }

@@ -190,11 +190,14 @@ fn calls_of_qemu(text: &str) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
     let (mut threads, mut others) = (BTreeSet::new(), BTreeSet::new());
     for line in text.lines() {
-        // `123<comm> call(...`, `123 call(...`, or `123<comm> <... call resumed>`.
-        let Some((who, what)) = line.split_once(' ') else {
-            continue;
-        };
-        let (pid, comm) = who.split_once('<').unwrap_or((who, ""));
+        // `123<comm> call(...`, `123 call(...`, or `123<comm> <... call resumed>`;
+        // the name may have a space.
+        let digits = line.trim_start_matches(|c: char| c.is_ascii_digit());
+        let pid = &line[..line.len() - digits.len()];
+        let named = digits
+            .strip_prefix('<')
+            .and_then(|rest| rest.split_once("> "));
+        let (comm, what) = named.unwrap_or(("", digits));
         let what = what.trim_start();
         if what.starts_with("execve(\"/qemu\"") {
             threads.insert(pid.to_owned());

@@ -238,6 +238,8 @@ fn kind(key: &Value, schema: &Value) -> String {
             "Timeout" => "time".into(),
             "NetworkName" | "ProfileName" => "name".into(),
             "Cidr" => "range of addresses".into(),
+            "UidRange" => "range of user ids".into(),
+            "Waived" => "list of layers".into(),
             name => match schema["$defs"][name]["oneOf"].as_array() {
                 Some(choices) => {
                     let choices = choices
