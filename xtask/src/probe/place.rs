@@ -258,8 +258,11 @@ impl Place {
 
 /// What is in a directory; nothing where there is none.
 pub(crate) fn entries(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).collect()
+    let found = fs::read_dir(dir).into_iter().flatten().flatten();
+    let found = found.map(|entry| entry.path());
+    // The place of user ids stays; what it must not have is one that is taken.
+    let taken = |path: &PathBuf| !path.ends_with("uids") || !entries(path).is_empty();
+    found.filter(taken).collect()
 }
 
 /// Whether a process has to do with `dir`.

@@ -112,8 +112,15 @@ impl Place {
                 wrong.push(format!("{} is left", process.shown()));
             }
         }
+        // Each machine that is up has one.
+        let users = entries(&dirs.uids()).len();
+        let up = found.machines.iter().filter(|view| view.state.is_live());
+        let up = up.count();
+        if users > up {
+            wrong.push(format!("{users} user ids are taken for {up} machines"));
+        }
         for path in entries(&dirs.runtime) {
-            if !runtime.contains(&path) {
+            if !runtime.contains(&path) && path != dirs.uids() {
                 wrong.push(format!("{} is left", path.display()));
             }
         }
