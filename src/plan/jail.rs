@@ -103,7 +103,7 @@ impl Jail {
     }
 }
 
-/// Memory of QEMU beside the guest's: measured in decision 0017. 128 MiB cover
+/// Memory of QEMU beside the guest's: reckoned in decision 0017. 128 MiB cover
 /// its code, heap and stacks, disk buffers among them; page tables and dirty
 /// bitmaps grow with the guest; a translator keeps what it translated.
 fn headroom(spec: &Spec, channel: Channel) -> Bytes {
