@@ -17,6 +17,16 @@ pub(crate) struct Bulkhead {
     own: tempfile::TempDir,
 }
 
+impl Drop for Bulkhead {
+    /// What a run of a failing test leaves: its leases go with its directory,
+    /// and nobody would find what they stand for.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.raw(&["gc"]);
+        }
+    }
+}
+
 /// What executes guests: `tcg`, or `kvm` in the lab.
 pub(crate) fn accel() -> String {
     std::env::var("BULKHEAD_TEST_ACCEL").unwrap_or_else(|_| "tcg".into())
@@ -79,19 +89,20 @@ impl Bulkhead {
     }
 
     /// A state directory of its own, with the prepared images and kernels in it.
-    pub(crate) fn with_own_state(self) -> Self {
+    pub(crate) fn with_own_state(mut self) -> Self {
         let state = self.own.path().join("state");
         std::fs::create_dir(&state).unwrap();
         for name in ["images", "kernels"] {
             std::os::unix::fs::symlink(self.state.join(name), state.join(name)).unwrap();
         }
-        Self { state, ..self }
+        self.state = state;
+        self
     }
 
     /// Another state directory.
-    pub(crate) fn with_state(self, state: &Path) -> Self {
-        let state = state.to_owned();
-        Self { state, ..self }
+    pub(crate) fn with_state(mut self, state: &Path) -> Self {
+        self.state = state.to_owned();
+        self
     }
 
     /// The program with its directories, to be started by hand.

@@ -374,23 +374,23 @@ fn leaks(state: &Path) -> Result<Vec<String>> {
     Ok(leaks)
 }
 
-/// Control groups of machines: below any mount, three levels deep.
+/// Control groups of machines: in a group `bulkhead`, wherever that is.
 fn cgroups() -> Vec<String> {
-    let below = |dir: &PathBuf| -> Vec<PathBuf> {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-        let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        dirs.map(|entry| entry.path()).collect()
-    };
-    let mut level = vec![PathBuf::from("/sys/fs/cgroup")];
+    let mut left = vec![PathBuf::from("/sys/fs/cgroup")];
     let mut found = Vec::new();
-    for _ in 0..4 {
-        level = level.iter().flat_map(below).collect();
-        // Each a machine's; the directory around them goes with the last one.
-        let ours = level.iter().filter(|dir| {
-            let parent = dir.parent();
-            parent.is_some_and(|parent| parent.ends_with("bulkhead"))
-        });
-        found.extend(ours.map(|dir| format!("control group {}", dir.display())));
+    while let Some(dir) = left.pop() {
+        let entries = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let below = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let below: Vec<PathBuf> = below.map(|entry| entry.path()).collect();
+        match dir.ends_with("bulkhead") {
+            // Each a machine's; the directory around them goes with the last one.
+            true => found.extend(
+                below
+                    .iter()
+                    .map(|dir| format!("control group {}", dir.display())),
+            ),
+            false => left.extend(below),
+        }
     }
     found
 }
