@@ -171,6 +171,25 @@ pub struct Proxied {
     pub failure: Option<String>,
 }
 
+impl Proxied {
+    /// One of which nothing is known yet but its ends.
+    pub(super) fn new(source: SocketAddr, destination: SocketAddr) -> Self {
+        Self {
+            protocol: "unknown".into(),
+            source,
+            destination,
+            connected: None,
+            name: None,
+            rule: None,
+            sent: 0,
+            received: 0,
+            ms: 0,
+            refusal: None,
+            failure: None,
+        }
+    }
+}
+
 /// Events a second that are taken in for good: a guest can cause any number of
 /// them, and somebody writes them to a disk.
 const PER_SECOND: u32 = 200;

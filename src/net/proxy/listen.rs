@@ -73,17 +73,8 @@ async fn connections(
                 "Close connections that are not needed.",
             );
             proxy.0.journal.note(What::Proxied(Proxied {
-                protocol: "unknown".into(),
-                source,
-                destination,
-                connected: None,
-                name: None,
-                rule: None,
-                sent: 0,
-                received: 0,
-                ms: 0,
                 refusal: Some(refusal),
-                failure: None,
+                ..Proxied::new(source, destination)
             }));
             continue;
         };

@@ -158,18 +158,10 @@ mod tests {
                 refusal: None,
             })
         };
+        let (source, destination) = ("198.18.0.2:1", "1.1.1.1:443");
         let proxied = What::Proxied(Proxied {
-            protocol: "tls".into(),
-            source: "198.18.0.2:1".parse().unwrap(),
-            destination: "1.1.1.1:443".parse().unwrap(),
-            connected: None,
             name: Some("web.org".into()),
-            rule: None,
-            sent: 0,
-            received: 0,
-            ms: 0,
-            refusal: None,
-            failure: None,
+            ..Proxied::new(source.parse().unwrap(), destination.parse().unwrap())
         });
         let mut learned = Learned::default();
         for what in [
