@@ -350,6 +350,7 @@ async fn a_longer_file_is_filled_at_the_next_boot() {
             .path();
         let name = template.to_str().unwrap();
         let longer = name.replace(&size_128, &(3_u64 << 30).to_string());
+        assert_ne!(longer, name);
         fs::rename(name, &longer).unwrap();
         let grown = bulkhead::run::lengthen(longer.as_ref(), Bytes::gib(3)).unwrap();
         assert_eq!(grown.before, Bytes::mib(128));
