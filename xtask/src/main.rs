@@ -6,7 +6,6 @@ mod docs;
 mod fuzz;
 mod kernel;
 mod lab;
-mod packages;
 mod probe;
 mod qemu10;
 mod qmp_schema;

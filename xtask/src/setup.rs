@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use bulkhead::error::{Explain as _, Report};
 use bulkhead::image::{AgentBinary, Builder, KernelSource, Recipe, Store};
 use bulkhead::run::Dirs;
-
-use crate::packages;
+use xtask_boot as packages;
+pub(crate) use xtask_boot::call;
 
 /// The only target the agent is linked statically for without another toolchain.
 const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -196,14 +196,4 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = work().with_context(|| what.to_owned())?;
     eprintln!("  {what}: {:.1} s", start.elapsed().as_secs_f32());
     Ok(done)
-}
-
-pub(crate) fn call(command: &mut Command) -> Result<()> {
-    let status = command
-        .status()
-        .with_context(|| format!("cannot run {command:?}"))?;
-    if !status.success() {
-        bail!("{command:?} failed with {status}");
-    }
-    Ok(())
 }

@@ -18,7 +18,9 @@ use vmtest::Vmtest;
 use super::config::{Bed, Config};
 use super::report::Missing;
 use super::rounds::Subject;
-use crate::{packages, setup};
+use xtask_boot as packages;
+
+use crate::setup;
 
 pub(super) const LIBVIRT: &str = "libvirt";
 pub(super) const VMTEST: &str = "vmtest";

@@ -4,13 +4,14 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::setup::call;
-
 /// A package.
-pub(crate) struct Package {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Package {
     /// Its name.
-    pub(crate) name: &'static str,
+    pub name: &'static str,
     why: &'static str,
+    /// Whether nothing here can be built without it.
+    to_build: bool,
 }
 
 const NEEDED: &[Package] = &[
@@ -25,9 +26,9 @@ const NEEDED: &[Package] = &[
     package("gcc", "links the programs"),
     package("g++", "builds libFuzzer"),
     package("libc6-dev", "links the guest agent statically"),
-    package("pkg-config", "finds libraries at build time"),
-    package("libmnl-dev", "talks to the kernel's firewall"),
-    package("libnftnl-dev", "talks to the kernel's firewall"),
+    to_build("pkg-config", "finds libraries at build time"),
+    to_build("libmnl-dev", "talks to the kernel's firewall"),
+    to_build("libnftnl-dev", "talks to the kernel's firewall"),
     package("bind9-dnsutils", "asks the resolver in tests (dig)"),
     package("curl", "a client in tests of the network"),
     package("nftables", "sets the rules of networks in tests (nft)"),
@@ -35,11 +36,25 @@ const NEEDED: &[Package] = &[
 ];
 
 const fn package(name: &'static str, why: &'static str) -> Package {
-    Package { name, why }
+    Package {
+        name,
+        why,
+        to_build: false,
+    }
+}
+
+const fn to_build(name: &'static str, why: &'static str) -> Package {
+    Package {
+        to_build: true,
+        ..package(name, why)
+    }
 }
 
 /// The packages that are not installed.
-pub(crate) fn missing() -> Result<Vec<&'static Package>> {
+///
+/// # Errors
+/// This is no Debian, or a relative of it.
+pub fn missing() -> Result<Vec<&'static Package>> {
     let output = Command::new("dpkg-query")
         .args(["-W", "-f", "${db:Status-Status} ${Package} ${Provides}\n"])
         .output()
@@ -57,15 +72,28 @@ pub(crate) fn missing() -> Result<Vec<&'static Package>> {
         .collect())
 }
 
+/// Those of them that building needs.
+///
+/// # Errors
+/// As [`missing`].
+pub fn missing_to_build() -> Result<Vec<&'static Package>> {
+    let mut missing = missing()?;
+    missing.retain(|package| package.to_build);
+    Ok(missing)
+}
+
 /// Names each package with the reason for it.
-pub(crate) fn print(missing: &[&Package]) {
+pub fn print(missing: &[&Package]) {
     for package in missing {
         eprintln!("    missing: {:20} {}", package.name, package.why);
     }
 }
 
 /// Whether apt would let us install.
-pub(crate) fn is_root() -> Result<bool> {
+///
+/// # Errors
+/// `id` does not run.
+pub fn is_root() -> Result<bool> {
     let output = Command::new("id")
         .arg("-u")
         .output()
@@ -74,7 +102,10 @@ pub(crate) fn is_root() -> Result<bool> {
 }
 
 /// Installs packages this project needs.
-pub(crate) fn install(names: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// apt's, or one is still missing.
+pub fn install(names: &[&str]) -> Result<()> {
     apt_install(names)?;
     match missing()?.is_empty() {
         true => Ok(()),
@@ -83,7 +114,10 @@ pub(crate) fn install(names: &[&str]) -> Result<()> {
 }
 
 /// Installs packages without what they only recommend.
-pub(crate) fn apt_install(names: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// apt-get fails.
+pub fn apt_install(names: &[&str]) -> Result<()> {
     let apt = |args: &[&str]| {
         let mut command = Command::new("apt-get");
         command.args(["-qq", "-o", "Dpkg::Use-Pty=0"]).args(args);
@@ -95,4 +129,18 @@ pub(crate) fn apt_install(names: &[&str]) -> Result<()> {
     let mut args = vec!["install", "-y", "--no-install-recommends", "--"];
     args.extend(names);
     call(&mut apt(&args))
+}
+
+/// Runs a command to a good end.
+///
+/// # Errors
+/// It cannot be run, or fails.
+pub fn call(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    if !status.success() {
+        bail!("{command:?} failed with {status}");
+    }
+    Ok(())
 }
