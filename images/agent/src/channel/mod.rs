@@ -124,22 +124,33 @@ impl Channel {
         Ok(Self(watch::both(fd)?))
     }
 
-    /// Reads what there is; 0 when the host is gone. Cancel-safe.
+    /// Reads what there is; 0 when the host is gone, or was for a while: the
+    /// runtime keeps a hang-up for ever and would have this turn without end.
+    /// Cancel-safe.
     pub(crate) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let mut guard = self.0.readable().await?;
+            let gone = guard.ready().is_read_closed();
             if let Ok(result) = guard.try_io(|fd| Ok(read(fd.get_ref(), buffer)?)) {
                 return result;
+            }
+            if gone {
+                return Ok(0);
             }
         }
     }
 
-    /// Writes what fits. Cancel-safe.
+    /// Writes what fits; an error when the host is gone, or was for a while.
+    /// Cancel-safe.
     pub(crate) async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         loop {
             let mut guard = self.0.writable().await?;
+            let gone = guard.ready().is_write_closed();
             if let Ok(result) = guard.try_io(|fd| Ok(write(fd.get_ref(), bytes)?)) {
                 return result;
+            }
+            if gone {
+                return Err(io::ErrorKind::BrokenPipe.into());
             }
         }
     }
@@ -151,4 +162,43 @@ fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    use std::sync::mpsc;
+
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+
+    use super::*;
+
+    /// A pipe with a name hangs up and comes back as a port does.
+    #[test]
+    fn who_hung_up_and_came_back_unseen_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let (sender, answer) = mpsc::channel();
+        let scene = async move {
+            let mut options = File::options();
+            let reader = options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+            let reader = reader.open(&path).unwrap();
+            let host = File::options().write(true).open(&path).unwrap();
+            let channel = Channel::new(reader.into()).unwrap();
+            drop(host);
+            while !channel.0.readable().await.unwrap().ready().is_read_closed() {}
+            let _back = File::options().write(true).open(&path).unwrap();
+            sender.send(channel.read(&mut [0; 8]).await).unwrap();
+        };
+        // A thread of its own: what it tests against never yields.
+        std::thread::spawn(|| {
+            let mut runtime = tokio::runtime::Builder::new_current_thread();
+            runtime.enable_io().build().unwrap().block_on(scene);
+        });
+        let read = answer.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert_eq!(read.unwrap(), 0);
+    }
 }
