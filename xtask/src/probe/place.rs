@@ -94,6 +94,8 @@ impl Place {
     pub(crate) fn new(kit: &Kit) -> Result<Self> {
         // Short: the path of a socket may have 107 bytes.
         let dir = tempfile::Builder::new().prefix("bh-probe-").tempdir()?;
+        // Nothing may have been run from there yet.
+        fs::create_dir_all(kit.state_dir.join("cache"))?;
         for name in ["images", "kernels", "cache"] {
             let from = kit.state_dir.join(name).canonicalize();
             let from = from.with_context(|| {
