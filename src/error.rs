@@ -11,6 +11,10 @@ pub trait Explain: std::error::Error {
     fn code(&self) -> &'static str;
     /// What the user can do next, one imperative sentence.
     fn remedy(&self) -> String;
+    /// The system call that QEMU was ended for, where that is the error.
+    fn system_call(&self) -> Option<&str> {
+        None
+    }
     /// What another process of ours told of a failure there, where the error is
     /// that; it is passed on as it came.
     fn told(&self) -> Option<&Report> {
@@ -31,6 +35,9 @@ pub struct Report {
     pub cause: String,
     /// What to do next.
     pub remedy: String,
+    /// The system call that QEMU was ended for, as `socket(2)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_call: Option<String>,
 }
 
 /// What a verb with `--json` prints on stderr when it fails.
@@ -62,6 +69,7 @@ impl Report {
             what: visible(&error.to_string()),
             cause: visible(&cause.join(": ")),
             remedy: visible(&error.remedy()),
+            system_call: error.system_call().map(str::to_owned),
         }
     }
 }

@@ -249,7 +249,9 @@ fn a_share_is_live_and_leaves_ordinary_files() {
     fs::write(path("in"), "from the host\n").unwrap();
     chown(path("in"), Some(12345), Some(12346)).unwrap();
     let script = "cat in; echo more >> in; mkdir d; printf '#!/bin/sh\\n' > d/tool; \
-                  chmod 755 d/tool; ln -s tool d/link; id -u; umask 077; echo x > private";
+                  chmod 755 d/tool; ln -s tool d/link; id -u; : > setuid; chmod 6755 setuid; \
+                  mkdir -m 2755 setgid; test -u setuid -a -g setgid || exit 9; \
+                  umask 077; echo x > private";
     let shared = dir.path().to_str().unwrap();
     let words = [
         "--workspace",
@@ -276,6 +278,9 @@ fn a_share_is_live_and_leaves_ordinary_files() {
         ("d/tool", 0o755),
         ("private", 0o600),
         ("in", 0o644),
+        // The guest's own belief: on the host nobody becomes another by it.
+        ("setuid", 0o755),
+        ("setgid", 0o755),
     ] {
         let meta = fs::metadata(path(name)).unwrap();
         let seen = (meta.uid(), meta.gid(), meta.mode() & 0o7777);

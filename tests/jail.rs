@@ -6,7 +6,10 @@ mod support;
 use std::fs;
 use std::process::Command;
 
-use serde_json::Value;
+use bulkhead::error::Report;
+use bulkhead::run::violations;
+use bulkhead::spec::{Bytes, Request as Wish};
+use serde_json::{Value, json};
 use support::Bulkhead;
 
 /// Options of a small machine.
@@ -284,4 +287,115 @@ fn an_ordinary_user_gets_what_a_user_namespace_gives() {
             "no {one} in {layers}"
         );
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_not_allowed_is_named_and_written_down_once() {
+    let live = support::live::Live::new();
+    let machine = live.start(Wish::default()).await;
+    let socket = json!({ "id": "out", "backend": { "type": "socket", "data": {
+        "addr": { "type": "inet", "data": { "host": "127.0.0.1", "port": "9" } }, "server": false
+    } } });
+    let asked = machine.monitor().execute_raw("chardev-add", socket).await;
+    assert!(asked.is_err(), "{asked:?}");
+    machine.process().wait().await.unwrap();
+    // Whoever asks again is told the same.
+    for _ in 0..2 {
+        let reason = Report::of(&machine.end_reason().await.unwrap());
+        assert_eq!(reason.code, "system-call-violation", "{reason:?}");
+        assert_eq!(reason.system_call.as_deref(), Some("socket(2)"));
+    }
+    let found = violations(&live.host.dirs.violations());
+    assert_eq!(found.len(), 1, "{found:?}");
+    let one = &found[0];
+    assert_eq!((&one.machine, one.number), (&machine.plan().id, Some(41)));
+    assert_eq!(one.pid, machine.process().pid());
+    machine.kill().await.unwrap();
+    let kept = violations(&live.host.dirs.violations());
+    assert_eq!(kept, found, "it outlives the machine");
+}
+
+#[test]
+fn violations_are_shown_with_their_machine() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    // A shell in QEMU's place asks for much that QEMU never does.
+    let shell = ["--qemu", "/bin/bash", "--json"];
+    let run = bulkhead.raw(
+        &[
+            &shell[..],
+            &["run", "--accel", "tcg", "--image", "base", "--", "true"],
+        ]
+        .concat(),
+    );
+    assert_eq!(run.code, 125, "{run:?}");
+    let failed: Value = serde_json::from_str(&run.stderr).unwrap();
+    assert_eq!(failed["error"]["code"], "system-call-violation", "{failed}");
+    let call = failed["error"]["system_call"].as_str().unwrap();
+    assert!(call.ends_with("(2)"), "{failed}");
+    let machine = bulkhead.create("stopped", &[]);
+    let none: [Value; 0] = [];
+    assert_eq!(machine.inspect()["violations"], json!(none));
+    for count in 1..=2 {
+        let start = bulkhead.raw(&[&shell[..], &["start", "stopped"]].concat());
+        assert_eq!(start.code, 125, "{start:?}");
+        let shown = machine.inspect();
+        assert_eq!(shown["state"], "failed", "{shown}");
+        assert_eq!(
+            shown["violations"].as_array().unwrap().len(),
+            count,
+            "{shown}"
+        );
+        assert_eq!(shown["violations"][0]["call"], call, "{shown}");
+    }
+    let text = bulkhead.must(&["inspect", "stopped"]);
+    assert!(
+        text.contains(&format!("stopped for calling {call}")),
+        "{text}"
+    );
+    let doctor: Value = serde_json::from_str(&bulkhead.raw(&["--json", "doctor"]).stdout).unwrap();
+    let check = |name: &str| {
+        let all = doctor.as_array().unwrap();
+        all.iter().find(|one| one["name"] == name).unwrap().clone()
+    };
+    let seen = check("violations")["seen"].as_str().unwrap().to_owned();
+    assert!(seen.contains("3 times") && seen.contains(call), "{seen}");
+}
+
+/// Attackers' ways to fill the host's disk: what QEMU writes ends with its disk,
+/// also when that has grown.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_file_of_a_machine_grows_past_its_disk() {
+    let live = support::live::Live::new();
+    let machine = live.start(Wish::default()).await;
+    let limit = || {
+        let text = fs::read_to_string(format!("/proc/{}/limits", machine.process().pid())).unwrap();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("Max file size"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(3)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    if machine.plan().jail.file_size.is_none() {
+        println!(
+            "skipped: no_file_grows: without CAP_SYS_RESOURCE it could not grow with the disk"
+        );
+        return;
+    }
+    let planned = limit();
+    assert!((2 << 30..3 << 30).contains(&planned), "{planned}");
+    machine.grow_disk(Bytes::gib(5)).await.unwrap();
+    let grown = limit();
+    assert!((5 << 30..6 << 30).contains(&grown), "{grown}");
+    // Further than that it does not get, whoever asks.
+    let resize = json!({ "node-name": "scratch", "size": 8u64 << 30 });
+    let asked = machine.monitor().execute_raw("block_resize", resize).await;
+    assert!(asked.is_err(), "{asked:?}");
+    machine.process().wait().await.unwrap();
+    let reason = machine.end_reason().await.unwrap().to_string();
+    assert!(reason.contains("SIGXFSZ"), "{reason}");
+    machine.kill().await.unwrap();
 }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bulkhead::error::Explain as _;
+use bulkhead::host::cgroup::device_of;
 use bulkhead::run::{Machine, recover};
 use bulkhead::spec::IoLimits;
 use bulkhead::spec::{Bytes, Request as Wish};
@@ -220,15 +221,25 @@ async fn reads_and_writes_are_limited() {
         write_operations: Some(10),
         ..IoLimits::default()
     };
+    // The control group holds QEMU to it, too, where there is one for a disk.
+    let group = machine.cgroup().ok().cloned();
+    let on_disk = group.is_some() && device_of(machine.dir()).is_some();
+    let held = |limit: &str| {
+        group
+            .as_ref()
+            .is_some_and(|group| group.io().contains(limit))
+    };
     let mut free = Vec::new();
     for script in scripts {
         free.push(timed(script).await);
     }
     for (script, free) in scripts.into_iter().zip(&free) {
         machine.set_io_limits(limits).await.unwrap();
+        assert_eq!(held("4194304"), on_disk);
         let limited = timed(script).await;
         assert!(limited > *free * 2, "{script}: {free:?} to {limited:?}");
         machine.set_io_limits(IoLimits::default()).await.unwrap();
+        assert!(!held("4194304"));
         let again = timed(script).await;
         assert!(again < limited / 2, "{script}: {limited:?} to {again:?}");
     }
@@ -269,4 +280,50 @@ async fn stats_tell_what_was_used() {
             .is_some_and(|pss| pss > 32 << 20 && pss <= after.rss_bytes)
     );
     machine.stop(GRACE).await.unwrap();
+}
+
+/// KiB of QEMU's own: all that is not the guest's memory, page tables included.
+fn own_kib(pid: i32, guest: Bytes) -> u64 {
+    let kib = |line: &str| -> u64 { line.split_whitespace().nth(1).unwrap().parse().unwrap() };
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut size, mut sum) = (0, 0);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            size = kib(line);
+        } else if line.starts_with("Anonymous:") && size != guest.0 >> 10 {
+            sum += kib(line);
+        }
+    }
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    sum + kib(status
+        .lines()
+        .find(|line| line.starts_with("VmPTE:"))
+        .unwrap())
+}
+
+/// Decision 0017: what the control group allows besides the guest's memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_qemu_needs_besides_the_guest_fits_its_headroom() {
+    let live = Live::new();
+    let machine = live.start(Wish::default()).await;
+    let guest = machine.plan().memory;
+    let headroom = (machine.plan().jail.memory.0 - guest.0) >> 10;
+    let pid = machine.process().pid();
+    let idle = own_kib(pid, guest);
+    // All the memory, many requests for the disk at once, much code.
+    sh(
+        &machine,
+        "head -c 200M /dev/zero > /dev/shm/f; for n in $(seq 32); do \
+         dd if=/dev/urandom of=f$n bs=64k count=32 conv=fsync & done; wait; \
+         for n in $(seq 32); do sha256sum f$n & done; wait; \
+         find / -xdev -type f -exec cat {} + | gzip | tail -c 1; true",
+    )
+    .await;
+    let busy = own_kib(pid, guest);
+    println!("QEMU's own: {idle} KiB idle, {busy} KiB busy, {headroom} KiB allowed");
+    assert!(
+        busy > idle && busy < headroom / 2,
+        "{idle}, {busy}, {headroom}"
+    );
+    machine.kill().await.unwrap();
 }

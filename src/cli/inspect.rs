@@ -87,6 +87,10 @@ fn show(view: &View) {
     if let Some(ended) = &view.ended {
         line("exit code", ended.exit_code.to_string());
     }
+    for one in &view.violations {
+        let text = format!("{} stopped for calling {}", clock(one.at_ms), one.call);
+        line("violation", text);
+    }
     for change in &view.history {
         let text = format!("{} {} ({})", clock(change.at_ms), change.to, change.reason);
         line("history", text);

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, Exception, LabelName, MachineType, NetworkName, Port, ProfileName,
-    Request, Survivors, Timeout, Waived, WorkspaceMode,
+    Accel, Bytes, ChannelKind, Exception, LabelName, LsmLabel, MachineType, NetworkName, Port,
+    ProfileName, Request, Survivors, Timeout, Waived, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -59,9 +59,13 @@ pub(super) struct MachineArgs {
     #[arg(long)]
     nested: bool,
     /// Do without a layer of the jail: user, files, namespaces, seccomp,
-    /// landlock or cgroup. The outcome and `bulkhead verify` say so.
+    /// landlock, cgroup or lsm. The outcome and `bulkhead verify` say so.
     #[arg(long, value_name = "LAYER", value_delimiter = ',')]
     waive: Vec<Waived>,
+    /// AppArmor profile or SELinux context that QEMU is started in [default: the
+    /// profile of `doctor --apparmor-profile`, where it is loaded].
+    #[arg(long, value_name = "LABEL")]
+    lsm_label: Option<LsmLabel>,
     /// Set NAME=VALUE in the command's environment, or pass NAME on.
     #[arg(long, short, value_name = "NAME[=VALUE]", value_parser = variable)]
     env: Vec<(String, String)>,
@@ -102,6 +106,7 @@ impl MachineArgs {
                 all.extend(&one);
                 all
             }),
+            lsm_label: self.lsm_label,
             env: self.env.into_iter().collect(),
             labels: self.labels.into_iter().collect(),
             workdir: self.workdir,
@@ -218,7 +223,7 @@ mod tests {
     }
 
     /// Every key of `[machine]`: as a file has it, and as it is typed.
-    const SAME: [(&str, &[&str]); 20] = [
+    const SAME: [(&str, &[&str]); 21] = [
         ("image = \"i\"", &["--image", "i"]),
         ("kernel = \"tuned\"", &["--kernel", "tuned"]),
         ("profile = \"light\"", &["--profile", "light"]),
@@ -235,6 +240,7 @@ mod tests {
         ("machine = \"q35\"", &["--machine", "q35"]),
         ("channel = \"serial\"", &["--channel", "serial"]),
         ("waive = \"seccomp,user\"", &["--waive", "user,seccomp"]),
+        ("lsm_label = \"a_t:s0\"", &["--lsm-label", "a_t:s0"]),
         ("user = \"u\"", &["--user", "u"]),
         ("workdir = \"/w\"", &["--workdir", "/w"]),
         (

@@ -47,6 +47,7 @@ pub(super) fn print_report(report: &Report, json: bool) {
         what,
         cause,
         remedy,
+        ..
     } = report;
     let what = if cause.is_empty() {
         what.clone()

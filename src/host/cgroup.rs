@@ -3,9 +3,10 @@
 //! cgroup v2 has one hierarchy for everything, v1 one for each controller; a
 //! machine has a group in each that is needed. All of them are below a group
 //! `bulkhead` of ours, which goes with the last of them. Mounts are never
-//! touched. The controllers for memory, processes and I/O take a line in
-//! `Controller` each.
+//! touched. The controllers for memory, processes take a line in
+//! `Controller` each; reads and writes are limited where the host can.
 
+mod blkio;
 mod hierarchy;
 
 use std::fs;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 
+pub use self::blkio::device_of;
 use self::hierarchy::{Controller, Hierarchies, lists};
 use super::lease::Lease;
 use super::sys;
@@ -111,6 +113,10 @@ impl Cgroup {
             if !dirs.contains(&dir) {
                 dirs.push(dir);
             }
+        }
+        // Only needed where somebody asks for it; on v2 it is in the same group.
+        if let Some(base) = host.io_v1() {
+            dirs.push(base.join(PARENT).join(&name));
         }
         Ok(Self { dirs })
     }
@@ -207,10 +213,25 @@ impl Cgroup {
             memory.0.to_string(),
         )?;
         limit(["pids.max", "pids.max"], threads.to_string())?;
+        self.limit_swap(memory)?;
         // A VMM that lost a part of itself is of no use to anybody.
         match self.file("memory.oom.group") {
             Some(file) => write(&file, "1"),
             None => Ok(()),
+        }
+    }
+
+    /// As much swap as memory, where the kernel counts it: what is idle can be
+    /// swapped out, and what is used is bounded all the same.
+    fn limit_swap(&self, memory: Bytes) -> Result<(), CgroupError> {
+        // v1 counts memory and swap together.
+        match (
+            self.file("memory.swap.max"),
+            self.file("memory.memsw.limit_in_bytes"),
+        ) {
+            (Some(file), _) => write(&file, &memory.0.to_string()),
+            (None, Some(file)) => write(&file, &(2 * memory.0).to_string()),
+            (None, None) => Ok(()),
         }
     }
 
@@ -279,6 +300,8 @@ fn make(dir: &Path) -> io::Result<()> {
                 set(&file, &format!("+{}", controller.name()))?;
             }
         }
+        // Not everywhere there, and not always needed.
+        let _ = set(&file, "+io");
     }
     fs::create_dir(dir)
 }

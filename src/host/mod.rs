@@ -5,6 +5,7 @@ pub mod closure;
 pub mod fault;
 pub mod kmsg;
 pub mod lease;
+pub mod lsm;
 pub mod netns;
 pub mod network;
 pub mod nft;

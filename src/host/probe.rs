@@ -67,11 +67,29 @@ pub fn facts(qemu: PathBuf, cache: &Path) -> HostFacts {
     HostFacts {
         closure,
         unprivileged: !nix::unistd::geteuid().is_root(),
+        lsm: super::lsm::active(),
+        open_kvm: open_kvm(),
+        raises_limits: raises_limits(),
         qemu,
         tsc_khz: tsc_khz(),
         // The agent listens to privileged ports of the host only.
         vhost_vsock: nix::unistd::geteuid().is_root() && vhost_vsock().is_ok(),
     }
+}
+
+/// Whether the mode of /dev/kvm lets everybody read and write.
+fn open_kvm() -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+    fs::metadata("/dev/kvm").is_ok_and(|meta| meta.permissions().mode() & 0o006 == 0o006)
+}
+
+/// Whether we have CAP_SYS_RESOURCE (capabilities(7)).
+fn raises_limits() -> bool {
+    const SYS_RESOURCE: u64 = 1 << 24;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    effective.is_some_and(|set| set & SYS_RESOURCE != 0)
 }
 
 /// Opens /dev/vhost-vsock.

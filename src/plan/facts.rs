@@ -19,4 +19,30 @@ pub struct HostFacts {
     pub closure: Result<Closure, String>,
     /// Not root here.
     pub unprivileged: bool,
+    /// The security module that labels processes; none where none is active.
+    pub lsm: Option<LsmFacts>,
+    /// Whether any user of this host may open /dev/kvm.
+    pub open_kvm: bool,
+    /// Whether we can raise a limit again that a process was given
+    /// (CAP_SYS_RESOURCE): in containers root often cannot.
+    pub raises_limits: bool,
+}
+
+/// What is known of a security module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LsmFacts {
+    /// Which.
+    pub kind: LsmKind,
+    /// Whether the profile Bulkhead brings is loaded.
+    pub profile: bool,
+}
+
+/// A security module that labels processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LsmKind {
+    /// AppArmor: labels are names of profiles.
+    Apparmor,
+    /// SELinux: labels are contexts.
+    Selinux,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Channel, HostFacts, KernelChoice, PlanError, Share};
+use super::{Channel, HostFacts, KernelChoice, LsmKind, PlanError, Share};
 use crate::image::Image;
 use crate::spec::{Accel, Bytes, JailLayer, Spec, Waived};
 
@@ -24,6 +24,9 @@ pub const INITRAMFS: &str = "/initramfs";
 /// The shared workspace, in the jail.
 pub const SHARE: &str = "/share";
 
+/// Name of the AppArmor profile we bring (src/vmm/apparmor.profile).
+pub const PROFILE: &str = "bulkhead-qemu";
+
 /// Threads of QEMU besides those of the virtual CPUs: main, RCU, timers,
 /// vhost, and its pool for disks, which has at most 64.
 const THREADS: u32 = 96;
@@ -33,6 +36,15 @@ const THREADS: u32 = 96;
 pub struct Closure {
     /// Place in the jail to path on the host.
     pub files: BTreeMap<PathBuf, PathBuf>,
+}
+
+/// What a security module of the host is to know a VMM by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// The module.
+    pub kind: LsmKind,
+    /// The profile or context.
+    pub name: String,
 }
 
 /// How one VMM is confined.
@@ -54,6 +66,12 @@ pub struct Jail {
     pub threads: u32,
     /// Most open files of it.
     pub open_files: u32,
+    /// Longest file it can write, where that is limited.
+    #[serde(default)]
+    pub file_size: Option<Bytes>,
+    /// Its label; none where no module is active, or none has one for it.
+    #[serde(default)]
+    pub label: Option<Label>,
 }
 
 impl Jail {
@@ -66,6 +84,10 @@ impl Jail {
         facts: &HostFacts,
     ) -> Result<Self, PlanError> {
         let waived = spec.waive.clone();
+        let own_user = !facts.unprivileged && !waived.has(JailLayer::User);
+        if waived.has(JailLayer::Files) && own_user && spec.accel == Accel::Kvm && !facts.open_kvm {
+            return Err(PlanError::ClosedKvm);
+        }
         let mut files = BTreeMap::new();
         if !waived.has(JailLayer::Files) {
             let closure = facts.closure.as_ref();
@@ -86,6 +108,8 @@ impl Jail {
             memory: Bytes(spec.limits.memory.0 + headroom(spec, channel).0),
             threads: THREADS + spec.limits.vcpus,
             open_files: 256 + spec.limits.vcpus,
+            label: label(spec, facts)?,
+            file_size: file_size(spec, share, facts.raises_limits),
         })
     }
 
@@ -101,6 +125,41 @@ impl Jail {
             false => host,
         }
     }
+}
+
+/// The label asked for, else our profile where it is loaded. It knows the jail's
+/// paths only.
+fn label(spec: &Spec, facts: &HostFacts) -> Result<Option<Label>, PlanError> {
+    if spec.waive.has(JailLayer::Lsm) {
+        return Ok(None);
+    }
+    let name = match (&spec.lsm_label, &facts.lsm) {
+        (Some(label), None) => {
+            return Err(PlanError::NoLsm {
+                label: label.clone(),
+            });
+        }
+        (Some(label), Some(_)) => label.as_str(),
+        (None, Some(lsm)) if lsm.profile && !spec.waive.has(JailLayer::Files) => PROFILE,
+        (None, _) => return Ok(None),
+    };
+    Ok(facts.lsm.map(|lsm| Label {
+        kind: lsm.kind,
+        name: name.to_owned(),
+    }))
+}
+
+/// None for a share that is written to, nor for a machine whose disk may grow
+/// where we could not raise the limit then.
+fn file_size(spec: &Spec, share: Option<&Share>, raises_limits: bool) -> Option<Bytes> {
+    let bounded = share.is_none_or(|share| share.read_only) && (raises_limits || !spec.detached);
+    bounded.then(|| longest(spec.limits.disk.max(spec.limits.memory)))
+}
+
+/// Longest file of a VMM whose disk or memory has that size: a 16th and 64 MiB
+/// are for what formats of disks and of saved machines add.
+pub(crate) fn longest(size: Bytes) -> Bytes {
+    Bytes(size.0 + size.0 / 16 + Bytes::mib(64).0)
 }
 
 /// Memory of QEMU beside the guest's: reckoned in decision 0017. 128 MiB cover

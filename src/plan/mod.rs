@@ -17,11 +17,12 @@ use serde::{Deserialize, Serialize};
 use crate::error::Explain;
 use crate::image::{Image, KernelFormat};
 use crate::spec::{
-    Accel, Bytes, ChannelKind, JailLayer, MachineType, Spec, Survivors, VmId, WorkspaceMode,
+    Accel, Bytes, ChannelKind, JailLayer, LsmLabel, MachineType, Spec, Survivors, VmId,
+    WorkspaceMode,
 };
 
 pub(crate) use argv::{CID, ROOT_ID, SCRATCH_ID, SCRATCH_NODE};
-pub use facts::HostFacts;
+pub use facts::{HostFacts, LsmFacts, LsmKind};
 pub use jail::Jail;
 pub use network::Network;
 
@@ -44,6 +45,17 @@ pub enum PlanError {
         /// Why not.
         why: String,
     },
+    /// A label asked for that no module of this host knows.
+    #[error("QEMU cannot be given the label {label}: neither AppArmor nor SELinux is active here")]
+    NoLsm {
+        /// The label.
+        label: LsmLabel,
+    },
+    /// The machine's own user could not open /dev/kvm.
+    #[error(
+        "a machine without the layer `files` has the host's /dev/kvm, which its own user may not open"
+    )]
+    ClosedKvm,
 }
 
 impl Explain for PlanError {
@@ -51,6 +63,8 @@ impl Explain for PlanError {
         match self {
             Self::NoVsock => "vsock-missing",
             Self::NoClosure { .. } => "jail-files",
+            Self::NoLsm { .. } => "lsm-missing",
+            Self::ClosedKvm => "kvm-closed",
         }
     }
 
@@ -62,6 +76,10 @@ impl Explain for PlanError {
             Self::NoClosure { .. } => {
                 "Name QEMU's own binary with --qemu, or do without a root of its own (--waive files)."
                     .into()
+            }
+            Self::NoLsm { .. } => "Leave --lsm-label out (lsm_label in a file).".into(),
+            Self::ClosedKvm => {
+                "Keep the layer, or waive the machine's own user as well: --waive files,user.".into()
             }
         }
     }

@@ -34,7 +34,26 @@ fn image() -> Image {
     }
 }
 
+fn facts(vhost_vsock: bool) -> HostFacts {
+    HostFacts {
+        qemu: "/usr/bin/qemu".into(),
+        tsc_khz: Some(2_400_000),
+        vhost_vsock,
+        closure: Ok(jail::Closure {
+            files: [("/qemu".into(), "/usr/bin/qemu".into())].into(),
+        }),
+        unprivileged: false,
+        lsm: None,
+        open_kvm: false,
+        raises_limits: true,
+    }
+}
+
 fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
+    plan_on(request, &facts(vhost_vsock))
+}
+
+fn plan_on(request: &str, facts: &HostFacts) -> Result<Plan, PlanError> {
     let network = match request.contains("network") {
         true => "",
         false => "network = \"isolated\"\n",
@@ -44,21 +63,12 @@ fn plan(request: &str, vhost_vsock: bool) -> Result<Plan, PlanError> {
         .unwrap()
         .resolve(&Catalog::default())
         .unwrap();
-    let facts = HostFacts {
-        qemu: "/usr/bin/qemu".into(),
-        tsc_khz: Some(2_400_000),
-        vhost_vsock,
-        closure: Ok(jail::Closure {
-            files: [("/qemu".into(), "/usr/bin/qemu".into())].into(),
-        }),
-        unprivileged: false,
-    };
     let image = image();
     let kernel = KernelChoice {
         path: image.kernel(),
         format: KernelFormat::Bzimage,
     };
-    Plan::new(&spec, &image, kernel, &facts)
+    Plan::new(&spec, &image, kernel, facts)
 }
 
 /// One argument with its value a line.
@@ -175,4 +185,68 @@ fn descriptors_are_numbered_without_gaps() {
     assert_eq!(plan.fd(Descriptor::Qmp), Some(FIRST_FD));
     assert_eq!(plan.fd(Descriptor::Vsock), None);
     assert_eq!(plan.fd(Descriptor::Agent), Some(FIRST_FD + 6));
+}
+
+#[test]
+fn without_its_files_a_machine_has_the_hosts_kvm() {
+    let refused = plan("waive = \"files\"", false).unwrap_err();
+    assert_eq!(refused.code(), "kvm-closed");
+    for possible in [
+        "waive = \"files,user\"",
+        "waive = \"files\"\naccel = \"tcg\"",
+    ] {
+        assert!(plan(possible, false).is_ok(), "{possible}");
+    }
+    let open = HostFacts {
+        open_kvm: true,
+        ..facts(false)
+    };
+    assert!(plan_on("waive = \"files\"", &open).is_ok());
+}
+
+#[test]
+fn the_longest_file_is_about_the_disk() {
+    let size = |request: &str, raises_limits| {
+        let facts = HostFacts {
+            raises_limits,
+            ..facts(false)
+        };
+        plan_on(request, &facts).unwrap().jail.file_size
+    };
+    let small = "disk = \"1G\"\nmemory = \"512M\"\n";
+    let longest = Some(Bytes(Bytes::gib(1).0 + (Bytes::mib(64 + 64)).0));
+    assert_eq!(size(small, true), longest);
+    // The disk of a run does not grow.
+    assert_eq!(size(small, false), longest);
+    let share = format!("{small}workspace = \"/w\"\nworkspace_mode = \"share\"\n");
+    assert_eq!(size(&share, true), None);
+    assert_eq!(size(&format!("{share}read_only = true"), true), longest);
+}
+
+#[test]
+fn a_label_is_the_one_asked_for_or_our_profile() {
+    let on = |request: &str, lsm: Option<(LsmKind, bool)>| {
+        let facts = HostFacts {
+            lsm: lsm.map(|(kind, profile)| LsmFacts { kind, profile }),
+            ..facts(false)
+        };
+        let label = plan_on(request, &facts)?.jail.label;
+        Ok(label.map(|label| (label.kind, label.name)))
+    };
+    let apparmor = |profile| Some((LsmKind::Apparmor, profile));
+    let ours = (LsmKind::Apparmor, jail::PROFILE.to_owned());
+    let none = |found: Result<Option<_>, PlanError>| assert_eq!(found.unwrap(), None);
+    none(on("", None));
+    none(on("", apparmor(false)));
+    none(on("", Some((LsmKind::Selinux, false))));
+    assert_eq!(on("", apparmor(true)).unwrap(), Some(ours));
+    none(on("waive = \"lsm\"", apparmor(true)));
+    // It knows the jail's paths only.
+    none(on("accel = \"tcg\"\nwaive = \"files\"", apparmor(true)));
+    let asked = "lsm_label = \"a_t:s0\"";
+    for kind in [LsmKind::Apparmor, LsmKind::Selinux] {
+        let expected = (kind, "a_t:s0".to_owned());
+        assert_eq!(on(asked, Some((kind, true))).unwrap(), Some(expected));
+    }
+    assert_eq!(on(asked, None).unwrap_err().code(), "lsm-missing");
 }

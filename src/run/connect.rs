@@ -15,13 +15,14 @@ use super::disk::DiskWatch;
 use super::ends::Ends;
 use super::error::MachineError;
 use super::machine::{Live, Phases, StartOptions, io_error, missing, since};
+use super::violation::Audit;
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::cgroup::{Cgroup, CgroupError};
+use crate::host::fault;
 use crate::host::netns::Netns;
-use crate::host::{fault, kmsg};
 use crate::plan::Plan;
 use crate::qmp::Monitor;
-use crate::vmm::{ExitStatus, VmmProcess, seccomp};
+use crate::vmm::{ExitStatus, VmmProcess};
 
 /// What a machine has before its monitor and its agent answer.
 pub(super) struct Parts {
@@ -31,6 +32,7 @@ pub(super) struct Parts {
     pub(super) words: ConsoleLog,
     pub(super) cgroup: Result<Cgroup, CgroupError>,
     pub(super) netns: Option<Netns>,
+    pub(super) audit: Audit,
 }
 
 impl Parts {
@@ -130,6 +132,7 @@ impl Parts {
             cgroup: self.cgroup,
             proof: Vec::new(),
             netns: self.netns,
+            audit: self.audit,
             phases,
         })
     }
@@ -159,6 +162,7 @@ async fn explain_end(ended: Ended, parts: &Parts, options: &StartOptions) -> Mac
         console: &parts.console,
         words: &parts.words,
         cgroup: parts.cgroup.as_ref().ok(),
+        audit: &parts.audit,
     };
     match ended {
         Ended::Process(Ok(status)) => witness.explain(status).await,
@@ -184,6 +188,7 @@ pub(super) struct Witness<'a> {
     pub(super) console: &'a ConsoleLog,
     pub(super) words: &'a ConsoleLog,
     pub(super) cgroup: Option<&'a Cgroup>,
+    pub(super) audit: &'a Audit,
 }
 
 impl Witness<'_> {
@@ -193,16 +198,11 @@ impl Witness<'_> {
         self.console.ended(Duration::from_millis(500)).await;
         self.words.ended(Duration::from_millis(500)).await;
         let qemu = self.plan.qemu.clone();
-        if status.signal == Some(libc::SIGSYS) {
-            let number = kmsg::seccomp_kill(self.process.pid());
-            let call = number.map_or(
-                "a system call the kernel's log does not name".into(),
-                |number| {
-                    seccomp::name(number)
-                        .map_or(format!("system call {number}"), |name| format!("{name}(2)"))
-                },
-            );
-            tracing::info!(id = %self.plan.id, %call, "system call violation");
+        if status.signal == Some(libc::SIGSYS)
+            // Somebody else's child leaves no status, but its end is in the log.
+            || status == ExitStatus::UNKNOWN && Audit::is_violation(self.process)
+        {
+            let call = self.audit.system_call(&self.plan.id, &qemu, self.process);
             return MachineError::SystemCall { qemu, call };
         }
         if status.signal == Some(libc::SIGKILL)

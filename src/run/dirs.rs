@@ -76,6 +76,11 @@ impl Dirs {
         self.runtime.join(format!("{id}.vmm"))
     }
 
+    /// What VMMs did that they may not; JSON, one object a line.
+    pub fn violations(&self) -> PathBuf {
+        self.state.join("violations.jsonl")
+    }
+
     /// Which user ids machines have.
     pub fn uids(&self) -> PathBuf {
         self.runtime.join("uids")

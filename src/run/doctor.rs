@@ -10,8 +10,9 @@ use serde::Serialize;
 use super::host::Host;
 use super::{RunError, prove};
 use crate::error::Explain;
-use crate::host::probe;
-use crate::plan::KernelChoice;
+use crate::host::{lsm, probe};
+use crate::plan::jail::PROFILE;
+use crate::plan::{KernelChoice, LsmKind};
 use crate::qmp::{Needs, Offer, Schema};
 
 /// How well something is provided.
@@ -59,7 +60,8 @@ pub async fn examine(host: &Host) -> Vec<Check> {
         cgroup(Path::new("/proc/self/mountinfo")),
         jail(host),
         landlock(),
-        lsm(),
+        security(),
+        violations(&host.dirs.violations()),
         nftables(),
         user(),
         space(host),
@@ -243,7 +245,14 @@ fn jail(host: &Host) -> Check {
         let seen = format!("{files}; user ids {}", host.uids);
         return check(name, Status::Ok, seen, "");
     }
-    let limit = fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default();
+    let sysctl = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    if sysctl("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").trim() == "1" {
+        let cure =
+            "Allow them (sysctl kernel.apparmor_restrict_unprivileged_userns=0), or run as root.";
+        let seen = "AppArmor gives user namespaces of ordinary users no privileges";
+        return check(name, Status::Missing, seen, cure);
+    }
+    let limit = sysctl("/proc/sys/user/max_user_namespaces");
     match limit.trim() {
         "" | "0" => {
             let cure = "Allow user namespaces (sysctl user.max_user_namespaces), or run as root.";
@@ -264,19 +273,55 @@ fn jail(host: &Host) -> Check {
 }
 
 /// Which security module is active besides.
-fn lsm() -> Check {
+fn security() -> Check {
     let name = "security module";
-    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-    let apparmor = read("/sys/module/apparmor/parameters/enabled").trim() == "Y";
-    let selinux = read("/sys/fs/selinux/enforce");
-    let seen = match (apparmor, selinux.trim()) {
-        (true, _) => "AppArmor is active; Bulkhead has no profile for QEMU yet",
-        (false, "1") => "SELinux enforces; QEMU has the context of its caller",
-        (false, "0") => "SELinux is permissive",
-        _ => "none: neither AppArmor nor SELinux is active",
+    let Some(active) = lsm::active() else {
+        let cure = "Nothing is needed: the jail does not depend on one.";
+        let seen = "none: neither AppArmor nor SELinux is active";
+        return check(name, Status::Limited, seen, cure);
     };
-    let cure = "Nothing is needed: the jail does not depend on one.";
-    check(name, Status::Limited, seen, cure)
+    match (active.kind, active.profile) {
+        (LsmKind::Apparmor, true) => {
+            let seen = format!("AppArmor is active; machines are in its profile {PROFILE}");
+            check(name, Status::Ok, seen, "")
+        }
+        (LsmKind::Apparmor, false) => {
+            let cure = "Load it: bulkhead doctor --apparmor-profile | apparmor_parser --replace";
+            let seen = format!("AppArmor is active; its profile {PROFILE} is not loaded");
+            check(name, Status::Limited, seen, cure)
+        }
+        (LsmKind::Selinux, _) => {
+            let word = if lsm::is_permissive() {
+                "is permissive"
+            } else {
+                "enforces"
+            };
+            let cure =
+                "Name a context for QEMU with --lsm-label, such as one your policy has for it.";
+            let seen = format!("SELinux {word}; QEMU has the context of its caller");
+            check(name, Status::Limited, seen, cure)
+        }
+    }
+}
+
+/// Whether QEMU was ever stopped for a system call.
+fn violations(file: &Path) -> Check {
+    let name = "violations";
+    let found = super::violations(file);
+    let Some(last) = found.last() else {
+        return check(name, Status::Ok, "no VMM was stopped for a system call", "");
+    };
+    let seen = format!(
+        "VMMs were stopped for a system call {} times; last {}, for calling {}",
+        found.len(),
+        last.machine,
+        last.call
+    );
+    let cure = format!(
+        "Look at {}: take those guests for hostile; then move it away.",
+        file.display()
+    );
+    check(name, Status::Limited, seen, &cure)
 }
 
 fn landlock() -> Check {

@@ -4,6 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use super::record::RecordError;
 use crate::error::Explain;
 use crate::guest::GuestError;
@@ -162,7 +164,10 @@ pub enum MachineError {
 fn describe(status: ExitStatus) -> String {
     match (status.code, status.signal) {
         (Some(code), _) => format!("with exit code {code}"),
-        (_, Some(signal)) => format!("by signal {signal}"),
+        (_, Some(signal)) => match Signal::try_from(signal) {
+            Ok(name) => format!("by {name}"),
+            Err(_) => format!("by signal {signal}"),
+        },
         _ => "without a status".into(),
     }
 }
@@ -211,6 +216,13 @@ impl Explain for MachineError {
             Self::Cancelled => "start-cancelled",
             Self::Qmp(error) => error.code(),
             Self::Guest(error) => error.code(),
+        }
+    }
+
+    fn system_call(&self) -> Option<&str> {
+        match self {
+            Self::SystemCall { call, .. } => Some(call),
+            _ => None,
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bulkhead_agent::{FailureKind, Request, UNKNOWN_REQUEST};
 use qapi::qmp::block_resize;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde::Serialize;
 
 use super::disk::space;
@@ -17,6 +18,7 @@ use super::machine::Machine;
 use super::{MachineError, stats};
 use crate::guest::GuestError;
 use crate::plan::SCRATCH_NODE;
+use crate::plan::jail::longest;
 use crate::spec::Bytes;
 
 /// How long the guest may take to grow a file system.
@@ -90,6 +92,7 @@ impl Machine {
         // request refuses before anything has changed.
         self.fill_disk(disk.size).await?;
         if grown.after > grown.before {
+            self.allow_file(grown.after)?;
             let command = block_resize {
                 device: None,
                 node_name: Some(SCRATCH_NODE.to_owned()),
@@ -100,6 +103,24 @@ impl Machine {
             self.fill_disk(grown.after.0).await?;
         }
         Ok(grown)
+    }
+
+    /// Lets the VMM write a disk of that size, as it was let at its start.
+    fn allow_file(&self, size: Bytes) -> Result<(), MachineError> {
+        let most = match self.plan().jail.file_size {
+            Some(most) => Some(most.max(longest(size)).0),
+            None => return Ok(()),
+        };
+        let limit = Rlimit {
+            current: most,
+            maximum: most,
+        };
+        let set = prlimit(Pid::from_raw(self.process().pid()), Resource::Fsize, limit);
+        set.map(drop).map_err(|errno| MachineError::Io {
+            action: "allow longer files to",
+            path: self.plan().qemu.clone(),
+            source: errno.into(),
+        })
     }
 
     async fn fill_disk(&self, bytes: u64) -> Result<(), MachineError> {

@@ -171,6 +171,7 @@ impl Host {
             disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
             netns: self.dirs.netns(&plan.id),
             site: self.site.clone(),
+            violations: self.dirs.violations(),
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }
     }

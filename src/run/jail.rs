@@ -59,6 +59,7 @@ pub(super) fn make(
             share: plan.share.is_some(),
             adopt: plan.adoptable,
             host_files: !jail.has(JailLayer::Files),
+            host_pids: !jail.has(JailLayer::Namespaces),
         }),
         false => Ok(Vec::new()),
     };
@@ -104,6 +105,11 @@ fn take_user(
     }
 }
 
+/// Whether a machine must have a control group.
+pub(super) fn needs_cgroup(plan: &Plan) -> bool {
+    plan.jail.has(JailLayer::Cgroup) && !plan.jail.unprivileged
+}
+
 /// Makes the machine's control group, with its limits. A user other than root
 /// may have none.
 pub(super) fn cgroup(
@@ -111,7 +117,7 @@ pub(super) fn cgroup(
     record: &mut Record,
 ) -> Result<Result<Cgroup, crate::host::cgroup::CgroupError>, MachineError> {
     let jail = &plan.jail;
-    let needed = jail.has(JailLayer::Cgroup) && !jail.unprivileged;
+    let needed = needs_cgroup(plan);
     let group = match Cgroup::choose(&plan.id) {
         Ok(group) => group,
         Err(error) if needed => return Err(error.into()),

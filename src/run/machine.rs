@@ -16,6 +16,7 @@ use super::error::MachineError;
 use super::jail;
 use super::record::{Record, RecordError};
 use super::verify::{self, Finding, Subject};
+use super::violation::Audit;
 use crate::guest::Channel;
 use crate::guest::archive::HostDir;
 use crate::host::cgroup::{Cgroup, CgroupError};
@@ -55,6 +56,8 @@ pub struct StartOptions {
     pub netns: PathBuf,
     /// Where its network leads.
     pub site: Site,
+    /// Where it is written down when the VMM does what it may not.
+    pub violations: PathBuf,
 }
 
 /// When the phases of a start were over, in microseconds since its beginning.
@@ -99,6 +102,7 @@ pub(super) struct Live {
     pub(super) cgroup: Result<Cgroup, CgroupError>,
     /// Its network namespace, where it has a network.
     pub(super) netns: Option<Netns>,
+    pub(super) audit: Audit,
     pub(super) phases: Phases,
 }
 
@@ -202,6 +206,9 @@ impl Machine {
             }
             Ok(())
         })?;
+        if let (true, Err(error)) = (jail::needs_cgroup(&plan), &cgroup) {
+            return Err(error.clone().into());
+        }
         fault::at("spawned").map_err(io_error("start", &plan.qemu))?;
         let console_path = record.dir().join("console.log");
         let serial = ends.serial.take().ok_or(missing("the serial port"))?;
@@ -215,6 +222,7 @@ impl Machine {
             words,
             cgroup,
             netns,
+            audit: Audit::new(options.violations.clone()),
         };
         let dir = record.dir().to_owned();
         let live = parts
@@ -288,6 +296,7 @@ impl Machine {
                 let why = "its first supervisor made none".to_owned();
                 CgroupError::Unavailable { why }
             }),
+            audit: Audit::new(options.violations.clone()),
         };
         let live = parts.connect(ends, options, record.dir(), begin, 0).await?;
         proven(live, record).await
@@ -396,6 +405,7 @@ impl Machine {
             console: &live.console,
             words: &live.words,
             cgroup: live.cgroup.as_ref().ok(),
+            audit: &live.audit,
         };
         Some(witness.explain(status).await)
     }

@@ -29,6 +29,7 @@ mod state;
 mod stats;
 mod transfer;
 mod verify;
+mod violation;
 pub mod workspace;
 
 use std::path::PathBuf;
@@ -54,6 +55,7 @@ pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Tr
 pub use stats::Stats;
 pub use transfer::{receive, send};
 pub use verify::{Finding, Verdict, failures};
+pub use violation::{Violation, violations};
 
 use crate::error::Explain;
 use crate::host::probe::ProbeError;
@@ -159,6 +161,13 @@ impl Explain for RunError {
             Self::Output { .. } => "output-unwritable",
             Self::Script { .. } => "script-failed",
             Self::Interrupted { .. } => "interrupted",
+        }
+    }
+
+    fn system_call(&self) -> Option<&str> {
+        match self {
+            Self::Machine(error) => error.system_call(),
+            _ => None,
         }
     }
 

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::MachineError;
 use super::machine::Machine;
+use crate::host::cgroup::{CgroupError, device_of};
 use crate::plan::{ROOT_ID, SCRATCH_ID};
 use crate::spec::{Bytes, IoLimits};
 
@@ -140,6 +141,23 @@ impl Machine {
                 .execute_raw("block_set_io_throttle", arguments)
                 .await?;
         }
-        Ok(())
+        self.hold_to(limits)
+    }
+
+    /// The same for whatever QEMU becomes, where the disks' file systems and the
+    /// host's control groups allow.
+    fn hold_to(&self, limits: IoLimits) -> Result<(), MachineError> {
+        let Ok(group) = self.cgroup() else {
+            return Ok(());
+        };
+        let devices = [self.plan().root.as_path(), self.dir()];
+        let devices = devices.into_iter().filter_map(device_of).collect();
+        match group.set_io(&devices, limits) {
+            Err(CgroupError::Unavailable { why }) => {
+                tracing::warn!("QEMU alone holds to the limits of reads and writes: {why}");
+                Ok(())
+            }
+            set => Ok(set?),
+        }
     }
 }

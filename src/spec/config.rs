@@ -45,7 +45,7 @@ pub struct Config {
 
 /// The keys of `[machine]`: those of a [`Request`] that make sense for every
 /// machine.
-pub const MACHINE_KEYS: [&str; 20] = [
+pub const MACHINE_KEYS: [&str; 21] = [
     "image",
     "kernel",
     "profile",
@@ -62,6 +62,7 @@ pub const MACHINE_KEYS: [&str; 20] = [
     "machine",
     "channel",
     "waive",
+    "lsm_label",
     "user",
     "workdir",
     "env",

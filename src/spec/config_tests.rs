@@ -195,6 +195,7 @@ fn every_scalar_key_has_a_variable() {
         ("BULKHEAD_MACHINE", "q35"),
         ("BULKHEAD_CHANNEL", "serial"),
         ("BULKHEAD_WAIVE", "seccomp"),
+        ("BULKHEAD_LSM_LABEL", "a_t:s0"),
         ("BULKHEAD_USER", "1000"),
         ("BULKHEAD_WORKDIR", "/w"),
     ];

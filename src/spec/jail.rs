@@ -23,17 +23,20 @@ pub enum JailLayer {
     Landlock,
     /// A control group that limits memory, processes and CPU time.
     Cgroup,
+    /// An AppArmor profile or SELinux context, where one is given or loaded.
+    Lsm,
 }
 
 impl JailLayer {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::User,
         Self::Files,
         Self::Namespaces,
         Self::Seccomp,
         Self::Landlock,
         Self::Cgroup,
+        Self::Lsm,
     ];
 
     /// As it is written.
@@ -45,6 +48,7 @@ impl JailLayer {
             Self::Seccomp => "seccomp",
             Self::Landlock => "landlock",
             Self::Cgroup => "cgroup",
+            Self::Lsm => "lsm",
         }
     }
 }
@@ -104,7 +108,7 @@ impl FromStr for Waived {
         let found: Option<BTreeSet<_>> = layers.map(layer).collect();
         found.map(Self).ok_or_else(|| super::Malformed {
             value: text.to_owned(),
-            expected: "layers of the jail (user, files, namespaces, seccomp, landlock, cgroup), with commas between",
+            expected: "layers of the jail (user, files, namespaces, seccomp, landlock, cgroup, lsm), with commas between",
         })
     }
 }

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, Catalog, ChannelKind, Command, Exception, LabelName, Lifetime, MachineType,
-    NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName, Script, Spec, SpecError,
-    Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
+    Accel, Bytes, Catalog, ChannelKind, Command, Exception, LabelName, Lifetime, LsmLabel,
+    MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName, Script, Spec,
+    SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -76,8 +76,11 @@ pub struct Request {
     /// How host and guest agent reach each other.
     pub channel: Option<ChannelKind>,
     /// Layers of the jail to do without, with commas between: `user`, `files`,
-    /// `namespaces`, `seccomp`, `landlock`, `cgroup`.
+    /// `namespaces`, `seccomp`, `landlock`, `cgroup`, `lsm`.
     pub waive: Option<Waived>,
+    /// AppArmor profile or SELinux context that QEMU is started in; the profile
+    /// Bulkhead brings where absent and loaded.
+    pub lsm_label: Option<LsmLabel>,
     /// Host directory to exchange.
     pub workspace: Option<PathBuf>,
     /// How it is exchanged.
@@ -170,6 +173,7 @@ impl Request {
             machine: self.machine.or(below.machine),
             channel: self.channel.or(below.channel),
             waive: self.waive.or(below.waive),
+            lsm_label: self.lsm_label.or(below.lsm_label),
             workspace: self.workspace.or(below.workspace),
             workspace_mode: self.workspace_mode.or(below.workspace_mode),
             read_only: self.read_only.or(below.read_only),
@@ -324,6 +328,7 @@ impl Request {
             balloon: self.balloon.unwrap_or(detached),
             nested: self.nested.unwrap_or_default(),
             waive: self.waive.unwrap_or_default(),
+            lsm_label: self.lsm_label,
             labels: self.labels,
             command: Command {
                 argv: self.command,

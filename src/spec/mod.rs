@@ -6,6 +6,7 @@ mod jail;
 mod layer;
 mod lifetime;
 mod load;
+mod lsm;
 mod network;
 mod network_change;
 mod origin;
@@ -25,6 +26,7 @@ pub use jail::{JailLayer, UidRange, Waived};
 pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::Request;
+pub use lsm::LsmLabel;
 pub use network::{
     Cidr, Exception, NetworkLimits, NetworkMode, NetworkName, NetworkPolicy, Port, Protocol,
 };
@@ -77,6 +79,10 @@ pub struct Spec {
     /// Layers of the jail it does without.
     #[serde(default)]
     pub waive: Waived,
+    /// The AppArmor profile or SELinux context of QEMU; absent for the profile
+    /// Bulkhead brings, where it is loaded.
+    #[serde(default)]
+    pub lsm_label: Option<LsmLabel>,
     /// What the user calls it by, besides its name.
     #[serde(default)]
     pub labels: BTreeMap<LabelName, String>,

@@ -172,6 +172,13 @@ impl Explain for SuperviseError {
         }
     }
 
+    fn system_call(&self) -> Option<&str> {
+        match self {
+            Self::Run(error) => error.system_call(),
+            _ => None,
+        }
+    }
+
     fn remedy(&self) -> String {
         match self {
             Self::WrongState { id, state, .. } => match state {

@@ -13,8 +13,8 @@ use super::view::{Kind, View};
 use super::wire::{ExecId, ExecInfo, Settings};
 use crate::host::lease::Lease;
 use crate::run::{
-    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, abandon, detached, look,
-    recover,
+    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, Violation, abandon,
+    detached, look, recover, violations,
 };
 use crate::spec::{Spec, Timeout, VmId};
 
@@ -347,6 +347,7 @@ impl Machines {
             supervisor: status.supervisor,
             ended: status.ended,
             history: status.history,
+            violations: self.violations(id, status.created_ms),
             ..View::of(&spec, Kind::Machine, status.state, status.image)
         };
         if owned && view.state.is_live() {
@@ -359,6 +360,13 @@ impl Machines {
             view.since_ms = live.since_ms;
         }
         Ok(view)
+    }
+
+    /// Of an earlier machine of that name there may be some, too.
+    fn violations(&self, id: &VmId, created_ms: u64) -> Vec<Violation> {
+        let mut found = violations(&self.dirs().violations());
+        found.retain(|one| one.machine == *id && one.at_ms >= created_ms);
+        found
     }
 
     /// All machines, by name. Those that cannot be read are told apart.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::run::{Ended, ImageUse, Owner, State, Status, Transition};
+use crate::run::{Ended, ImageUse, Owner, State, Status, Transition, Violation};
 use crate::spec::{
     Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
 };
@@ -73,6 +73,9 @@ pub struct View {
     pub ended: Option<Ended>,
     /// Its states so far, oldest first.
     pub history: Vec<Transition>,
+    /// System calls its VMMs were ended for, oldest first.
+    #[serde(default)]
+    pub violations: Vec<Violation>,
 }
 
 /// What the supervisor of a running machine says of it.
@@ -152,6 +155,7 @@ impl View {
             live: None,
             ended: None,
             history: Vec::new(),
+            violations: Vec::new(),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! needs memory or a look at the host is done here.
 
 use std::collections::BTreeSet;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +13,7 @@ use seccompiler::BpfProgram;
 
 use super::share::User;
 use crate::host::sys;
-use crate::plan;
+use crate::plan::{self, LsmKind};
 use crate::spec::JailLayer;
 
 /// Device number of /dev/kvm (Documentation/admin-guide/devices.txt).
@@ -32,6 +32,8 @@ pub struct Jail {
     pub(super) user_namespace: bool,
     /// Its maker is root: there are capabilities to give up for good.
     pub(super) privileged: bool,
+    /// What a security module is to know it by.
+    pub(super) label: Option<Label>,
     /// What Landlock allows.
     pub(super) landlock: Option<Landlock>,
     /// Filters for system calls, the one to be asked last first.
@@ -40,6 +42,33 @@ pub struct Jail {
     pub(super) limits: Vec<(u32, u64)>,
     /// Its whole environment; the owner's where it is absent.
     pub(super) environment: Option<Vec<CString>>,
+}
+
+/// What is written to the kernel for a label at the next exec (proc_pid_attr(5)).
+#[derive(Debug)]
+pub(super) struct Label {
+    /// Where: the first that is there.
+    pub(super) files: [&'static CStr; 2],
+    /// What.
+    pub(super) text: CString,
+}
+
+impl Label {
+    fn new(label: &plan::jail::Label) -> io::Result<Self> {
+        let exec = c"/proc/thread-self/attr/exec";
+        let (first, text) = match label.kind {
+            // aa_change_onexec(2)
+            LsmKind::Apparmor => (
+                c"/proc/thread-self/attr/apparmor/exec",
+                format!("exec {}", label.name),
+            ),
+            LsmKind::Selinux => (exec, label.name.clone()),
+        };
+        Ok(Self {
+            files: [first, exec],
+            text: CString::new(text)?,
+        })
+    }
 }
 
 /// The root of a jail.
@@ -179,9 +208,10 @@ impl Jail {
         } else {
             None
         };
-        let landlock = (needs.landlock && root.is_some())
-            .then(|| sys::landlock_abi().ok())
-            .flatten();
+        let landlock = match needs.landlock && root.is_some() {
+            true => landlock()?,
+            false => None,
+        };
         Ok(Self {
             root,
             limits: limits(plan, user.is_some()),
@@ -190,6 +220,7 @@ impl Jail {
             user_namespace: plan.unprivileged
                 && (plan.has(JailLayer::Namespaces) || plan.has(JailLayer::Files)),
             privileged: !plan.unprivileged,
+            label: plan.label.as_ref().map(Label::new).transpose()?,
             landlock: landlock.map(|abi| Landlock::new(abi, plan)),
             filters: needs.filters,
             environment,
@@ -221,17 +252,34 @@ impl Jail {
     }
 }
 
+/// What the kernel knows of Landlock; none where it has none. Any other answer
+/// is a layer that cannot be made.
+fn landlock() -> io::Result<Option<i64>> {
+    match sys::landlock_abi() {
+        Ok(abi) => Ok(Some(abi)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Numbers and values of its limits.
 fn limits(plan: &plan::Jail, own_user: bool) -> Vec<(u32, u64)> {
     let mut limits = vec![
         (libc::RLIMIT_NOFILE, u64::from(plan.open_files)),
-        (libc::RLIMIT_CORE, 0),
+        // At 0 a handler of the host (`|` in core_pattern) would still be run as
+        // root, on memory that the guest filled; at 1 it is not (coredump.c).
+        (libc::RLIMIT_CORE, 1),
         (libc::RLIMIT_MSGQUEUE, 0),
         (libc::RLIMIT_SIGPENDING, 256),
         (libc::RLIMIT_MEMLOCK, 0),
         (libc::RLIMIT_RTPRIO, 0),
         (libc::RLIMIT_NICE, 0),
     ];
+    if let Some(size) = plan.file_size {
+        limits.push((libc::RLIMIT_FSIZE, size.0));
+    }
     if own_user {
         // Counted by user: only one of its own has no other's threads.
         limits.push((libc::RLIMIT_NPROC, u64::from(plan.threads)));

@@ -10,7 +10,7 @@ use std::os::fd::RawFd;
 use nix::libc;
 use seccompiler::sock_filter;
 
-use super::jail::Landlock;
+use super::jail::{Label, Landlock};
 use super::sequence::{Kernel, Op};
 use crate::plan::FIRST_FD;
 
@@ -115,6 +115,7 @@ impl Kernel for Child<'_> {
             Op::AwaitPermission => self.await_permission(),
             // SAFETY: no arguments.
             Op::LeaveSession => done(unsafe { libc::setsid() }),
+            Op::LeaveKeyring => leave_keyring(),
             Op::ResetSignals => reset_signals(),
             // SAFETY: an integer.
             Op::UnshareCgroup => done(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }),
@@ -123,6 +124,7 @@ impl Kernel for Child<'_> {
                 // SAFETY: the pointer is valid for the length given.
                 done(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })
             }
+            Op::SetLabel(label) => set_label(label),
             Op::PrivateMounts => mount(None, c"/", None, libc::MS_REC | libc::MS_PRIVATE, None),
             Op::MountRoot(dir) => {
                 let flags = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NOATIME;
@@ -301,6 +303,37 @@ fn reset_signals() -> Result<(), i32> {
             &raw const none,
             std::ptr::null_mut(),
         ))
+    }
+}
+
+/// What the kernel is to label us by at the next exec.
+fn set_label(label: &Label) -> Result<(), i32> {
+    let [first, second] = label.files;
+    let flags = libc::O_WRONLY | libc::O_CLOEXEC;
+    // SAFETY: texts that end in zero, integers, and a buffer of its length.
+    unsafe {
+        let mut fd = libc::open(first.as_ptr(), flags);
+        if fd < 0 && errno() == libc::ENOENT {
+            fd = libc::open(second.as_ptr(), flags);
+        }
+        done(fd)?;
+        let text = label.text.as_bytes();
+        let wrote = libc::write(fd, text.as_ptr().cast(), text.len());
+        done(wrote as i64)?;
+        libc::close(fd);
+    }
+    Ok(())
+}
+
+/// A session keyring of its own, empty (keyctl(2)).
+fn leave_keyring() -> Result<(), i32> {
+    let join_session_keyring = 1;
+    let no_name = std::ptr::null::<libc::c_char>();
+    // SAFETY: an integer, and no text.
+    match done(unsafe { libc::syscall(libc::SYS_keyctl, join_session_keyring, no_name) }) {
+        // A kernel without keys, or a filter above us, which stays above QEMU.
+        Err(libc::ENOSYS | libc::EPERM) => Ok(()),
+        other => other,
     }
 }
 

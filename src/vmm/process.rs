@@ -25,6 +25,14 @@ pub struct ExitStatus {
     pub signal: Option<i32>,
 }
 
+impl ExitStatus {
+    /// That of somebody else's child.
+    pub const UNKNOWN: Self = Self {
+        code: None,
+        signal: None,
+    };
+}
+
 /// A VMM process: a child, or one that was taken over from a dead owner.
 /// Dropping it kills it and waits for its end.
 #[derive(Debug)]
@@ -85,6 +93,11 @@ impl VmmProcess {
     /// Its process id.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// When it started, in clock ticks since the host's boot.
+    pub fn start_time(&self) -> u64 {
+        self.start_time
     }
 
     /// What is written down about it.
@@ -149,10 +162,7 @@ impl VmmProcess {
             // Its new parent reaps it; a pidfd is readable from the end on.
             let mut set = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
             let over = poll(&mut set, PollTimeout::ZERO)? > 0;
-            *ended = over.then_some(ExitStatus {
-                code: None,
-                signal: None,
-            });
+            *ended = over.then_some(ExitStatus::UNKNOWN);
         } else if ended.is_none() {
             *ended = match waitid(
                 Id::PIDFd(self.pidfd.get_ref().as_fd()),

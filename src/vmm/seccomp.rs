@@ -27,6 +27,7 @@ struct List {
     share: Table,
     adopt: Table,
     host_files: Table,
+    host_pids: Table,
 }
 
 /// What some machines need besides.
@@ -46,6 +47,9 @@ struct When {
     argument: u8,
     /// The bits that count; all when absent.
     mask: Option<u32>,
+    /// All 64 bits count, not the lower 32.
+    #[serde(default)]
+    pointer: bool,
     values: Vec<u32>,
 }
 
@@ -60,6 +64,8 @@ pub struct Wanted {
     pub adopt: bool,
     /// It sees the host's files.
     pub host_files: bool,
+    /// It has no process ids of its own.
+    pub host_pids: bool,
 }
 
 /// The calls a machine may make, and why. A call with conditions comes once
@@ -83,6 +89,7 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         share,
         adopt,
         host_files,
+        host_pids,
     } = toml::from_str(LIST).map_err(io::Error::other)?;
     let accel = match wanted.accel {
         Accel::Tcg => tcg,
@@ -93,12 +100,15 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         wanted.share.then_some(share),
         wanted.adopt.then_some(adopt),
         wanted.host_files.then_some(host_files),
+        wanted.host_pids.then_some(host_pids),
     ];
     let (mut allow, mut when) = (allow, when);
     for table in tables.into_iter().flatten() {
         allow.extend(table.allow);
         when.extend(table.when);
     }
+    // The compiler would take the conditions, and forget that it is allowed.
+    when.retain(|one| !allow.contains_key(&one.call));
     Ok((allow, when, refuse))
 }
 
@@ -120,15 +130,17 @@ pub fn filters(wanted: Wanted) -> io::Result<Vec<BpfProgram>> {
         call,
         argument,
         mask,
+        pointer,
         values,
         ..
     } in when
     {
+        let width = if pointer { "qword" } else { "dword" };
         for value in values {
             let op = mask.map_or(json!("eq"), |mask| json!({ "masked_eq": mask }));
             rules.push(json!({
                 "syscall": call,
-                "args": [{ "index": argument, "type": "dword", "op": op, "val": value }],
+                "args": [{ "index": argument, "type": width, "op": op, "val": value }],
             }));
         }
     }
@@ -165,8 +177,9 @@ mod tests {
         share: false,
         adopt: false,
         host_files: false,
+        host_pids: false,
     };
-    const ALL: [Wanted; 6] = [
+    const ALL: [Wanted; 7] = [
         NONE,
         Wanted {
             share: true,
@@ -187,6 +200,10 @@ mod tests {
         },
         Wanted {
             host_files: true,
+            ..NONE
+        },
+        Wanted {
+            host_pids: true,
             ..NONE
         },
     ];

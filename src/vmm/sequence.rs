@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use nix::libc::dev_t;
 use seccompiler::sock_filter;
 
-use super::jail::{Entry, Jail, Landlock};
+use super::jail::{Entry, Jail, Label, Landlock};
 
 /// A step of the sequence, for naming the one that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub enum SpawnStep {
     Death = 1,
     /// The owner did not allow it to go on, or is gone.
     Permission,
-    /// Leaving the owner's session.
+    /// Leaving the owner's session and its keys.
     Session,
     /// A control group namespace of its own.
     CgroupNamespace,
@@ -47,10 +47,12 @@ pub enum SpawnStep {
     Seccomp,
     /// Executing the program.
     Exec,
+    /// Giving it a label of the host's security module.
+    Label,
 }
 
 impl SpawnStep {
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Death,
         Self::Permission,
         Self::Session,
@@ -68,6 +70,7 @@ impl SpawnStep {
         Self::Landlock,
         Self::Seccomp,
         Self::Exec,
+        Self::Label,
     ];
 
     /// Whether it makes a part of the jail.
@@ -90,9 +93,11 @@ pub(super) enum Op<'a> {
     EndWithOwner,
     AwaitPermission,
     LeaveSession,
+    LeaveKeyring,
     ResetSignals,
     UnshareCgroup,
     SetHostName,
+    SetLabel(&'a Label),
     PrivateMounts,
     MountRoot(&'a CStr),
     MakeDir(&'a CStr),
@@ -170,8 +175,10 @@ pub(super) fn confine(
         ask(Step::Death, Op::EndWithOwner, 0)?;
     }
     ask(Step::Permission, Op::AwaitPermission, 0)?;
-    // 2. Out of the terminal's reach: Ctrl-C is for the command.
+    // 2. Out of the terminal's reach: Ctrl-C is for the command. The keys of the
+    //    owner's session would go to whoever comes from it, whatever its user.
     ask(Step::Session, Op::LeaveSession, 0)?;
+    ask(Step::Session, Op::LeaveKeyring, 0)?;
     ask(Step::Session, Op::ResetSignals, 0)?;
     // 3. The other namespaces came with the fork. By now we are in our control
     //    group, which becomes the root of what is seen of them.
@@ -179,7 +186,12 @@ pub(super) fn confine(
         ask(Step::CgroupNamespace, Op::UnshareCgroup, 0)?;
         ask(Step::HostName, Op::SetHostName, 0)?;
     }
-    // 4. A root with nothing but what is listed, read-only but for the share.
+    // 4. The label that comes with exec: its file is the host's, and must be
+    //    written by who opened it.
+    if let Some(label) = &jail.label {
+        ask(Step::Label, Op::SetLabel(label), 0)?;
+    }
+    // 5. A root with nothing but what is listed, read-only but for the share.
     if let Some(root) = &jail.root {
         ask(Step::Root, Op::PrivateMounts, 0)?;
         ask(Step::Root, Op::MountRoot(&root.dir), 0)?;
@@ -224,14 +236,14 @@ pub(super) fn confine(
         }
         ask(Step::PivotRoot, Op::PivotRoot, 0)?;
     }
-    // 5. Only what the plan lists stays open.
+    // 6. Only what the plan lists stays open.
     ask(Step::Descriptors, Op::PlaceDescriptors, 0)?;
-    // 6. Limits, while we may still raise them.
+    // 7. Limits, while we may still raise them.
     for (resource, value) in &jail.limits {
         let (resource, value) = (*resource, *value);
         ask(Step::Limits, Op::SetLimit { resource, value }, 0)?;
     }
-    // 7. Privileges: first what nobody can give back, then who we are.
+    // 8. Privileges: first what nobody can give back, then who we are.
     if let Some(namespace) = jail.user.as_ref().and_then(|user| user.namespace.as_ref()) {
         ask(Step::User, Op::EnterUserNamespace(namespace.as_raw_fd()), 0)?;
     }
@@ -245,14 +257,14 @@ pub(super) fn confine(
         ask(Step::User, Op::BecomeUser { uid, gid }, 0)?;
     }
     ask(Step::Capabilities, Op::DropCapabilities, 0)?;
-    // 8. Another user has no tie to its owner any more: again.
+    // 9. Another user has no tie to its owner any more: again.
     if end_with_owner {
         ask(Step::Death, Op::EndWithOwner, 0)?;
     }
     ask(Step::Permission, Op::CheckOwner, 0)?;
-    // 9. Files it makes are nobody else's.
+    // 10. Files it makes are nobody else's.
     ask(Step::Session, Op::SetUmask, 0)?;
-    // 10. Nothing it executes gains privileges; only now may we filter.
+    // 11. Nothing it executes gains privileges; only now may we filter.
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
     if let Some(landlock) = &jail.landlock {
         ask(Step::Landlock, Op::Landlock(landlock), 0)?;
@@ -280,6 +292,7 @@ mod tests {
         fn call(&mut self, op: Op<'_>) -> Result<(), i32> {
             let text = match op {
                 Op::Landlock(_) => "Landlock".into(),
+                Op::SetLabel(label) => format!("SetLabel({:?})", label.text),
                 Op::Seccomp(filter) => format!("Seccomp({})", filter.len()),
                 op => format!("{op:?}"),
             };
@@ -316,6 +329,10 @@ mod tests {
             namespaces: true,
             user_namespace: false,
             privileged: true,
+            label: Some(Label {
+                files: [c"/proc/thread-self/attr/exec"; 2],
+                text: c"exec profile".to_owned(),
+            }),
             landlock: Some(Landlock {
                 handled: [0; 3],
                 size: 8,
@@ -347,6 +364,7 @@ mod tests {
         for refuse in [
             "AwaitPermission",
             "UnshareCgroup",
+            "SetLabel",
             "BindFile",
             "PivotRoot",
             "BecomeUser",

@@ -131,6 +131,7 @@ fn trace(args: &Trace) -> Result<()> {
             share,
             adopt: false,
             host_files: false,
+            host_pids: false,
         };
         Ok(calls(wanted)?.into_iter().map(|(call, _)| call).collect())
     };
@@ -150,6 +151,7 @@ fn report(
         "get_mempolicy",
         "set_mempolicy",
         "mbind",
+        "memfd_create",
     ];
     let missing: Vec<_> = counts
         .iter()

@@ -49,12 +49,20 @@ impl Hierarchies {
             return Ok(base);
         }
         // Below our own group, so that its limits are the machine's, too.
-        match self.find(Some(controller)) {
+        match self.find(Some(controller.name())) {
             Some((_, own)) => Ok(own),
             None => Err(CgroupError::Unavailable {
                 why: format!("the controller `{}` is not mounted", controller.name()),
             }),
         }
+    }
+
+    /// The group below which v1's goes for reads and writes, where v1 has that
+    /// controller and we may.
+    pub(super) fn io_v1(&self) -> Option<PathBuf> {
+        let (_, own) = self.find(Some("blkio"))?;
+        rustix::fs::access(&own, rustix::fs::Access::WRITE_OK).ok()?;
+        Some(own)
     }
 
     /// On v2 a group has processes or hands controllers down, and our own has
@@ -85,11 +93,8 @@ impl Hierarchies {
 
     /// Where a hierarchy is mounted, and our own group in it: that of a v1
     /// controller, or v2's.
-    fn find(&self, controller: Option<Controller>) -> Option<(PathBuf, PathBuf)> {
-        let wanted = match controller {
-            Some(controller) => controller.name(),
-            None => "",
-        };
+    fn find(&self, controller: Option<&str>) -> Option<(PathBuf, PathBuf)> {
+        let wanted = controller.unwrap_or_default();
         let own = self.own.lines().find_map(|line| {
             let mut fields = line.splitn(3, ':').skip(1);
             let names = fields.next()?;
@@ -143,7 +148,7 @@ mod tests {
             HYBRID,
             "4:memory:/\n1:cpu,cpuacct:/user/a b\n0::/user.slice\n",
         );
-        let cpu = host.find(Some(Controller::Cpu)).unwrap();
+        let cpu = host.find(Some("cpu")).unwrap();
         assert_eq!(cpu.1, Path::new("/sys/fs/cgroup/cpu,cpuacct/user/a b"));
         let unified = host.find(None).unwrap();
         assert_eq!(unified.0, Path::new("/sys/fs/cgroup/unified"));
@@ -155,7 +160,7 @@ mod tests {
     fn a_container_sees_a_part_of_the_hierarchy() {
         let mounts = "32 31 0:29 /docker/1 /cg ro - cgroup cgroup rw,cpu\n";
         let inside = host(mounts, "1:cpu:/docker/1/sub\n");
-        let cpu = Some(Controller::Cpu);
+        let cpu = Some("cpu");
         assert_eq!(inside.find(cpu).unwrap().1, Path::new("/cg/sub"));
         for other in ["1:cpu:/elsewhere\n", "1:cpu:/docker/1/../2\n"] {
             let found = host(mounts, other).find(cpu).unwrap();

@@ -8,12 +8,15 @@ use std::path::{Path, PathBuf};
 use super::{Finding, Subject, Verdict, counted, expect, finding};
 use crate::host::cgroup::Cgroup;
 use crate::host::lease::Lease;
-use crate::host::{process, sys};
-use crate::plan::jail::SHARE;
-use crate::spec::JailLayer;
+use crate::host::{lsm, process, sys};
+use crate::plan::jail::{SHARE, longest};
+use crate::plan::{Descriptor, LsmKind};
+use crate::spec::{Bytes, JailLayer};
 
 /// Fewest filters of system calls: our two, and QEMU's own.
 const FILTERS: u32 = 3;
+/// v1 counts memory and swap together.
+const MEMSW: &str = "memory.memsw.limit_in_bytes";
 /// What anonymous inodes a VMM may hold (`/proc/PID/fd`).
 const ANONYMOUS: [&str; 6] = [
     "[eventfd]",
@@ -34,6 +37,7 @@ pub(super) fn look(subject: &Subject) -> io::Result<Vec<Finding>> {
     findings.push(descriptors(subject)?);
     findings.extend(limits(subject)?);
     findings.extend(cgroup(subject)?);
+    findings.push(label(subject)?);
     Ok(findings)
 }
 
@@ -350,8 +354,20 @@ fn limits(subject: &Subject) -> io::Result<Vec<Finding>> {
             &read("Max open files"),
             &both(jail.open_files),
         ),
-        expect("user", "core files", &read("Max core file size"), &both(0)),
+        // One byte: no file, and no handler either, which 0 would not stop.
+        expect("user", "core files", &read("Max core file size"), &both(1)),
     ];
+    if let Some(most) = longest_file(subject) {
+        let seen = read("Max file size");
+        let within = seen.split(' ').all(|word| {
+            let value: Option<u64> = word.parse().ok();
+            value.is_some_and(|value| value <= most)
+        });
+        findings.push(match within {
+            true => finding("user", "longest file", Verdict::Pass, seen),
+            false => expect("user", "longest file", &seen, &format!("{most} at most")),
+        });
+    }
     if jail.has(JailLayer::User) && !jail.unprivileged {
         findings.push(expect(
             "user",
@@ -361,6 +377,43 @@ fn limits(subject: &Subject) -> io::Result<Vec<Finding>> {
         ));
     }
     Ok(findings)
+}
+
+/// The longest file it may write: its disk may have grown since it was planned.
+fn longest_file(subject: &Subject) -> Option<u64> {
+    let planned = subject.plan.jail.file_size?.0;
+    let fd = subject.plan.fd(Descriptor::Scratch)?;
+    let disk = fs::metadata(format!("/proc/{}/fd/{fd}", subject.pid));
+    let grown = disk.map_or(0, |disk| longest(Bytes(disk.len())).0);
+    Some(planned.max(grown))
+}
+
+/// The label the host's security module knows it by.
+fn label(subject: &Subject) -> io::Result<Finding> {
+    let jail = &subject.plan.jail;
+    let what = "label";
+    if !jail.has(JailLayer::Lsm) {
+        return Ok(finding("lsm", what, Verdict::Waived, "not asked for"));
+    }
+    let unseen = |why: String| finding("lsm", what, Verdict::Unseen, why);
+    let Some(planned) = &jail.label else {
+        return Ok(unseen(match lsm::active() {
+            None => "neither AppArmor nor SELinux is active".into(),
+            Some(active) => format!(
+                "{}; none was planned",
+                lsm::label(subject.pid, active.kind)?
+            ),
+        }));
+    };
+    let seen = lsm::label(subject.pid, planned.kind)?;
+    Ok(match planned.kind {
+        // `NAME (MODE)`
+        LsmKind::Apparmor => expect("lsm", what, &seen, &format!("{} (enforce)", planned.name)),
+        LsmKind::Selinux if lsm::is_permissive() && seen == planned.name => {
+            finding("lsm", what, Verdict::Weaker, format!("{seen}, permissive"))
+        }
+        LsmKind::Selinux => expect("lsm", what, &seen, &planned.name),
+    })
 }
 
 /// Whether a process is the kernel's own.
@@ -399,6 +452,12 @@ fn cgroup(subject: &Subject) -> io::Result<Vec<Finding>> {
         ["memory.max", "memory.limit_in_bytes"],
         memory.to_string(),
     ));
+    if let Some(swap) = group.read(["memory.swap.max", "memory.swap.max"]) {
+        findings.push(expect("cgroup", "swap", &swap, &memory.to_string()));
+    } else if let Some(both) = group.read([MEMSW, MEMSW]) {
+        let expected = (2 * plan.jail.memory.0 / 4096 * 4096).to_string();
+        findings.push(expect("cgroup", "memory and swap", &both, &expected));
+    }
     findings.push(limit(
         "threads",
         ["pids.max", "pids.max"],

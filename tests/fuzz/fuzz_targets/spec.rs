@@ -41,6 +41,9 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         vhost_vsock: false,
         closure: Ok(bulkhead::plan::jail::Closure::default()),
         unprivileged: false,
+        lsm: None,
+        open_kvm: false,
+        raises_limits: true,
     };
     match Plan::new(&spec, &IMAGE, kernel, &facts) {
         Ok(plan) => {

@@ -33,6 +33,8 @@ const NEEDED: &[Package] = &[
     package("curl", "a client in tests of the network"),
     package("nftables", "sets the rules of networks in tests (nft)"),
     package("openssl", "a TLS server in tests"),
+    package("apparmor", "compiles the profile for QEMU in tests"),
+    package("strace", "traces system calls of QEMU (seccomp trace)"),
 ];
 
 const fn package(name: &'static str, why: &'static str) -> Package {

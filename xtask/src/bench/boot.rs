@@ -24,7 +24,8 @@ pub(crate) struct Args {
     common: Common,
     /// Compare two configurations instead, such as `kernel=tuned` and
     /// `kernel=tuned,machine=q35`. Keys: image, kernel, machine, accel, cpus,
-    /// memory, qemu, cold, warm; bare (without Bulkhead), and with it append,
+    /// memory, qemu, cold, warm; jail, nojail and waive=LAYER+LAYER (what the
+    /// jail costs: `--ab jail nojail`); bare (without Bulkhead), and with it append,
     /// without (words of the kernel's command line) option (of -machine)
     /// and cpu (of -cpu).
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["profiles", "peers"])]

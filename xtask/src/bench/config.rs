@@ -8,7 +8,9 @@ use bulkhead::error::{Explain, Report as Explained};
 use bulkhead::image::Image;
 use bulkhead::plan::Plan;
 use bulkhead::run::{Dirs, Host};
-use bulkhead::spec::{Accel, Bytes, Catalog, ChannelKind, MachineType, Request as Wish, Spec};
+use bulkhead::spec::{
+    Accel, Bytes, Catalog, ChannelKind, JailLayer, MachineType, Request as Wish, Spec, Waived,
+};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::setup;
@@ -77,6 +79,9 @@ pub(super) struct Config {
     /// Started by hand instead of by Bulkhead.
     #[arg(skip)]
     pub(super) bare: bool,
+    /// Layers of the jail it does without.
+    #[arg(skip)]
+    pub(super) waive: Waived,
 }
 
 impl Config {
@@ -100,14 +105,18 @@ impl Config {
                 "cold" => config.cold = true,
                 "warm" => config.cold = false,
                 "bare" => config.bare = true,
+                "jail" => config.waive = Waived::default(),
+                // Commas are taken.
+                "waive" => config.waive = value.replace('+', ",").parse()?,
+                "nojail" => config.waive = no_layer()?,
                 "append" => config.append.push(text()),
                 "without" => config.without.push(text()),
                 "option" => config.options.push(text()),
                 "cpu" => config.features.push(text()),
                 other => bail!(
                     "no machine can be configured by {other}: image, kernel, machine, accel, \
-                     cpus, memory, qemu, cold, warm, bare, append, without, option and cpu are \
-                     possible"
+                     cpus, memory, qemu, cold, warm, jail, nojail, waive, bare, append, without, \
+                     option and cpu are possible"
                 ),
             }
         }
@@ -141,11 +150,18 @@ impl Config {
             }),
             channel: Some(ChannelKind::Serial),
             command: vec!["true".into()],
+            waive: Some(self.waive.clone()),
             network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
             ..Wish::default()
         };
         wish.resolve(&Catalog::default()).map_err(explain)
     }
+}
+
+/// All layers of the jail waived.
+fn no_layer() -> Result<Waived> {
+    let all: Vec<_> = JailLayer::ALL.iter().map(|layer| layer.as_str()).collect();
+    Ok(all.join(",").parse()?)
 }
 
 /// Where machines are measured.
@@ -191,7 +207,7 @@ impl Bed {
     pub(super) fn plan(&self, config: &Config) -> Result<(Image, Plan)> {
         // Bare QEMU finds its files where they are, not where a jail has them.
         let spec = Spec {
-            waive: "files".parse().map_err(explain)?,
+            waive: "files,user".parse().map_err(explain)?,
             ..config.spec()?
         };
         self.host(config).plan(&spec).map_err(explain)
@@ -255,6 +271,18 @@ mod tests {
         );
         let bare = config().with("bare,append=loglevel=0,without=quiet");
         assert_eq!(bare.unwrap().append, ["loglevel=0"]);
+    }
+
+    #[test]
+    fn the_jail_is_left_out_as_a_whole_or_by_layers() {
+        let waived = |words: &str| config().with(words).unwrap().waive.to_string();
+        assert_eq!(waived("jail"), "");
+        assert_eq!(waived("waive=files+user"), "user,files");
+        assert_eq!(
+            waived("nojail"),
+            "user,files,namespaces,seccomp,landlock,cgroup,lsm"
+        );
+        assert!(config().with("waive=walls").is_err());
     }
 
     #[test]

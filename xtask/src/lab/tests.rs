@@ -27,8 +27,10 @@ pub(crate) struct Args {
 
 /// The tests that need a KVM host, vhost or cgroup version 2: target, and what
 /// their names begin with. CI runs these, every time.
-const NEEDED: [(&str, &str); 4] = [
+const NEEDED: [(&str, &str); 6] = [
     ("kvm", ""),
+    ("whole_host", ""),
+    ("jail", "no_file_of_a_machine"),
     ("bulkhead", "host::cgroup::"),
     ("resources", "a_cpu_quota_holds"),
     ("resources", "the_group_of_a_dead_owner"),

@@ -134,6 +134,8 @@ struct Canaries {
     _abstract: UnixListener,
     /// A segment of shared memory.
     segment: String,
+    /// A key in the session's keyring; none where the kernel has no keys.
+    key: Option<i64>,
 }
 
 impl Canaries {
@@ -150,12 +152,46 @@ impl Canaries {
             _loopback: loopback.context("another probe runs")?,
             _abstract: UnixListener::bind_addr(&address)?,
             segment: segment.to_owned(),
+            key: add_key(),
         })
     }
 }
 
+/// Adds a key that no machine may find (add_key(2)), to a session keyring of our
+/// own, which what we start would have, too.
+#[allow(unsafe_code)] // no crate here offers it
+fn add_key() -> Option<i64> {
+    let (kind, name, session_keyring) = (c"user", c"bulkhead-probe-canary", -3);
+    let join_session_keyring = 1;
+    let no_name = std::ptr::null::<nix::libc::c_char>();
+    // SAFETY: texts that end in zero or none, a buffer of the length given, integers.
+    let key = unsafe {
+        nix::libc::syscall(nix::libc::SYS_keyctl, join_session_keyring, no_name);
+        nix::libc::syscall(
+            nix::libc::SYS_add_key,
+            kind.as_ptr(),
+            name.as_ptr(),
+            c"x".as_ptr(),
+            1usize,
+            session_keyring,
+        )
+    };
+    (key >= 0).then_some(key)
+}
+
+/// Takes a key away again (keyctl(2)).
+#[allow(unsafe_code)] // as above
+fn revoke_key(key: i64) {
+    let revoke = 3;
+    // SAFETY: integers.
+    unsafe { nix::libc::syscall(nix::libc::SYS_keyctl, revoke, key) };
+}
+
 impl Drop for Canaries {
     fn drop(&mut self) {
+        if let Some(key) = self.key {
+            revoke_key(key);
+        }
         let _ = Command::new("ipcrm")
             .args(["--shmem-id", &self.segment])
             .status();

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 
 use nix::libc;
 
-use crate::{Attempt, Came, call, deep, text, tried};
+use crate::{Attempt, Came, call, deep, flat, text, tried};
 
 fn read(path: &str) -> Came {
     tried(fs::read(path))
@@ -151,6 +151,13 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
             "/qemu",
             fs::Permissions::from_mode(0o4755),
         ))
+    }),
+    flat("make a setuid file", || {
+        let flags = (libc::O_CREAT | libc::O_WRONLY) as usize;
+        call(
+            libc::SYS_openat,
+            &[-100_isize as usize, text(c"/tmp/x"), flags, 0o4755],
+        )
     }),
     deep("own the program", || {
         tried(std::os::unix::fs::chown("/qemu", Some(0), Some(0)))

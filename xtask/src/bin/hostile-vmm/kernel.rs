@@ -41,6 +41,28 @@ fn ioctl(request: usize) -> Came {
     Came::Refused("no descriptor takes it".into())
 }
 
+/// A key of whoever started it: the probe has one in its session's keyring.
+fn key_of_owner() -> Came {
+    let (search, session) = (10, -3_isize as usize);
+    let name = text(c"bulkhead-probe-canary");
+    call(libc::SYS_keyctl, &[search, session, text(c"user"), name, 0])
+}
+
+/// A filter that the kernel compiles, on a socket it was given.
+fn socket_filter() -> Came {
+    // struct sock_filter: return 65535 bytes; struct sock_fprog: how many, where.
+    let code = [0x0000_ffff_0000_0006_u64];
+    let program = [1, code.as_ptr() as u64];
+    let (level, attach_filter) = (libc::SOL_SOCKET as usize, 26);
+    for fd in 0..16 {
+        let at = program.as_ptr() as usize;
+        if let Came::Out(why) = call(libc::SYS_setsockopt, &[fd, level, attach_filter, at, 16]) {
+            return Came::Out(why);
+        }
+    }
+    Came::Refused("no descriptor takes it".into())
+}
+
 fn io_uring() -> Came {
     let mut parameters = [0u8; 120];
     call(
@@ -100,6 +122,8 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
             &[text(c"user"), text(c"x"), text(c"x"), 1, -3_isize as usize],
         )
     }),
+    deep("find a key of its owner", key_of_owner),
+    flat("filter a socket it was given", socket_filter),
     flat("look into keyrings", || {
         call(libc::SYS_keyctl, &[0, -5_isize as usize, 1])
     }),

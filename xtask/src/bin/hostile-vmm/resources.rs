@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nix::libc;
 
-use crate::{Attempt, Came, call, deep, tried};
+use crate::{Attempt, Came, call, deep, flat, tried};
 
 /// More than the jail of any probe allows.
 const THREADS: usize = 400;
@@ -92,6 +92,33 @@ fn write_to_root_disk() -> Came {
     }
 }
 
+/// One byte far behind the end of its own disk: the host's would fill up.
+fn write_past_disk() -> Came {
+    // SAFETY: the signal for it is ignored, as whoever wants to go on would do.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+    for fd in 3..16 {
+        // SAFETY: one valid byte.
+        let wrote = unsafe { libc::pwrite(fd, [0u8].as_ptr().cast(), 1, 1 << 41) };
+        if wrote > 0 {
+            return Came::Out(format!("descriptor {fd} is 2 TiB long now"));
+        }
+    }
+    Came::Refused("no descriptor can be written there".into())
+}
+
+/// Core dumps, which a handler of the host's reads as root: off at 1 byte, and
+/// on again at 0.
+fn core_handler() -> Came {
+    // SAFETY: a zeroed structure for the kernel to fill.
+    let mut limit: libc::rlimit = unsafe { std::mem::zeroed() };
+    // SAFETY: a valid structure.
+    unsafe { libc::getrlimit(libc::RLIMIT_CORE, &raw mut limit) };
+    match (limit.rlim_cur, limit.rlim_max) {
+        (1, 1) => Came::Refused("the limit is one byte, at which none is run".into()),
+        (soft, hard) => Came::Out(format!("the limit is {soft}, {hard}")),
+    }
+}
+
 fn grow_root_disk() -> Came {
     for fd in 3..16 {
         // SAFETY: a zeroed structure for the kernel to fill.
@@ -117,6 +144,13 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
         raise(libc::RLIMIT_NOFILE)
     }),
     deep("raise its limit of processes", || raise(libc::RLIMIT_NPROC)),
+    deep("have a handler of core dumps run", core_handler),
+    flat("lower its limit of core files to zero", || {
+        let none = [0u64, 0];
+        let core = libc::RLIMIT_CORE as usize;
+        call(libc::SYS_prlimit64, &[0, core, none.as_ptr() as usize, 0])
+    }),
+    deep("write past its disk", write_past_disk),
     deep("raise its limit of core files", || raise(libc::RLIMIT_CORE)),
     deep("use a descriptor that was left open", leaked_descriptor),
     deep("write to the root disk", write_to_root_disk),
