@@ -37,7 +37,7 @@ pub struct Report {
     pub remedy: String,
     /// The system call that QEMU was ended for, as `socket(2)`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub system_call: Option<String>,
+    pub system_call: Option<Box<str>>,
 }
 
 /// What a verb with `--json` prints on stderr when it fails.
@@ -69,7 +69,7 @@ impl Report {
             what: visible(&error.to_string()),
             cause: visible(&cause.join(": ")),
             remedy: visible(&error.remedy()),
-            system_call: error.system_call().map(str::to_owned),
+            system_call: error.system_call().map(Into::into),
         }
     }
 }

@@ -33,7 +33,7 @@ enum Task {
     /// Install what is missing and build the default image.
     Setup(setup::Args),
     /// Measure, against bare QEMU in the same run.
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Run commands and tests in a real KVM host, made by emulation.
     Lab(lab::Args),
     /// Let things go wrong on purpose, and look at what is left.
@@ -61,7 +61,7 @@ fn main() -> anyhow::Result<()> {
         Task::Try(args) => try_run::run(args),
         Task::Test(args) => test::run(args),
         Task::Setup(args) => setup::run(args),
-        Task::Bench(args) => bench::run(args),
+        Task::Bench(args) => bench::run(*args),
         Task::Lab(args) => lab::run(args),
         Task::Probe(args) => probe::run(args),
         Task::Soak(args) => soak::run(args),

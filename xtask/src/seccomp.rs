@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use bulkhead::error::{Explain, Report};
 use bulkhead::guest::Output;
+use bulkhead::plan::SHARE_TAG;
 use bulkhead::run::{Host, Machine};
 use bulkhead::spec::{Accel, Catalog, MachineType, Request, WorkspaceMode};
 use bulkhead::vmm::seccomp::{Wanted, calls};
@@ -23,11 +24,16 @@ use crate::{qemu10, setup};
 const SCENARIOS: [&str; 3] = ["microvm", "q35", "share"];
 
 /// What the guest does to its disk and, where it has one, to its share.
-const SCRIPT: &str = "mkdir -p /mnt/share
-    mount -t 9p -o trans=virtio,version=9p2000.L workspace /mnt/share && cd /mnt/share || cd /root
+const SCRIPT: &str = "set -e; cd $1
     mkdir -p d && echo a > d/a && ln -s a d/l && ln d/a d/h && mv d/a d/b && chmod 700 d/b
-    truncate -s 100 d/b && touch -d @0 d/b && ls -la d && cat d/b > /dev/null && rm -r d
+    chown 1000:1000 d/b && truncate -s 100 d/b && touch -d @0 d/b && ls -la d
+    cat d/b > /dev/null && ls -L d/l || true; rm -r d
     head -c 20000000 /dev/urandom > /root/f && sync && rm /root/f && sync && df . > /dev/null";
+
+/// Where the share is in the guest.
+const SHARE: &str = "/workspace/work";
+/// How long the guest may take to mount it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Options.
 #[derive(clap::Args)]
@@ -258,7 +264,20 @@ async fn drive(args: &Drive) -> Result<()> {
     };
     let spec = wish.resolve(&Catalog::default())?;
     let (_, machine) = host.start(&spec).await.map_err(explain)?;
-    sh(&machine).await?;
+    let dir = match share {
+        true => SHARE,
+        false => "/root",
+    };
+    if share {
+        let mount = Ask::Mount9p {
+            tag: SHARE_TAG.into(),
+            path: SHARE.into(),
+            read_only: false,
+        };
+        let asked = machine.channel().ask("mount the share", &mount, PATIENCE);
+        asked.await.map_err(explain)?;
+    }
+    sh(&machine, dir).await?;
     let monitor = machine.monitor();
     for (command, arguments) in [
         ("stop", json!({})),
@@ -302,9 +321,9 @@ async fn drive(args: &Drive) -> Result<()> {
         .map_err(|errors| anyhow::anyhow!("left behind: {errors:?}"))
 }
 
-async fn sh(machine: &Machine) -> Result<()> {
+async fn sh(machine: &Machine, dir: &str) -> Result<()> {
     let exec = Exec {
-        argv: ["sh", "-c", SCRIPT].map(str::to_owned).into(),
+        argv: ["sh", "-c", SCRIPT, "sh", dir].map(str::to_owned).into(),
         user: Some("root".into()),
         ..Exec::default()
     };
@@ -314,8 +333,13 @@ async fn sh(machine: &Machine) -> Result<()> {
         .await
         .map_err(explain)?;
     stream.started("run a script").await.map_err(explain)?;
-    while !matches!(stream.next().await.map_err(explain)?, Output::Exit(_)) {}
-    Ok(())
+    loop {
+        match stream.next().await.map_err(explain)? {
+            Output::Exit(exit) if exit.code == Some(0) => return Ok(()),
+            Output::Exit(exit) => bail!("the guest's part failed: {exit:?}"),
+            _ => {}
+        }
+    }
 }
 
 #[cfg(test)]

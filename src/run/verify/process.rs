@@ -434,7 +434,8 @@ fn cgroup(subject: &Subject) -> io::Result<Vec<Finding>> {
     let pid = subject.pid.to_string();
     let mut findings = Vec::new();
     for dir in group.dirs() {
-        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        let members = fs::read_to_string(dir.join("cgroup.procs"))
+            .unwrap_or_else(|error| format!("unreadable ({error})"));
         // KVM and vhost put threads of the kernel beside it, which are no way
         // in: they do what QEMU may ask of them, on its account.
         let members: Vec<_> = members.lines().filter(|pid| !is_kernel(pid)).collect();
