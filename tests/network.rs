@@ -17,8 +17,11 @@ fn policy() -> NetworkPolicy {
 fn everything() -> NetworkPolicy {
     let mut policy = policy();
     policy.ipv6 = true;
-    policy.ports.insert("8000-8100".parse().unwrap());
-    policy.ports.insert("4433/udp".parse().unwrap());
+    let mut ports = policy.ports();
+    ports.extend(
+        ["8000-8100", "4433/udp"].map(|port| port.parse::<bulkhead::spec::Port>().unwrap()),
+    );
+    policy.ports = Some(ports);
     policy.exceptions = ["10.77.0.1/32:5432", "[fd00::]/8:443/udp"]
         .map(|text| text.parse().unwrap())
         .into();
@@ -122,10 +125,15 @@ fn rules_change_at_once_and_keep_what_they_counted() {
     let world = World::new();
     let wiring = world.wire("vm", &policy());
     let mut more = policy();
-    more.ports.insert("8443".parse().unwrap());
+    more.ports = Some(
+        more.ports()
+            .into_iter()
+            .chain(["8443".parse().unwrap()])
+            .collect(),
+    );
     more.exceptions.insert("10.77.0.1:5432".parse().unwrap());
     more.limits.connections = 7;
-    bulkhead::host::network::change(wiring.netns(), &more, Names::Any, false).unwrap();
+    bulkhead::host::network::change(wiring.netns(), &more, Names::Any, false, None).unwrap();
     let rules = sh_in(wiring.netns(), "nft -nn list table inet bulkhead");
     for line in [
         "22, 80, 443, 8443, 9418",
@@ -134,7 +142,7 @@ fn rules_change_at_once_and_keep_what_they_counted() {
     ] {
         assert!(rules.contains(line), "{line} is not in {rules}");
     }
-    bulkhead::host::network::change(wiring.netns(), &policy(), Names::Any, true).unwrap();
+    bulkhead::host::network::change(wiring.netns(), &policy(), Names::Any, true, None).unwrap();
     let rules = sh_in(wiring.netns(), "nft -nn list table inet bulkhead");
     assert!(
         !rules.contains("8443") && !rules.contains("ip daddr 10.77.0.1"),
@@ -165,7 +173,7 @@ fn strict_rules_are_taken_and_replaced() {
     );
     let mut more = policy();
     more.exceptions.insert("10.77.0.1:443".parse().unwrap());
-    bulkhead::host::network::change(wiring.netns(), &more, names, false).unwrap();
+    bulkhead::host::network::change(wiring.netns(), &more, names, false, None).unwrap();
     assert!(
         chain("not-strict").contains("10.77.0.1"),
         "{}",
@@ -177,26 +185,58 @@ fn strict_rules_are_taken_and_replaced() {
 fn names_stand_for_addresses_for_a_time() {
     let world = World::new();
     let wiring = world.wire("vm", &policy());
-    let allow = |seconds| {
-        let address = "203.0.113.1".parse().unwrap();
-        let allow = || nft::allow(address, &[80, 443], Duration::from_secs(seconds));
-        wiring.netns().run_in(allow).unwrap().unwrap();
+    let entries = |seconds| {
+        let entry = |(address, port): (&str, u16)| nft::Entry {
+            address: address.parse().unwrap(),
+            port,
+            time: Duration::from_secs(seconds),
+        };
+        [
+            ("203.0.113.1", 0),
+            ("203.0.113.1", 8443),
+            ("2001:db8::1", 0),
+        ]
+        .map(entry)
     };
-    allow(1);
+    let inside = |work: &(dyn Fn() -> std::io::Result<()> + Sync)| {
+        wiring.netns().run_in(work).unwrap().unwrap();
+    };
+    let set = |name: &str| {
+        let list = format!("nft -nn list set inet bulkhead {name}");
+        sh_in(wiring.netns(), &list)
+    };
+    inside(&|| nft::allow(&entries(1)));
     // Again is not an error, and for longer.
-    allow(60);
-    let set = || sh_in(wiring.netns(), "nft -nn list set inet bulkhead allowed4");
-    let text = set();
-    assert!(text.contains("203.0.113.1 . 443 timeout"), "{text}");
-    let counters = wiring
-        .netns()
-        .run_in(|| nft::counters(firewall::Family::Inet))
-        .unwrap()
-        .unwrap();
+    inside(&|| nft::allow(&entries(60)));
+    std::thread::sleep(Duration::from_millis(1500));
+    let text = set("allowed4");
+    for entry in [
+        "203.0.113.1 . 0 timeout 60s",
+        "203.0.113.1 . 8443 timeout 60s",
+    ] {
+        assert!(text.contains(entry), "{entry}: {text}");
+    }
     assert!(
-        counters.contains_key("port") && counters.contains_key("new"),
-        "{counters:?}"
+        set("allowed6").contains("2001:db8::1 . 0"),
+        "{}",
+        set("allowed6")
     );
+
+    // Others in their place, also more than one message takes.
+    let many: Vec<_> = (0..1200_u32)
+        .map(|number| nft::Entry {
+            address: std::net::Ipv4Addr::from(0x0808_0000 + number).into(),
+            port: 443,
+            time: Duration::from_secs(60),
+        })
+        .collect();
+    let changes = firewall::changes(&policy(), Names::Fed, 0);
+    inside(&|| nft::change(&changes, Some(&many)));
+    let text = set("allowed4");
+    assert_eq!(text.matches("timeout 60s").count(), 1200);
+    assert!(!text.contains("203.0.113.1") && !set("allowed6").contains("2001:db8::1"));
+    inside(&|| nft::change(&changes, Some(&[])));
+    assert!(!set("allowed4").contains("elements"), "{}", set("allowed4"));
 }
 
 #[test]

@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead::net::{
-    Code, Journal, Outgoing, Preset, Proxied, Proxy, ProxyLimits, Redirect, Serving, What,
+    Code, Journal, Outgoing, Proxied, Proxy, ProxyLimits, Redirect, Serving, What,
 };
+use bulkhead::spec::Preset;
 use dns::{Rig, Says, Upstream, Wish, a};
 use hickory_proto::rr::RecordType;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -6,7 +6,8 @@ mod dns;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use bulkhead::net::{Code, Preset, QueryResult, ResolverLimits, What};
+use bulkhead::net::{Code, QueryResult, ResolverLimits, What};
+use bulkhead::spec::Preset;
 use dns::{PUBLIC, Rig, Says, Upstream, Wish, a, addresses, cname, told_why, txt};
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::RecordType;
@@ -75,6 +76,7 @@ async fn without_a_way_through_there_is_no_answer() {
     drop(nobody);
     let config = bulkhead::net::ResolverConfig {
         upstreams: vec![upstream.address],
+        from: bulkhead::net::Outgoing::here(),
         strict: false,
         reach: bulkhead::net::Reach::default(),
         limits: ResolverLimits::default(),
@@ -92,7 +94,7 @@ async fn without_a_way_through_there_is_no_answer() {
     rig.address = address;
     let answer = rig.ask("example.org", RecordType::A).await;
     assert_eq!(answer.metadata.response_code, ResponseCode::ServFail);
-    let name = bulkhead::net::Domain::parse("example.org").unwrap();
+    let name = bulkhead::spec::Domain::parse("example.org").unwrap();
     assert!(!names.is_current(&name, IpAddr::V4(PUBLIC)));
 }
 
@@ -666,7 +668,7 @@ async fn names_in_handshakes_are_no_way_around_the_limits() {
     let mut rig = Rig::new(vec![upstream.address], Wish::default());
     for number in 0..2000_u32 {
         let name = format!("a-name-of-some-length-{number}.evil.com");
-        let name = bulkhead::net::Domain::parse(&name).unwrap();
+        let name = bulkhead::spec::Domain::parse(&name).unwrap();
         // What the proxy does for a name in a handshake.
         let _ = rig.resolver.lookup(&name, false).await;
     }

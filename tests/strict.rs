@@ -16,10 +16,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bulkhead::net::{
-    Code, Event, Feed, Journal, Learned, Names, Outgoing, Policy, Preset, Proxy, ProxyLimits,
-    QueryResult, Reach, Redirect, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets,
-    Summary, Taps, What, record,
+    Code, Event, Feed, Journal, Learned, Names, Outgoing, Policy, Proxy, ProxyLimits, QueryResult,
+    Reach, Redirect, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, Summary, Taps,
+    What, record,
 };
+use bulkhead::spec::Preset;
 use dns::{Says, Upstream, a};
 use hickory_proto::rr::RecordType;
 use nix::sched::{CloneFlags, setns};
@@ -213,6 +214,7 @@ impl World {
         let names = Names::default();
         let config = ResolverConfig {
             upstreams: vec![upstream.address],
+            from: Outgoing::here(),
             strict: true,
             reach: Reach::default(),
             limits: ResolverLimits::default(),
@@ -239,7 +241,14 @@ impl World {
         let servings = vec![
             resolver.serve(sockets).unwrap(),
             proxy.serve(vec![listener], Redirect::Nat).unwrap(),
-            record::record(taps, guests, names.clone(), journal).unwrap(),
+            record::record(
+                taps,
+                guests,
+                names.clone(),
+                journal,
+                watch::channel(false).1,
+            )
+            .unwrap(),
         ];
         std::fs::write(
             dir.path().join("resolv.conf"),
@@ -577,8 +586,8 @@ async fn check_record(world: &mut World) {
     );
     assert!(summary.refused.contains_key("evil.org"));
     assert!(summary.line().starts_with("1 host, "), "{}", summary.line());
-    let policy = Policy::new(&learned.policy()).unwrap();
-    let name = bulkhead::net::Domain::parse("good.org").unwrap();
+    let policy = Policy::new(&learned.policy());
+    let name = bulkhead::spec::Domain::parse("good.org").unwrap();
     assert!(policy.connect(&name, 8443).is_ok() && policy.connect(&name, 443).is_ok());
 }
 
@@ -698,6 +707,7 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
         policy: dns::policy(Preset::Offline, &["good.org"], &[]),
         reach: Reach::default(),
         upstreams: vec![upstream.address],
+        from: Outgoing::here(),
         guests: vec![GUEST.parse().unwrap()],
         record: path.clone(),
     };
@@ -719,7 +729,11 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
     };
     assert!(dig("good.org").await.contains(GOOD));
     assert!(dig("evil.org").await.contains("REFUSED"));
-    let same = filter.set_policy(dns::policy(Preset::Offline, &["*.org"], &["evil.org"]));
+    let same = filter.set_policy(Arc::new(dns::policy(
+        Preset::Offline,
+        &["*.org"],
+        &["evil.org"],
+    )));
     assert!(
         same.len() == 1
             && same[0].address.to_string() == GOOD
@@ -727,16 +741,16 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
     );
     assert!(
         filter
-            .set_policy(dns::policy(Preset::Offline, &[], &[]))
+            .set_policy(Arc::new(dns::policy(Preset::Offline, &[], &[])))
             .is_empty()
     );
     assert!(dig("good.org").await.contains("REFUSED"));
-    assert_eq!(filter.summary().queries, 3);
-    let (summary, learned, written) = filter.end().await;
-    written.unwrap();
+    let traffic = filter.traffic().clone();
+    assert_eq!(traffic.summary().queries, 3);
+    filter.end().await;
     assert_eq!(granted.await.unwrap(), [GOOD]);
-    assert_eq!(summary.line(), "0 hosts, 2 refused");
-    assert_eq!(learned.policy().allow_hosts.len(), 2);
+    assert_eq!(traffic.summary().line(), "0 hosts, 2 refused");
+    assert_eq!(traffic.learned().policy().allow_hosts.len(), 2);
     let text = std::fs::read_to_string(path).unwrap();
     let events: Vec<Event> = text
         .lines()

@@ -86,6 +86,9 @@ fn show(view: &View) {
     }
     if let Some(ended) = &view.ended {
         line("exit code", ended.exit_code.to_string());
+        if let Some(network) = &ended.network {
+            line("network", network.clone());
+        }
     }
     for one in &view.violations {
         let text = format!("{} stopped for calling {}", clock(one.at_ms), one.call);

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, Exception, LabelName, LsmLabel, MachineType, NetworkName, Port,
-    ProfileName, Request, Survivors, Timeout, Waived, WorkspaceMode,
+    Accel, Bytes, ChannelKind, Exception, HostPattern, LabelName, LsmLabel, MachineType,
+    NetworkName, Port, ProfileName, Request, Survivors, Timeout, Waived, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -33,10 +33,22 @@ pub(super) struct MachineArgs {
     /// How long the command may run, such as 90s or 5m [default: the profile's].
     #[arg(long, value_name = "TIME")]
     timeout: Option<Timeout>,
-    /// What the machine can reach: nat-filtered (the internet by usual ports, never the host or a LAN),
-    /// isolated (no network), open, or a network of the configuration [default: nat-filtered].
+    /// What the machine can reach, never the host or a LAN: dev (any public host at the ports of a developer),
+    /// packages, llm-only, offline (only hosts that are allowed by name), open (at any port),
+    /// isolated (no network at all), or a network of the configuration [default: nat-filtered, which is dev].
     #[arg(long, value_name = "NAME")]
     network: Option<NetworkName>,
+    /// A host that may be reached besides those of the network: example.org, *.example.org,
+    /// example.org:8443. To allow only some, begin with --network offline.
+    #[arg(long = "allow-host", value_name = "HOST[:PORT]")]
+    allow_hosts: Vec<HostPattern>,
+    /// A host that may not be reached, whatever else allows it.
+    #[arg(long = "deny-host", value_name = "HOST")]
+    deny_hosts: Vec<HostPattern>,
+    /// Read the name in every connection to ports 80 and 443, and hold it to the hosts that may be
+    /// reached: an address that they share with others opens no others.
+    #[arg(long)]
+    strict: bool,
     /// A port, or several, that may be reached besides those of the network: 8443, 8000-8100, 4433/udp.
     #[arg(long = "allow-port", value_name = "PORT")]
     allow_ports: Vec<Port>,
@@ -95,6 +107,9 @@ impl MachineArgs {
             disk: self.disk,
             timeout: self.timeout,
             network: self.network,
+            allow_hosts: self.allow_hosts.into_iter().collect(),
+            deny_hosts: self.deny_hosts.into_iter().collect(),
+            strict: self.strict.then_some(true),
             allow_ports: self.allow_ports.into_iter().collect(),
             allow_cidrs: self.allow_cidrs.into_iter().collect(),
             ipv6: self.ipv6.then_some(true),

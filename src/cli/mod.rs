@@ -18,6 +18,7 @@ mod machine_args;
 mod man;
 mod message;
 mod net;
+mod net_log;
 mod run;
 mod set;
 mod settings;
@@ -81,6 +82,10 @@ struct Global {
     /// use for].
     #[arg(long, global = true, value_name = "CIDR")]
     network_pool: Option<crate::spec::Cidr>,
+    /// Who resolves names for machines: addresses with commas between [env: BULKHEAD_RESOLVERS]
+    /// [default: the host's own resolvers].
+    #[arg(long, global = true, value_name = "ADDRESSES")]
+    resolvers: Option<crate::spec::Resolvers>,
     /// Print results and errors as JSON.
     #[arg(long, global = true)]
     json: bool,

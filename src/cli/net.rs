@@ -7,12 +7,13 @@ use serde::Serialize;
 use super::Global;
 use super::each::each;
 use super::message::{Failure, print_json, print_text};
+use super::net_log::{self, Log};
 use crate::host::netns::Netns;
 use crate::host::network::NetworkError;
 use crate::host::nft::{self, Counted};
 use crate::plan::firewall::Family;
 use crate::run::Record;
-use crate::spec::{Exception, NetworkChange, NetworkPolicy, Port, SpecError, VmId};
+use crate::spec::{Exception, HostPattern, NetworkChange, NetworkPolicy, Port, SpecError, VmId};
 use crate::supervise::{Machines, Settings};
 
 /// Options.
@@ -33,6 +34,9 @@ enum Verb {
     Allow(Change),
     /// Take from machines what they may reach, also from connections there are.
     Deny(Change),
+    /// Show what a machine's network did: each question for a name, each new, refused and finished
+    /// connection; with --json one event a line.
+    Log(Log),
 }
 
 #[derive(Debug, clap::Args)]
@@ -40,6 +44,9 @@ struct Change {
     /// Names of machines.
     #[arg(required = true)]
     vms: Vec<VmId>,
+    /// A host: example.org, *.example.org; to allow it, also at a port: example.org:8443.
+    #[arg(long = "host", value_name = "HOST")]
+    hosts: Vec<HostPattern>,
     /// A port, or several: 8443, 8000-8100, 4433/udp.
     #[arg(long = "port", value_name = "PORT")]
     ports: Vec<Port>,
@@ -66,18 +73,22 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         Verb::Show { vm } => return show(&vm, global),
         Verb::Allow(change) => (change, true),
         Verb::Deny(change) => (change, false),
+        Verb::Log(log) => return net_log::run(log, global).await,
     };
-    let (ports, cidrs) = (
+    let (hosts, ports, cidrs) = (
+        change.hosts.into_iter().collect(),
         change.ports.into_iter().collect(),
         change.cidrs.into_iter().collect(),
     );
     let network = match allow {
         true => NetworkChange {
+            allow_hosts: hosts,
             allow_ports: ports,
             allow_cidrs: cidrs,
             ..NetworkChange::default()
         },
         false => NetworkChange {
+            deny_hosts: hosts,
             deny_ports: ports,
             deny_cidrs: cidrs,
             ..NetworkChange::default()
@@ -86,7 +97,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     if network == NetworkChange::default() {
         return Err(SpecError::Value {
             what: "bulkhead net",
-            value: "without --port and --cidr".into(),
+            value: "without --host, --port and --cidr".into(),
             why: "it would change nothing",
         }
         .into());
@@ -151,6 +162,7 @@ fn text(view: &NetworkView) -> String {
         true => "none".to_owned(),
         false => words.join(" "),
     };
+    let yes = |is: bool| if is { "yes" } else { "no" };
     let policy = &view.policy;
     let limits = &policy.limits;
     let rate = |bytes: Option<crate::spec::Bytes>| {
@@ -161,9 +173,25 @@ fn text(view: &NetworkView) -> String {
         return text;
     }
     text += &format!(
-        "ipv6         {}\nports        {}\nexceptions   {}\nupload       {}\ndownload     {}\nconnections  {} at a time, {} new a second\ntotal        {}\n",
-        if policy.ipv6 { "yes" } else { "no" },
-        list(policy.ports.iter().map(Port::to_string).collect()),
+        "preset       {}\nallowed      {}\ndenied       {}\nstrict       {}\nipv6         {}\nports        {}\nexceptions   {}\nupload       {}\ndownload     {}\nconnections  {} at a time, {} new a second\ntotal        {}\n",
+        policy.preset,
+        list(
+            policy
+                .allow_hosts
+                .iter()
+                .map(HostPattern::to_string)
+                .collect()
+        ),
+        list(
+            policy
+                .deny_hosts
+                .iter()
+                .map(HostPattern::to_string)
+                .collect()
+        ),
+        yes(policy.strict),
+        yes(policy.ipv6),
+        list(policy.ports().iter().map(Port::to_string).collect()),
         list(policy.exceptions.iter().map(Exception::to_string).collect()),
         rate(limits.upload),
         rate(limits.download),

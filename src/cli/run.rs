@@ -10,6 +10,7 @@ use super::Global;
 use super::machine_args::{MachineArgs, WorkspaceArgs};
 use super::message::{Failure, print_json, print_report, say, visible};
 use super::terminal::{self, RawMode};
+use crate::net::{Refused, Summary};
 use crate::run::{Io, Outcome, Progress, RunError, Signal};
 use crate::spec::{Bytes, Request, Script, SpecError, VmId};
 
@@ -159,9 +160,34 @@ fn report(outcome: &Outcome, json: bool) {
     if outcome.timed_out {
         say("bulkhead: the command was ended by its time limit");
     }
+    if let Some(traffic) = outcome
+        .traffic
+        .as_ref()
+        .filter(|all| !all.refused.is_empty())
+    {
+        say(&visible(&refusals(traffic)));
+    }
     for warning in &outcome.warnings {
         say(&format!("bulkhead: warning: {}", visible(warning)));
     }
+}
+
+/// What was refused, so that it does not look like something else's fault.
+fn refusals(traffic: &Summary) -> String {
+    const MOST: usize = 5;
+    let one = |(to, refused): (&String, &Refused)| {
+        format!("{to} ({}, {})", refused.code.as_str(), refused.rule)
+    };
+    let told: Vec<_> = traffic.refused.iter().take(MOST).map(one).collect();
+    let more = match traffic.refused.len() > MOST {
+        true => " and others",
+        false => "",
+    };
+    format!(
+        "bulkhead: network: {}: {}{more}",
+        traffic.line(),
+        told.join(", ")
+    )
 }
 
 /// Shows on a terminal what is being waited for, and gives the terminal to the

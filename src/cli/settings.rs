@@ -11,7 +11,7 @@ use super::Global;
 use crate::host::network::Site;
 use crate::run::{Dirs, Host};
 use crate::spec::{
-    Cidr, Config, Layer, Merged, Request, Spec, SpecError, Timeout, UidRange, merge,
+    Cidr, Config, Layer, Merged, Request, Resolvers, Spec, SpecError, Timeout, UidRange, merge,
 };
 use crate::supervise::Launcher;
 
@@ -34,6 +34,8 @@ pub(super) struct Settings {
     pub(super) uids: UidRange,
     /// Addresses for machines, where they are given.
     network_pool: Option<Cidr>,
+    /// Who resolves names for machines, where it is said.
+    resolvers: Option<Resolvers>,
     /// Lowest first.
     layers: Vec<Layer>,
 }
@@ -60,6 +62,7 @@ impl Settings {
             boot_timeout: global.boot_timeout,
             uids: global.uids,
             network_pool: global.network_pool,
+            resolvers: global.resolvers.clone(),
             ..Config::default()
         }));
         let config = merge(&layers)?.config;
@@ -77,6 +80,7 @@ impl Settings {
             boot_timeout: config.boot_timeout,
             uids: config.uids.unwrap_or_default(),
             network_pool: config.network_pool,
+            resolvers: config.resolvers,
             layers,
         })
     }
@@ -90,6 +94,10 @@ impl Settings {
             die_with_thread: true,
             site: Site {
                 pool: self.network_pool,
+                resolvers: self
+                    .resolvers
+                    .clone()
+                    .map_or(Vec::new(), |resolvers| resolvers.0),
                 ..Site::default()
             },
             ..Host::new(self.dirs.clone())
@@ -124,6 +132,10 @@ impl Settings {
         if let Some(pool) = &self.network_pool {
             args.push("--network-pool".into());
             args.push(pool.to_string().into());
+        }
+        if let Some(resolvers) = &self.resolvers {
+            args.push("--resolvers".into());
+            args.push(resolvers.to_string().into());
         }
         args.push("supervise".into());
         Launcher {

@@ -114,7 +114,7 @@ pub(super) async fn rm(args: Rm, global: &Global) -> Result<i32, Failure> {
 /// Waits for the end of a machine and gives the exit code of its command.
 pub(super) async fn wait(args: Wait, global: &Global) -> Result<i32, Failure> {
     let view = Machines::new(global.host()?).wait(&args.vm).await?;
-    let code = view.ended.map_or(FAILED, |ended| ended.exit_code);
+    let code = view.ended.as_ref().map_or(FAILED, |ended| ended.exit_code);
     match global.json {
         true => print_json(&view),
         false => print_text(&format!("{code}\n")),

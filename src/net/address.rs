@@ -5,8 +5,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use serde::{Deserialize, Serialize};
-
 /// A block of IPv4 addresses: network, prefix length, what it is.
 pub type Block4 = (Ipv4Addr, u8, &'static str);
 /// A block of IPv6 addresses.
@@ -110,91 +108,6 @@ fn within6(address: Ipv6Addr, net: Ipv6Addr, prefix: u8) -> bool {
         == 0
 }
 
-/// A block of addresses that a user names: `10.1.2.3/32`, `2001:db8::/32`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[cfg_attr(feature = "schema", schemars(with = "String"))]
-#[serde(try_from = "String", into = "String")]
-pub struct Cidr {
-    address: IpAddr,
-    prefix: u8,
-}
-
-/// No block of addresses.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{}` is no block of addresses such as 10.1.2.3/32", crate::text::printable(.0.as_bytes()))]
-pub struct NotACidr(pub String);
-
-impl Cidr {
-    /// Whether the address is in it.
-    pub fn contains(&self, address: IpAddr) -> bool {
-        match (self.address, address) {
-            (IpAddr::V4(net), IpAddr::V4(one)) => {
-                let differ = u32::from(net) ^ u32::from(one);
-                differ.checked_shr(32 - u32::from(self.prefix)).unwrap_or(0) == 0
-            }
-            (IpAddr::V6(net), IpAddr::V6(one)) => within6(one, net, self.prefix),
-            _ => false,
-        }
-    }
-
-    /// Its first address and the length of its prefix.
-    pub fn parts(&self) -> (IpAddr, u8) {
-        (self.address, self.prefix)
-    }
-}
-
-impl std::str::FromStr for Cidr {
-    type Err = NotACidr;
-    fn from_str(text: &str) -> Result<Self, NotACidr> {
-        let wrong = || NotACidr(text.chars().take(64).collect());
-        let (address, prefix) = match text.split_once('/') {
-            Some((address, prefix)) => (address, Some(prefix)),
-            None => (text, None),
-        };
-        let address: IpAddr = address.parse().map_err(|_| wrong())?;
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        let prefix = match prefix {
-            Some(prefix) => prefix.parse().map_err(|_| wrong())?,
-            None => most,
-        };
-        let cidr = Self { address, prefix };
-        // Bits beyond the prefix are a mistake more often than a wish.
-        let first = match address {
-            IpAddr::V4(one) => {
-                let mask = u32::MAX
-                    .checked_shl(32 - u32::from(prefix.min(32)))
-                    .unwrap_or(0);
-                IpAddr::V4((u32::from(one) & mask).into())
-            }
-            IpAddr::V6(one) => {
-                let mask = u128::MAX
-                    .checked_shl(128 - u32::from(prefix.min(128)))
-                    .unwrap_or(0);
-                IpAddr::V6((u128::from(one) & mask).into())
-            }
-        };
-        if prefix <= most && first == address {
-            Ok(cidr)
-        } else {
-            Err(wrong())
-        }
-    }
-}
-
-impl TryFrom<String> for Cidr {
-    type Error = NotACidr;
-    fn try_from(text: String) -> Result<Self, NotACidr> {
-        text.parse()
-    }
-}
-
-impl From<Cidr> for String {
-    fn from(cidr: Cidr) -> Self {
-        format!("{}/{}", cidr.address, cidr.prefix)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -243,31 +156,6 @@ mod tests {
         }
         assert_eq!(kind("169.254.169.254"), Some("metadata"));
         assert_eq!(kind("fd00:ec2::254"), Some("metadata"));
-    }
-
-    #[test]
-    fn blocks_are_read_and_contain() {
-        let cidr: Cidr = "10.1.2.0/24".parse().unwrap();
-        assert!(cidr.contains("10.1.2.255".parse().unwrap()));
-        assert!(!cidr.contains("10.1.3.0".parse().unwrap()));
-        assert!(!cidr.contains("::ffff:10.1.2.3".parse().unwrap()));
-        let all: Cidr = "0.0.0.0/0".parse().unwrap();
-        assert!(all.contains("255.1.1.1".parse().unwrap()));
-        assert_eq!(
-            String::from("10.1.2.3".parse::<Cidr>().unwrap()),
-            "10.1.2.3/32"
-        );
-        for text in [
-            "",
-            "10.1.2.3/24",
-            "10.0.0.0/33",
-            "10.0.0.0/-1",
-            "a/8",
-            "::/129",
-            "::1/64",
-        ] {
-            assert!(text.parse::<Cidr>().is_err(), "{text}");
-        }
     }
 
     proptest! {

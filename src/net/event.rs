@@ -46,6 +46,18 @@ pub enum What {
     },
 }
 
+impl What {
+    /// Why it, or a part of it, was refused.
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Query(query) => query.refusal.as_ref(),
+            Self::Packet(packet) => packet.refusal.as_ref(),
+            Self::Proxied(proxied) => proxied.refusal.as_ref(),
+            Self::Flow(_) | Self::Lost { .. } => None,
+        }
+    }
+}
+
 /// A question to the resolver.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -65,6 +77,9 @@ pub struct Query {
     /// Why it, or a part of the answer, was refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Refusal>,
+    /// Why nobody answered it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
     /// How long it took, in microseconds.
     pub us: u64,
 }
@@ -276,6 +291,7 @@ mod tests {
             addresses: vec![],
             rule: None,
             refusal: None,
+            failure: None,
             us: 1,
         };
         for _ in 0..5 {

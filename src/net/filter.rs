@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 
-use super::event::{Event, Journal};
+use super::event::{Event, Journal, What};
 use super::names::{Feed, Grant, Names};
 use super::outgoing::Outgoing;
 use super::policy::Policy;
@@ -70,6 +70,8 @@ pub struct FilterConfig {
     pub reach: Reach,
     /// Whom its resolver asks.
     pub upstreams: Vec<SocketAddr>,
+    /// From where.
+    pub from: Outgoing,
     /// The guest's addresses.
     pub guests: Vec<IpAddr>,
     /// The file that events are appended to, one a line.
@@ -81,16 +83,40 @@ pub struct FilterConfig {
 pub struct Filter {
     policy: watch::Sender<Arc<Policy>>,
     names: Names,
-    account: Arc<Mutex<Account>>,
-    servings: Vec<Serving>,
-    writing: JoinHandle<io::Result<()>>,
+    traffic: Traffic,
+    /// Whether a part has ended.
+    broken: watch::Receiver<bool>,
+    /// Asks all parts to end.
+    end: watch::Sender<bool>,
+    parts: JoinSet<()>,
+    writing: JoinSet<()>,
 }
 
-/// What the events come to so far.
+/// What the network of one machine comes to; goes on to say so when the machine
+/// is gone. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Traffic(Arc<std::sync::Mutex<Account>>);
+
 #[derive(Debug, Default)]
 struct Account {
     summary: Summary,
     learned: Learned,
+}
+
+impl Traffic {
+    /// What it came to so far.
+    pub fn summary(&self) -> Summary {
+        self.lock().summary.clone()
+    }
+
+    /// What was tried so far.
+    pub fn learned(&self) -> Learned {
+        self.lock().learned.clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Account> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Filter {
@@ -106,114 +132,152 @@ impl Filter {
         let (journal, events) = Journal::new(&config.machine, WAITING);
         let (policy, watched) = watch::channel(Arc::new(config.policy));
         let (feed, fed) = mpsc::channel(32);
+        let (end, ending) = watch::channel(false);
+        let (last, told_last) = watch::channel(false);
+        let (break_down, broken) = watch::channel(false);
         let names = Names::default();
         let resolver = ResolverConfig {
             upstreams: config.upstreams,
+            from: config.from,
             strict,
             reach: config.reach,
             limits: ResolverLimits::default(),
         };
         let resolver = Resolver::new(resolver, watched, names.clone(), feed, journal.clone());
-        let mut servings = vec![
-            record(inside.taps, config.guests, names.clone(), journal.clone())?,
-            resolver.serve(inside.sockets)?,
-        ];
+        let guests = config.guests;
+        let recording = record(
+            inside.taps,
+            guests,
+            names.clone(),
+            journal.clone(),
+            told_last,
+        )?;
+        let mut services = vec![resolver.serve(inside.sockets)?];
         if strict {
             let limits = ProxyLimits::default();
             let proxy = Proxy::new(resolver, inside.outgoing, journal, limits);
-            servings.push(proxy.serve(inside.proxy, Redirect::Nat)?);
+            services.push(proxy.serve(inside.proxy, Redirect::Nat)?);
         }
-        let account = Arc::default();
-        let writing = tokio::spawn(write(events, writer, Arc::clone(&account)));
+        let mut parts = JoinSet::new();
+        parts.spawn(watch_over(services, recording, break_down, ending, last));
+        let traffic = Traffic::default();
+        let mut writing = JoinSet::new();
+        writing.spawn(write(events, writer, traffic.clone()));
         let filter = Self {
             policy,
             names,
-            account,
-            servings,
+            traffic,
+            broken,
+            end,
+            parts,
             writing,
         };
         Ok((filter, fed))
     }
 
+    /// What it holds the machine to, as it changes.
+    pub fn policy(&self) -> watch::Receiver<Arc<Policy>> {
+        self.policy.subscribe()
+    }
+
     /// Changes the policy, and gives what is to be let through from now on, in the
     /// place of what was before. Proxied connections that it forbids are cut.
-    pub fn set_policy(&self, policy: Policy) -> Vec<Grant> {
-        let policy = Arc::new(policy);
+    pub fn set_policy(&self, policy: Arc<Policy>) -> Vec<Grant> {
         // First the new answers, then the old addresses: not the other way round.
         self.policy.send_replace(Arc::clone(&policy));
         self.names.follow(&policy)
     }
 
-    /// What the machine's network came to so far.
-    pub fn summary(&self) -> Summary {
-        self.account().summary.clone()
-    }
-
-    /// What it tried so far.
-    pub fn learned(&self) -> Learned {
-        self.account().learned.clone()
-    }
-
-    fn account(&self) -> std::sync::MutexGuard<'_, Account> {
-        self.account.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What the machine's network comes to.
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
     }
 
     /// Waits until a part has ended, which none does by itself: without it the
     /// machine has no name resolution or no record, and should be stopped.
-    pub async fn broken(&mut self) {
-        let ended = self.servings.iter_mut().map(|one| Box::pin(one.ended()));
-        let mut ended: Vec<_> = ended.collect();
-        std::future::poll_fn(|context| {
-            let any = ended
-                .iter_mut()
-                .any(|one| one.as_mut().poll(context).is_ready());
-            if any {
-                std::task::Poll::Ready(())
-            } else {
-                std::task::Poll::Pending
+    pub fn broken(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut broken = self.broken.clone();
+        async move {
+            if broken.wait_for(|broken| *broken).await.is_err() {
+                // Ended on purpose.
+                std::future::pending::<()>().await;
             }
-        })
-        .await;
+        }
     }
 
-    /// Ends everything, writes what is still to be written, and gives the whole.
-    ///
-    /// # Errors
-    /// The record could not be written; the whole is not lost with it.
-    pub async fn end(self) -> (Summary, Learned, io::Result<()>) {
+    /// Ends everything, and writes what is still to be written.
+    pub async fn end(self) {
         let Self {
-            policy,
-            names: _,
-            account,
-            servings,
-            writing,
+            end,
+            mut parts,
+            mut writing,
+            ..
         } = self;
-        for Serving(mut tasks) in servings {
-            tasks.shutdown().await;
-        }
-        drop(policy);
+        end.send_replace(true);
+        while parts.join_next().await.is_some() {}
         // The last journal is gone with them, and so the events come to an end.
-        let written = writing
-            .await
-            .unwrap_or_else(|error| Err(io::Error::other(error)));
-        let account = std::mem::take(&mut *account.lock().unwrap_or_else(PoisonError::into_inner));
-        (account.summary, account.learned, written)
+        while writing.join_next().await.is_some() {}
     }
 }
 
-/// Takes in events to their end. One that cannot be written ends the writing,
-/// not the counting.
-async fn write(
-    mut events: mpsc::Receiver<Event>,
-    mut writer: Writer,
-    account: Arc<Mutex<Account>>,
-) -> io::Result<()> {
-    let mut result = Ok(());
+/// Waits for the end of one part, and ends all: the recording last, when it has
+/// taken in everything.
+async fn watch_over(
+    mut services: Vec<Serving>,
+    mut recording: Serving,
+    broken: watch::Sender<bool>,
+    mut end: watch::Receiver<bool>,
+    last: watch::Sender<bool>,
+) {
+    let all = services.iter_mut().chain([&mut recording]);
+    let mut ended: Vec<_> = all.map(|one| Box::pin(one.ended())).collect();
+    let any = std::future::poll_fn(|context| {
+        let any = ended
+            .iter_mut()
+            .any(|one| one.as_mut().poll(context).is_ready());
+        match any {
+            true => std::task::Poll::Ready(()),
+            false => std::task::Poll::Pending,
+        }
+    });
+    let failed = tokio::select! {
+        () = any => true,
+        _ = end.wait_for(|end| *end) => false,
+    };
+    if failed {
+        broken.send_replace(true);
+        let _ = end.wait_for(|end| *end).await;
+    }
+    drop(ended);
+    for Serving(mut tasks) in services {
+        tasks.shutdown().await;
+    }
+    last.send_replace(true);
+    while recording.0.join_next().await.is_some() {}
+}
+
+/// Takes in events to their end. Where one cannot be written, those are counted
+/// as missing, and written about when there is space again.
+async fn write(mut events: mpsc::Receiver<Event>, mut writer: Writer, traffic: Traffic) {
     let mut some = Vec::new();
+    let mut lost = 0;
     while events.recv_many(&mut some, 256).await > 0 {
         let mut lines = Vec::new();
+        let mut count = 0;
+        if lost > 0
+            && let Some(first) = some.first()
         {
-            let mut account = account.lock().unwrap_or_else(PoisonError::into_inner);
+            let what = What::Lost { count: lost };
+            some.insert(
+                0,
+                Event {
+                    what,
+                    ..first.clone()
+                },
+            );
+        }
+        {
+            let mut account = traffic.lock();
             for event in some.drain(..) {
                 account.summary.take(&event);
                 account.learned.take(&event);
@@ -221,13 +285,19 @@ async fn write(
                 if serde_json::to_writer(&mut lines, &event).is_ok() {
                     lines.push(b'\n');
                 }
+                count += u64::from(!matches!(event.what, What::Lost { .. }));
             }
         }
-        if result.is_ok() {
-            result = writer.append(&lines);
+        match writer.append(&lines) {
+            Ok(()) => lost = 0,
+            Err(error) => {
+                if lost == 0 {
+                    tracing::warn!("the record of the network cannot be written: {error}");
+                }
+                lost += count;
+            }
         }
     }
-    result
 }
 
 /// The file of the record.
@@ -253,8 +323,13 @@ impl Writer {
             std::fs::rename(&self.path, aside)?;
             *self = Self::open(&self.path)?;
         }
+        if let Err(error) = self.file.write_all(lines) {
+            // No half of a line, for others come after it.
+            self.file.set_len(self.size)?;
+            return Err(error);
+        }
         self.size += lines.len() as u64;
-        self.file.write_all(lines)
+        Ok(())
     }
 }
 

@@ -1,13 +1,12 @@
 //! The user-space side of a machine's network: which names it may use, the
 //! resolver and the proxy that hold it to that, and the record of what it did.
 //!
-//! Sockets are handed in: whoever makes the network namespace opens them there
-//!. Nothing here changes the kernel's rules; what has to be
+//! Sockets are handed in: whoever makes the network namespace opens them there.
+//! Nothing here changes the kernel's rules; what has to be
 //! let through is told over a channel.
 
 pub mod address;
 mod bucket;
-mod domain;
 mod event;
 mod filter;
 mod forward;
@@ -19,18 +18,14 @@ pub mod record;
 mod refusal;
 mod resolver;
 
-pub use address::{Cidr, NotACidr};
-pub use domain::{Domain, NotADomain};
 pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
-pub use filter::{Filter, FilterConfig, Inside};
+pub use filter::{Filter, FilterConfig, Inside, Traffic};
 pub use forward::{NotAPublish, Publish, forward};
 pub use names::{Feed, Grant, Names};
 pub use outgoing::Outgoing;
-pub use policy::{
-    Allowed, BadPattern, HostPattern, Policy, PolicyRequest, Ports, Preset, PresetData, presets,
-};
+pub use policy::{Allowed, Policy, Ports};
 pub use proxy::{Proxy, ProxyLimits, Redirect};
-pub use record::{Learned, Summary, Taps};
+pub use record::{Learned, Reached, Refused, Summary, Taps};
 pub use refusal::{Code, Refusal};
 pub use resolver::{
     LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,

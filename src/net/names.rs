@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::domain::Domain;
 use super::policy::{Policy, Ports};
+use crate::spec::Domain;
 
 /// Most pairs of name and address that are kept.
 const MOST: usize = 8192;
@@ -55,16 +55,39 @@ impl Names {
     }
 
     /// Remembers that an address was given out. A shorter time does not cut a
-    /// longer one off.
-    pub(crate) fn give_out(&self, name: &Domain, address: IpAddr, lifetime: Duration) {
+    /// longer one off. Gives until when it was known before.
+    pub(crate) fn give_out(
+        &self,
+        name: &Domain,
+        address: IpAddr,
+        lifetime: Duration,
+    ) -> Option<Instant> {
         let now = Instant::now();
         let mut table = self.lock();
         if table.until.len() >= MOST {
             table.make_room();
         }
-        let until = table.until.entry((name.clone(), address)).or_insert(now);
-        *until = (*until).max(now + lifetime);
+        let key = (name.clone(), address);
+        let before = table.until.get(&key).copied();
+        let until = before.unwrap_or(now).max(now + lifetime);
+        table.until.insert(key, until);
         table.names.entry(address).or_default().insert(name.clone());
+        before
+    }
+
+    /// Remembers what was known before an address was given out in vain.
+    pub(crate) fn take_back(&self, name: &Domain, address: IpAddr, before: Option<Instant>) {
+        let mut table = self.lock();
+        let key = (name.clone(), address);
+        match before {
+            None => table.forget(&key),
+            Some(before) => {
+                // A new policy may have had it forgotten meanwhile.
+                if let Some(until) = table.until.get_mut(&key) {
+                    *until = before;
+                }
+            }
+        }
     }
 
     /// Whether the address is one that the name has now.
@@ -142,7 +165,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::policy::{PolicyRequest, Preset};
+    use crate::spec::NetworkPolicy;
 
     fn name(text: &str) -> Domain {
         Domain::parse(text).unwrap()
@@ -185,12 +208,11 @@ mod tests {
         names.give_out(&name("one.org"), address(1), minute);
         names.give_out(&name("two.org"), address(1), minute);
         names.give_out(&name("two.org"), address(2), minute);
-        let request = PolicyRequest {
-            preset: Preset::Dev,
-            deny_hosts: vec!["two.org".parse().unwrap()],
-            ..PolicyRequest::default()
+        let request = NetworkPolicy {
+            deny_hosts: ["two.org".parse().unwrap()].into(),
+            ..NetworkPolicy::default()
         };
-        let policy = Policy::new(&request).unwrap();
+        let policy = Policy::new(&request);
         let left = names.follow(&policy);
         assert_eq!(left.len(), 1);
         assert_eq!(

@@ -2,12 +2,12 @@
 //! so they reach no more than the machine itself does.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 
 use nix::sched::{CloneFlags, setns};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::oneshot;
 
 /// Opens sockets in one network namespace. Cheap to clone.
@@ -21,8 +21,8 @@ enum Where {
     Within(Arc<mpsc::Sender<Order>>),
 }
 
-/// Whether the socket is for IPv6, and who wants it.
-type Order = (bool, oneshot::Sender<io::Result<TcpSocket>>);
+/// What to do there.
+type Order = Box<dyn FnOnce() + Send>;
 
 impl Outgoing {
     /// In the namespace of whoever uses it.
@@ -43,10 +43,7 @@ impl Outgoing {
             // The one who waits is there until it is told.
             let _ = entered.send(result);
             if inside {
-                for (v6, wanted) in queue {
-                    // Whoever does not wait any more needs no socket.
-                    let _ = wanted.send(open(v6));
-                }
+                queue.into_iter().for_each(|order| order());
             }
         };
         std::thread::Builder::new()
@@ -61,23 +58,44 @@ impl Outgoing {
     /// # Errors
     /// As connect(2).
     pub async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        let socket = match &self.0 {
-            Where::Here => open(to.is_ipv6())?,
-            Where::Within(orders) => {
-                let gone = || io::Error::other("the thread in the namespace is gone");
-                let (wanted, socket) = oneshot::channel();
-                orders.send((to.is_ipv6(), wanted)).map_err(|_| gone())?;
-                socket.await.map_err(|_| gone())??
-            }
+        let open = move || match to {
+            SocketAddr::V4(_) => TcpSocket::new_v4(),
+            SocketAddr::V6(_) => TcpSocket::new_v6(),
         };
-        socket.connect(to).await
+        self.open(open).await?.connect(to).await
     }
-}
 
-fn open(v6: bool) -> io::Result<TcpSocket> {
-    if v6 {
-        TcpSocket::new_v6()
-    } else {
-        TcpSocket::new_v4()
+    /// A socket for packets to and from this peer only.
+    ///
+    /// # Errors
+    /// As bind(2) and connect(2).
+    pub async fn packets(&self, to: SocketAddr) -> io::Result<UdpSocket> {
+        let any: SocketAddr = match to {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let open = move || {
+            let socket = std::net::UdpSocket::bind(any)?;
+            socket.connect(to)?;
+            socket.set_nonblocking(true)?;
+            Ok(socket)
+        };
+        UdpSocket::from_std(self.open(open).await?)
+    }
+
+    async fn open<S: Send + 'static>(
+        &self,
+        open: impl FnOnce() -> io::Result<S> + Send + 'static,
+    ) -> io::Result<S> {
+        let orders = match &self.0 {
+            Where::Here => return open(),
+            Where::Within(orders) => orders,
+        };
+        let gone = || io::Error::other("the thread in the namespace is gone");
+        let (wanted, socket) = oneshot::channel();
+        // Whoever does not wait any more needs no socket.
+        let order: Order = Box::new(move || drop(wanted.send(open())));
+        orders.send(order).map_err(|_| gone())?;
+        socket.await.map_err(|_| gone())?
     }
 }

@@ -32,6 +32,8 @@ pub const LINK_LOCAL6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x62, 0x68ff, 0
 pub const TAP: &str = "tap";
 /// The device towards the host.
 pub const OUT: &str = "out";
+/// Where the proxy of strict mode listens, at the gateway.
+pub const PROXY: u16 = 8443;
 /// Group of the host's ends of all machines' links (ip-link(8)): "bh".
 pub const GROUP: u32 = 0x6268;
 

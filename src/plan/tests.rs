@@ -141,7 +141,7 @@ fn a_network_is_a_device_a_descriptor_and_an_address() {
             .collect();
         (words, plan.fd(Descriptor::Tap), plan.cmdline)
     };
-    assert_eq!(words("network = \"offline\"").1, None);
+    assert_eq!(words("network = \"isolated\"").1, None);
     let (args, fd, cmdline) = words("network = \"nat-filtered\"");
     assert_eq!(
         args,

@@ -15,11 +15,11 @@ use super::disk::DiskWatch;
 use super::ends::Ends;
 use super::error::MachineError;
 use super::machine::{Live, Phases, StartOptions, io_error, missing, since};
+use super::network::Net;
 use super::violation::Audit;
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
-use crate::host::netns::Netns;
 use crate::plan::Plan;
 use crate::qmp::Monitor;
 use crate::vmm::{ExitStatus, VmmProcess};
@@ -31,7 +31,7 @@ pub(super) struct Parts {
     pub(super) console: ConsoleLog,
     pub(super) words: ConsoleLog,
     pub(super) cgroup: Result<Cgroup, CgroupError>,
-    pub(super) netns: Option<Netns>,
+    pub(super) network: Option<Net>,
     pub(super) audit: Audit,
 }
 
@@ -131,7 +131,7 @@ impl Parts {
             disk: disk.into_inner().ok_or(missing("its disk"))?,
             cgroup: self.cgroup,
             proof: Vec::new(),
-            netns: self.netns,
+            network: self.network,
             audit: self.audit,
             phases,
         })

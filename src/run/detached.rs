@@ -157,7 +157,11 @@ pub(crate) async fn take_over(
     record: Record,
 ) -> Result<Detached, (RunError, Record)> {
     let prepared = || {
-        let plan = record.plan()?;
+        let mut plan = record.plan()?;
+        if let Some(network) = &mut plan.network {
+            // It may have been changed since.
+            network.policy = spec.network.clone();
+        }
         let image = host.images().inspect(&spec.image)?;
         // Its directory may be gone: no reason to end the machine.
         let share = Exchange::prepare(&spec.workspace).ok();

@@ -82,6 +82,9 @@ pub enum MachineError {
     /// Asked for something that cannot be.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// Resolver, proxy or record of its network have ended.
+    #[error("the machine's network is not filtered any more: a part of the filter has ended")]
+    Unfiltered,
     /// The network could not be made.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -202,6 +205,7 @@ impl Explain for MachineError {
             Self::DiskFailed(_) => "disk-failed",
             Self::Cgroup(error) => error.code(),
             Self::Spec(error) => error.code(),
+            Self::Unfiltered => "network-unfiltered",
             Self::Network(error) => error.code(),
             Self::Disk(error) => error.code(),
             Self::Record(error) => error.code(),
@@ -252,6 +256,10 @@ impl Explain for MachineError {
             }
             Self::Cgroup(error) => error.remedy(),
             Self::Spec(error) => error.remedy(),
+            Self::Unfiltered => {
+                "The machine was stopped, for nothing holds it to its policy. This is a bug: report it."
+                    .into()
+            }
             Self::Network(error) => error.remedy(),
             Self::Disk(error) => error.remedy(),
             Self::Record(error) => error.remedy(),

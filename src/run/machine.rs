@@ -14,6 +14,7 @@ use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::jail;
+use super::network::Net;
 use super::record::{Record, RecordError};
 use super::verify::{self, Finding, Subject};
 use super::violation::Audit;
@@ -23,10 +24,10 @@ use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::host::netns::Netns;
-use crate::host::network::{self, Site, Wires};
+use crate::host::network::Site;
 use crate::image::Lock;
-use crate::plan::firewall::Names;
-use crate::plan::{self, Network, Plan};
+use crate::net::Traffic;
+use crate::plan::{self, Plan};
 use crate::qmp::Monitor;
 use crate::spec::{NetworkPolicy, UidRange};
 use crate::vmm::{Spawn, VmmProcess};
@@ -100,8 +101,8 @@ pub(super) struct Live {
     pub(super) proof: Vec<Finding>,
     /// Its control group, or why it has none.
     pub(super) cgroup: Result<Cgroup, CgroupError>,
-    /// Its network namespace, where it has a network.
-    pub(super) netns: Option<Netns>,
+    /// Its network, where it has one.
+    pub(super) network: Option<Net>,
     pub(super) audit: Audit,
     pub(super) phases: Phases,
 }
@@ -166,8 +167,12 @@ impl Machine {
             record.lease(lease).map_err(RecordError::from)?;
             super::dirs::make_private(dir).map_err(io_error("make", dir))?;
         }
-        let netns = match &plan.network {
-            Some(network) => Some(wire(network, record, options, &mut ends)?),
+        let network = match &plan.network {
+            Some(network) => {
+                let (network, tap) = Net::make(network, &plan, record, options)?;
+                ends.tap = Some(tap);
+                Some(network)
+            }
             None => None,
         };
         let descriptors = ends::descriptors(&plan, record.dir(), options, &mut ends)?;
@@ -221,7 +226,7 @@ impl Machine {
             console,
             words,
             cgroup,
-            netns,
+            network,
             audit: Audit::new(options.violations.clone()),
         };
         let dir = record.dir().to_owned();
@@ -283,10 +288,9 @@ impl Machine {
         let words =
             ConsoleLog::resume(words, &log_path).map_err(io_error("open QEMU's log", &log_path))?;
         let parts = Parts {
-            netns: match Netns::open(&options.netns) {
-                Ok(netns) => Some(netns),
-                Err(_) if plan.network.is_none() => None,
-                Err(error) => return Err(io_error("open", &options.netns)(error)),
+            network: match &plan.network {
+                Some(network) => Some(Net::take_over(network, &plan, record, options)?),
+                None => None,
             },
             plan,
             process,
@@ -357,7 +361,25 @@ impl Machine {
 
     /// Its network namespace: sockets made in it are the machine's gateway's.
     pub fn netns(&self) -> Option<&Netns> {
-        self.live.netns.as_ref()
+        self.live.network.as_ref().map(Net::netns)
+    }
+
+    /// What its network comes to, where it has one; complete when it has ended.
+    pub fn traffic(&self) -> Option<Traffic> {
+        self.live.network.as_ref().map(|net| net.traffic().clone())
+    }
+
+    /// Waits until its network is not filtered any more as it should be: then it
+    /// has to be stopped.
+    pub fn unfiltered(&self) -> impl Future<Output = MachineError> + Send + use<> {
+        let broken = self.live.network.as_ref().map(Net::broken);
+        async move {
+            match broken {
+                Some(broken) => broken.await,
+                None => std::future::pending().await,
+            }
+            MachineError::Unfiltered
+        }
     }
 
     /// Changes what it may reach and use of its network. With `deny`,
@@ -366,8 +388,8 @@ impl Machine {
     /// # Errors
     /// It has no network, or the kernel refuses.
     pub fn set_network(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
-        let netns = self.netns().ok_or(missing("a network"))?;
-        Ok(network::change(netns, policy, Names::Any, deny)?)
+        let network = self.live.network.as_ref();
+        network.ok_or(missing("a network"))?.change(policy, deny)
     }
 
     /// The serial console.
@@ -483,6 +505,9 @@ impl Machine {
         let _ = fault::at("end VMM");
         let _ = self.live.process.kill();
         let _ = self.live.process.wait().await;
+        if let Some(network) = self.live.network.take() {
+            network.end().await;
+        }
         let errors = self.record.release();
         (self.record, errors)
     }
@@ -527,23 +552,4 @@ pub(super) fn io_error(
         path,
         source,
     }
-}
-
-/// Makes the machine's network; its tap is among the ends.
-fn wire(
-    network: &Network,
-    record: &mut Record,
-    options: &StartOptions,
-    ends: &mut Ends,
-) -> Result<Netns, MachineError> {
-    let wires = Wires::choose(options.netns.clone(), options.site.clone());
-    if let Some(dir) = options.netns.parent() {
-        super::dirs::make_private(dir).map_err(io_error("make", dir))?;
-    }
-    for lease in wires.leases() {
-        record.lease(lease).map_err(RecordError::from)?;
-    }
-    let wired = wires.make(&network.policy, Names::Any)?;
-    ends.tap = Some(wired.tap);
-    Ok(wired.netns)
 }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::machine::Phases;
 use super::verify::Finding;
 use crate::error::Report;
+use crate::net::Summary;
 use crate::spec::{Accel, ChannelKind, MachineType, NetworkMode, ProfileName, VmId};
 
 /// Exit code when the command ran out of time.
@@ -61,6 +62,10 @@ pub struct Outcome {
     pub artifacts: Option<Vec<String>>,
     /// What the kernel and QEMU said of each layer before the command started.
     pub layers: Vec<Finding>,
+    /// What came of its network: the hosts that were reached, and what was
+    /// refused; absent without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traffic: Option<Summary>,
     /// What was used.
     pub resources: Resources,
     /// How long the phases took.

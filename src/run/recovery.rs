@@ -161,6 +161,7 @@ impl Ownerless {
             status.ended = Some(Ended {
                 exit_code: super::FAILED,
                 at_ms: now_ms(),
+                network: None,
             });
         })?;
         let reason = file.status().reason.clone();

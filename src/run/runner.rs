@@ -128,6 +128,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     };
     let phases = machine.phases();
     let layers = machine.proof().to_vec();
+    let traffic = machine.traffic();
     // A share's last writes are the guest's to flush; all else goes with it.
     let share = machine.plan().share.clone();
     let removed = if share.is_some() {
@@ -179,6 +180,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         changes: done.changes,
         artifacts: done.artifacts,
         layers,
+        traffic: traffic.map(|traffic| traffic.summary()),
         resources: Resources {
             command_cpu_us: done.command.exit.cpu_us,
             command_rss_kib: done.command.exit.max_rss_kib,
@@ -266,11 +268,13 @@ impl Session<'_> {
     pub(super) async fn run(mut self, io: &mut Io) -> Result<Done, RunError> {
         let _control = control::serve(&self.host.dirs, self.spec, self.machine).await?;
         let disk = self.machine.disk().state();
+        let unfiltered = self.machine.unfiltered();
         let done = tokio::select! {
             done = self.steps(io) => done,
             // A disk that is full may be waited for, as long as the time limit
             // allows; one that fails may not.
             state = failed(disk) => Err(MachineError::DiskFailed(state).into()),
+            error = unfiltered => Err(error.into()),
         };
         match done {
             // The channel breaks when the machine ends; the machine knows why.

@@ -155,7 +155,7 @@ impl Owner {
 }
 
 /// How the main command of a machine ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Ended {
@@ -164,6 +164,10 @@ pub struct Ended {
     pub exit_code: i32,
     /// When, in milliseconds since 1970-01-01 UTC.
     pub at_ms: u64,
+    /// What its network came to, such as `12 hosts, 3 refused`; absent without
+    /// one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
 }
 
 /// The image a machine was made from. Its disk fits no other.

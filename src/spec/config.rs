@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::layer::Layer;
 use super::{
-    Catalog, Cidr, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request, Spec,
-    SpecError, Timeout, UidRange,
+    Catalog, Cidr, CustomProfile, NetworkName, NetworkPolicy, Origin, ProfileName, Request,
+    Resolvers, Spec, SpecError, Timeout, UidRange,
 };
 
 /// What a configuration file can say.
@@ -35,6 +35,9 @@ pub struct Config {
     /// `10.213.0.0/16`. Without it the first of some ranges that the host has
     /// no route into.
     pub network_pool: Option<Cidr>,
+    /// Who resolves names for machines, such as `1.1.1.1` or `[2606:4700::1]:53`,
+    /// in this order; the host's own resolvers (`/etc/resolv.conf`) when absent.
+    pub resolvers: Option<Resolvers>,
     /// What every machine gets unless asked otherwise.
     pub machine: Request,
     /// Custom profiles by name; no name of a built-in one.
@@ -70,13 +73,14 @@ pub const MACHINE_KEYS: [&str; 21] = [
 ];
 
 /// Keys beside the tables.
-const TOP_KEYS: [&str; 6] = [
+const TOP_KEYS: [&str; 7] = [
     "state_dir",
     "runtime_dir",
     "qemu",
     "boot_timeout",
     "uids",
     "network_pool",
+    "resolvers",
 ];
 
 /// Keys of `[machine]` that a profile decides together.
@@ -105,6 +109,7 @@ impl Config {
             boot_timeout: self.boot_timeout.or(below.boot_timeout),
             uids: self.uids.or(below.uids),
             network_pool: self.network_pool.or(below.network_pool),
+            resolvers: self.resolvers.or(below.resolvers),
             machine: self.machine.over(below.machine),
             profile,
             network,

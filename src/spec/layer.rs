@@ -141,8 +141,17 @@ impl Layer {
                     why: error.to_string(),
                 })
         });
+        let resolvers = get("resolvers").map(|text| {
+            let text = text.to_string_lossy();
+            text.parse()
+                .map_err(|error: super::Malformed| SpecError::Variable {
+                    name: variable("resolvers"),
+                    why: error.to_string(),
+                })
+        });
         let config = Config {
             network_pool: pool.transpose()?,
+            resolvers: resolvers.transpose()?,
             state_dir: path("state_dir"),
             runtime_dir: path("runtime_dir"),
             qemu: path("qemu"),

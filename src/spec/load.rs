@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, Catalog, ChannelKind, Command, Exception, LabelName, Lifetime, LsmLabel,
-    MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName, Script, Spec,
-    SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
+    Accel, Bytes, Catalog, ChannelKind, Command, Exception, HostPattern, LabelName, Lifetime,
+    LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName,
+    Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -60,6 +60,14 @@ pub struct Request {
     /// layers below the profile's asked for. Not part of files.
     #[serde(skip)]
     pub network_below: Option<NetworkName>,
+    /// Hosts that may be reached besides those of the network, such as
+    /// `example.org`, `*.example.org` or `example.org:8443`.
+    pub allow_hosts: BTreeSet<HostPattern>,
+    /// Hosts that may not, whatever else allows them.
+    pub deny_hosts: BTreeSet<HostPattern>,
+    /// Read the name in every connection to ports 80 and 443, and hold it to
+    /// the hosts that may be reached; as the network says when absent.
+    pub strict: Option<bool>,
     /// Ports that may be reached besides those of the network, such as `8443`
     /// or `8000-8100`.
     pub allow_ports: BTreeSet<Port>,
@@ -144,6 +152,10 @@ impl Request {
         env.extend(self.env);
         let mut labels = below.labels;
         labels.extend(self.labels);
+        let mut allow_hosts = below.allow_hosts;
+        allow_hosts.extend(self.allow_hosts);
+        let mut deny_hosts = below.deny_hosts;
+        deny_hosts.extend(self.deny_hosts);
         let mut allow_ports = below.allow_ports;
         allow_ports.extend(self.allow_ports);
         let mut allow_cidrs = below.allow_cidrs;
@@ -166,6 +178,9 @@ impl Request {
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
+            allow_hosts,
+            deny_hosts,
+            strict: self.strict.or(below.strict),
             allow_ports,
             allow_cidrs,
             ipv6: self.ipv6.or(below.ipv6),
@@ -208,16 +223,26 @@ impl Request {
 
     /// What a network becomes with this request.
     fn policy(&self, network: &NetworkPolicy) -> Result<NetworkPolicy, SpecError> {
-        let asked =
-            !self.allow_ports.is_empty() || !self.allow_cidrs.is_empty() || self.ipv6 == Some(true);
+        let hosts = self.allow_hosts.iter().chain(&self.deny_hosts);
+        let asked = hosts.count() > 0
+            || !self.allow_ports.is_empty()
+            || !self.allow_cidrs.is_empty()
+            || self.ipv6 == Some(true)
+            || self.strict == Some(true);
         if asked && network.mode != NetworkMode::NatFiltered {
             return Err(SpecError::Clash {
-                first: "--allow-port, --allow-cidr or --ipv6",
+                first: "--allow-host, --deny-host, --strict, --allow-port, --allow-cidr or --ipv6",
                 second: "a network mode other than nat-filtered",
             });
         }
         let mut policy = network.clone();
-        policy.ports.extend(&self.allow_ports);
+        policy.allow_hosts.extend(self.allow_hosts.iter().cloned());
+        policy.deny_hosts.extend(self.deny_hosts.iter().cloned());
+        policy.strict = self.strict.unwrap_or(policy.strict);
+        if !self.allow_ports.is_empty() {
+            let ports = policy.ports().union(&self.allow_ports).copied().collect();
+            policy.ports = Some(ports);
+        }
         policy.exceptions.extend(&self.allow_cidrs);
         policy.ipv6 = self.ipv6.unwrap_or(policy.ipv6);
         policy.check()?;

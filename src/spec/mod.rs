@@ -1,7 +1,9 @@
 //! What is asked for.
 
 mod config;
+mod domain;
 mod error;
+mod host;
 mod jail;
 mod layer;
 mod lifetime;
@@ -10,7 +12,9 @@ mod lsm;
 mod network;
 mod network_change;
 mod origin;
+mod preset;
 mod profile;
+mod resolvers;
 mod script;
 mod tuning;
 mod units;
@@ -21,7 +25,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use config::{Config, MACHINE_KEYS, Merged, Setting, merge};
+pub use domain::{Domain, NotADomain};
 pub use error::SpecError;
+pub(crate) use host::Hosts;
+pub use host::{BadPattern, HostPattern};
 pub use jail::{JailLayer, UidRange, Waived};
 pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
@@ -32,7 +39,9 @@ pub use network::{
 };
 pub use network_change::NetworkChange;
 pub use origin::Origin;
+pub use preset::{Preset, PresetData, presets};
 pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
+pub use resolvers::Resolvers;
 pub use script::Script;
 pub use tuning::{IoLimits, Tuning};
 pub use units::{Bytes, Malformed, Timeout, VmId};

@@ -8,6 +8,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::error::SpecError;
+use super::host::{HostPattern, Hosts};
+use super::preset::Preset;
 use super::units::{Bytes, Malformed, as_text, malformed, name_type};
 
 /// The network a machine gets.
@@ -39,9 +41,9 @@ name_type! {
     NetworkName, "a network's name (1 to 63 of a-z, 0-9, _ and -, such as `offline`)"
 }
 
-/// Names of networks that mean one thing everywhere: the modes, and the
-/// presets on top of them.
-const BUILT_IN: [&str; 5] = ["isolated", "nat-filtered", "dev", "offline", "open"];
+/// Modes of networks; each, and each preset, is also the name of a network that
+/// means the same everywhere.
+const MODES: [NetworkMode; 2] = [NetworkMode::Isolated, NetworkMode::NatFiltered];
 
 /// A mode of a later version: a network of that name would mislead.
 const RESERVED: &str = "bridge";
@@ -49,25 +51,17 @@ const RESERVED: &str = "bridge";
 impl NetworkName {
     /// Whether it is built in.
     pub(super) fn is_built_in(&self) -> bool {
-        BUILT_IN.contains(&self.0.as_str()) || self.0 == RESERVED
+        self.0 == RESERVED || Self::built_in().any(|(name, _)| name == *self)
     }
 
     /// The built-in networks.
     pub(super) fn built_in() -> impl Iterator<Item = (Self, NetworkPolicy)> {
-        BUILT_IN.into_iter().map(|name| {
-            let mode = match name {
-                "isolated" | "offline" => NetworkMode::Isolated,
-                _ => NetworkMode::NatFiltered,
-            };
-            let mut policy = NetworkPolicy::of_mode(mode);
-            if name == "open" {
-                policy.ports = BTreeSet::from([
-                    Port::range(Protocol::Tcp, 1, u16::MAX),
-                    Port::range(Protocol::Udp, 1, u16::MAX),
-                ]);
-            }
-            (Self(name.into()), policy)
-        })
+        let modes = MODES.map(|mode| (mode.into(), NetworkPolicy::of_mode(mode)));
+        let preset = |preset: Preset| {
+            let name = Self(preset.as_str().into());
+            (name, NetworkPolicy::of_preset(preset))
+        };
+        modes.into_iter().chain(Preset::ALL.map(preset))
     }
 }
 
@@ -126,7 +120,7 @@ pub struct Port {
 }
 
 impl Port {
-    const fn range(protocol: Protocol, first: u16, last: u16) -> Self {
+    pub(super) const fn range(protocol: Protocol, first: u16, last: u16) -> Self {
         Self {
             protocol,
             first,
@@ -205,6 +199,12 @@ impl Cidr {
                 IpAddr::V6((u128::from(first) | host).into())
             }
         }
+    }
+
+    /// Whether the address is among them.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.address.is_ipv4() == address.is_ipv4()
+            && (self.first()..=self.last()).contains(&address)
     }
 
     /// Whether they have addresses in common.
@@ -323,10 +323,26 @@ as_text!(Exception);
 pub struct NetworkPolicy {
     /// How its machines are connected.
     pub mode: NetworkMode,
-    /// Ports of the internet that may be reached, such as `443`, `8000-8100`
-    /// or `4433/udp`.
-    #[serde(default = "usual_ports")]
-    pub ports: BTreeSet<Port>,
+    /// Which hosts may be reached, by the name of a preset: `dev` (any public
+    /// host; the default), `llm-only`, `packages`, `offline` (none but
+    /// `allow_hosts`) or `open`.
+    #[serde(default)]
+    pub preset: Preset,
+    /// Hosts that may be reached besides, such as `example.org`,
+    /// `*.example.org` or `example.org:8443`.
+    #[serde(default)]
+    pub allow_hosts: BTreeSet<HostPattern>,
+    /// Hosts that may not, whatever else allows them.
+    #[serde(default)]
+    pub deny_hosts: BTreeSet<HostPattern>,
+    /// Read the name in every connection to ports 80 and 443, and hold it to
+    /// the hosts above.
+    #[serde(default)]
+    pub strict: bool,
+    /// Ports at which hosts may be reached, such as `443`, `8000-8100` or
+    /// `4433/udp`; the preset's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<BTreeSet<Port>>,
     /// Exceptions from what no machine may reach, such as `10.1.2.3/32:5432`.
     #[serde(default)]
     pub exceptions: BTreeSet<Exception>,
@@ -336,14 +352,6 @@ pub struct NetworkPolicy {
     /// What its machines may use.
     #[serde(default)]
     pub limits: NetworkLimits,
-}
-
-/// SSH, HTTP, HTTPS and git: what developing needs. DNS goes to the machine's
-/// own resolver.
-fn usual_ports() -> BTreeSet<Port> {
-    [22, 80, 443, 9418]
-        .map(|port| Port::range(Protocol::Tcp, port, port))
-        .into()
 }
 
 impl Default for NetworkPolicy {
@@ -357,18 +365,49 @@ impl NetworkPolicy {
     pub fn of_mode(mode: NetworkMode) -> Self {
         Self {
             mode,
-            ports: usual_ports(),
+            preset: Preset::default(),
+            allow_hosts: BTreeSet::new(),
+            deny_hosts: BTreeSet::new(),
+            strict: false,
+            ports: None,
             exceptions: BTreeSet::new(),
             ipv6: false,
             limits: NetworkLimits::default(),
         }
     }
 
+    /// A preset with everything else as usual.
+    pub fn of_preset(preset: Preset) -> Self {
+        Self {
+            preset,
+            ..Self::of_mode(NetworkMode::NatFiltered)
+        }
+    }
+
+    /// Ports at which hosts may be reached whose rule names none.
+    pub fn ports(&self) -> BTreeSet<Port> {
+        self.ports.clone().unwrap_or_else(|| self.preset.ports())
+    }
+
+    /// Whether only listed hosts may be reached, so that an address has to be
+    /// known by one of their names.
+    pub fn is_closed(&self) -> bool {
+        let any = |host: &HostPattern| host.hosts == Hosts::Any && host.port().is_none();
+        !self.preset.is_open() && !self.allow_hosts.iter().any(any)
+    }
+
     /// Says whether it can be.
     ///
     /// # Errors
-    /// A limit is out of range.
+    /// A limit is out of range, or a host is denied at a port only.
     pub fn check(&self) -> Result<(), SpecError> {
+        if let Some(host) = self.deny_hosts.iter().find(|host| host.port().is_some()) {
+            return Err(SpecError::Value {
+                what: "deny_hosts",
+                value: host.to_string(),
+                why: "a host is denied at all ports",
+            });
+        }
         self.limits.check()
     }
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::error::SpecError;
+use super::host::HostPattern;
 use super::network::{Exception, NetworkMode, NetworkPolicy, Port};
 use super::units::Bytes;
 
@@ -13,6 +14,10 @@ use super::units::Bytes;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NetworkChange {
+    /// Hosts that may be reached from now on.
+    pub allow_hosts: BTreeSet<HostPattern>,
+    /// Hosts that may not.
+    pub deny_hosts: BTreeSet<HostPattern>,
     /// Ports that may be reached from now on.
     pub allow_ports: BTreeSet<Port>,
     /// Ports that may not.
@@ -36,7 +41,7 @@ pub struct NetworkChange {
 impl NetworkChange {
     /// Whether something is denied that was allowed.
     pub fn denies(&self) -> bool {
-        !self.deny_ports.is_empty() || !self.deny_cidrs.is_empty()
+        !self.deny_hosts.is_empty() || !self.deny_ports.is_empty() || !self.deny_cidrs.is_empty()
     }
 
     /// Says whether it can be made to `policy`.
@@ -68,13 +73,22 @@ impl NetworkChange {
 
     /// Makes it.
     pub fn apply(&self, policy: &mut NetworkPolicy) {
-        policy.ports.extend(&self.allow_ports);
-        for port in &self.deny_ports {
-            policy.ports = policy
-                .ports
-                .iter()
-                .flat_map(|one| without(*one, *port))
-                .collect();
+        // What was said last counts.
+        policy
+            .deny_hosts
+            .retain(|host| !self.allow_hosts.contains(host));
+        policy.allow_hosts.extend(self.allow_hosts.iter().cloned());
+        policy
+            .allow_hosts
+            .retain(|host| !self.deny_hosts.contains(host));
+        policy.deny_hosts.extend(self.deny_hosts.iter().cloned());
+        if !self.allow_ports.is_empty() || !self.deny_ports.is_empty() {
+            let mut ports: BTreeSet<Port> =
+                policy.ports().union(&self.allow_ports).copied().collect();
+            for port in &self.deny_ports {
+                ports = ports.iter().flat_map(|one| without(*one, *port)).collect();
+            }
+            policy.ports = Some(ports);
         }
         policy.exceptions.extend(&self.allow_cidrs);
         for exception in &self.deny_cidrs {
@@ -116,7 +130,7 @@ mod tests {
     #[test]
     fn ports_are_cut_out_of_ranges() {
         let mut policy = NetworkPolicy {
-            ports: set(["1-100", "443", "443/udp", "8000-8010"]),
+            ports: Some(set(["1-100", "443", "443/udp", "8000-8010"])),
             ..NetworkPolicy::default()
         };
         let change = NetworkChange {
@@ -126,8 +140,32 @@ mod tests {
         };
         change.check(&policy).unwrap();
         change.apply(&mut policy);
-        let left: Vec<_> = policy.ports.iter().map(Port::to_string).collect();
+        let left: Vec<_> = policy.ports().iter().map(Port::to_string).collect();
         assert_eq!(left, ["1-21", "23-99", "50", "8006-8010", "443/udp"]);
+    }
+
+    #[test]
+    fn what_is_said_last_of_a_host_counts() {
+        let mut policy = NetworkPolicy {
+            allow_hosts: set(["a.org", "*.b.org"]),
+            deny_hosts: set(["c.org", "d.org"]),
+            ..NetworkPolicy::default()
+        };
+        let change = NetworkChange {
+            allow_hosts: set(["c.org"]),
+            deny_hosts: set(["a.org", "e.org"]),
+            ..NetworkChange::default()
+        };
+        assert!(change.denies());
+        change.check(&policy).unwrap();
+        change.apply(&mut policy);
+        assert_eq!(policy.allow_hosts, set(["*.b.org", "c.org"]));
+        assert_eq!(policy.deny_hosts, set(["a.org", "d.org", "e.org"]));
+        let at_a_port = NetworkChange {
+            deny_hosts: set(["a.org:80"]),
+            ..NetworkChange::default()
+        };
+        assert!(at_a_port.check(&policy).is_err());
     }
 
     #[test]

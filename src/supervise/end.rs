@@ -15,6 +15,8 @@ pub(super) struct End {
     pub(super) exit_code: i32,
     /// Why it never came up.
     pub(super) error: Option<SuperviseError>,
+    /// What its network came to.
+    pub(super) network: Option<String>,
 }
 
 impl End {
@@ -24,6 +26,7 @@ impl End {
             reason: reason.into(),
             exit_code: 0,
             error: None,
+            network: None,
         }
     }
 
@@ -33,6 +36,7 @@ impl End {
             reason: reason.into(),
             exit_code: FAILED,
             error: None,
+            network: None,
         }
     }
 
@@ -52,6 +56,7 @@ impl End {
             reason,
             exit_code: FAILED,
             error: Some(error),
+            network: None,
         }
     }
 }

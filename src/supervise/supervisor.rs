@@ -232,9 +232,11 @@ impl Supervisor<'_> {
             Next::Stay => End::failed("its supervisor lost track of it"),
         };
         up.execs.machine_ends(&end.reason);
+        let traffic = up.machine().traffic();
         let (record, left) = up.detached.end().await;
         up.execs.settled().await;
-        (record, with_leaks(end, left))
+        let network = traffic.map(|traffic| traffic.summary().line());
+        (record, with_leaks(End { network, ..end }, left))
     }
 
     /// Boots or takes over, answering meanwhile.
@@ -423,6 +425,7 @@ impl Supervisor<'_> {
             status.ended = Some(Ended {
                 exit_code: end.exit_code,
                 at_ms: now_ms(),
+                network: end.network,
             });
         });
         // Whoever waits may start it again at once.

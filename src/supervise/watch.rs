@@ -12,7 +12,7 @@ use bulkhead_agent::Request;
 use serde::Deserialize;
 use tokio::sync::mpsc;
 
-use super::end::{End, Next, by_itself, gone, last_words, reason};
+use super::end::{End, Next, by_itself, gone, last_words, reason, told};
 use super::error::SuperviseError;
 use super::health::{Health, PING, ping};
 use super::idle::Idle;
@@ -108,6 +108,10 @@ impl Supervisor<'_> {
                         }
                     }
                 }
+                error = up.machine().unfiltered() => Next::Stop {
+                    grace: Some(Duration::ZERO),
+                    end: End::failed(told(&error)),
+                },
                 Ok(()) = disk.changed() => self.disk(up, &disk.borrow_and_update().clone()),
                 ended = &mut main => {
                     let end = match ended.failure {

@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bulkhead::net::{
-    Cidr, Event, Feed, Grant, Journal, Names, Policy, PolicyRequest, Preset, Reach, Resolver,
-    ResolverConfig, ResolverLimits, Serving, Sockets, What,
+    Event, Feed, Grant, Journal, Names, Outgoing, Policy, Reach, Resolver, ResolverConfig,
+    ResolverLimits, Serving, Sockets, What,
 };
+use bulkhead::spec::{Cidr, NetworkPolicy, Preset};
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, TXT};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -60,7 +61,14 @@ impl Upstream {
     pub(crate) async fn new(
         say: impl Fn(&str, RecordType, bool) -> Says + Send + Sync + 'static,
     ) -> Self {
-        let (sockets, address) = sockets("127.0.0.1:0");
+        Self::on(sockets("127.0.0.1:0"), say)
+    }
+
+    /// On sockets that were opened elsewhere.
+    pub(crate) fn on(
+        (sockets, address): (Sockets, SocketAddr),
+        say: impl Fn(&str, RecordType, bool) -> Says + Send + Sync + 'static,
+    ) -> Self {
         let Sockets { mut udp, mut tcp } = sockets;
         let (udp, tcp) = (udp.remove(0), tcp.remove(0));
         udp.set_nonblocking(true).unwrap();
@@ -171,13 +179,11 @@ impl Default for Wish<'_> {
 
 pub(crate) fn policy(preset: Preset, allow: &[&str], deny: &[&str]) -> Policy {
     let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
-    let request = PolicyRequest {
-        preset,
+    Policy::new(&NetworkPolicy {
         allow_hosts: patterns(allow),
         deny_hosts: patterns(deny),
-        allow_ports: vec![],
-    };
-    Policy::new(&request).unwrap()
+        ..NetworkPolicy::of_preset(preset)
+    })
 }
 
 /// Sockets on a port of loopback, the same for packets and connections.
@@ -222,6 +228,7 @@ impl Rig {
         });
         let config = ResolverConfig {
             upstreams,
+            from: Outgoing::here(),
             strict: wish.strict,
             reach: Reach {
                 ipv6: wish.ipv6,

@@ -15,6 +15,8 @@ pub(crate) struct Bulkhead {
     runtime: PathBuf,
     image: &'static str,
     own: tempfile::TempDir,
+    /// The network namespace it is called in, and its resolvers there.
+    inside: Option<(bulkhead::host::netns::Netns, String)>,
 }
 
 impl Drop for Bulkhead {
@@ -61,6 +63,7 @@ impl Bulkhead {
             runtime: runtime(own.path()),
             image,
             own,
+            inside: None,
         }
     }
 
@@ -99,6 +102,21 @@ impl Bulkhead {
         self
     }
 
+    /// Called in the network namespace kept under this path, with networks for
+    /// machines whose names these resolvers resolve.
+    pub(crate) fn inside(mut self, path: &Path, resolvers: &str) -> Self {
+        let netns = bulkhead::host::netns::Netns::open(path).unwrap();
+        self.inside = Some((netns, resolvers.to_owned()));
+        self
+    }
+
+    fn spawn(&self, command: &mut Command) -> Child {
+        match &self.inside {
+            None => command.spawn().unwrap(),
+            Some((netns, _)) => netns.run_in(|| command.spawn()).unwrap().unwrap(),
+        }
+    }
+
     /// Another state directory.
     pub(crate) fn with_state(mut self, state: &Path) -> Self {
         self.state = state.to_owned();
@@ -115,6 +133,11 @@ impl Bulkhead {
             .env("BULKHEAD_NETWORK", "isolated")
             .env("BULKHEAD_STATE_DIR", &self.state)
             .env("BULKHEAD_RUNTIME_DIR", &self.runtime);
+        if let Some((_, resolvers)) = &self.inside {
+            command
+                .env("BULKHEAD_NETWORK", "nat-filtered")
+                .env("BULKHEAD_RESOLVERS", resolvers);
+        }
         command
     }
 
@@ -148,13 +171,12 @@ impl Bulkhead {
     }
 
     fn call(&self, words: &[&str], input: &[u8]) -> Ran {
-        let mut child = self
-            .command(words)
+        let mut command = self.command(words);
+        command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::piped());
+        let mut child = self.spawn(&mut command);
         // A program that ends early does not take its input.
         let _ = child.stdin.take().unwrap().write_all(input);
         ran(child.wait_with_output().unwrap())

@@ -94,7 +94,7 @@ impl World {
     pub(crate) fn site(&self) -> Site {
         Site {
             uplink: Some(self.host.path.clone()),
-            pool: None,
+            ..Site::default()
         }
     }
 

@@ -97,6 +97,19 @@ sub put { my ($host, $port, $bytes) = @_;
     connect $s, $to or return said($!);
     my $left = $bytes; while ($left > 0) { my $n = syswrite $s, 'x' x ($left > 16384 ? 16384 : $left) or last; $left -= $n }
     shutdown $s, 1; sysread $s, my $line, 100; return $line // 'cut'; }
-my %tries = (tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
+sub name { my ($host) = @_; # its addresses, or why there are none
+    my @all = gethostbyname $host; my $e = $? >> 0;
+    return 'unknown' if !@all && $e == 1; return 'try again' if !@all && $e == 2;
+    return 'no address' if !@all; return join ' ', sort map { inet_ntoa $_ } @all[4 .. $#all]; }
+sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a refusal's code
+    my $address = defined $at ? inet_aton $at : gethostbyname $host; return 'no address' unless $address;
+    socket(my $s, PF_INET, SOCK_STREAM, 6) or return said($!);
+    connect $s, pack_sockaddr_in($port, $address) or return said($!);
+    syswrite $s, "GET / HTTP/1.1\r\nHost: $asked\r\nConnection: close\r\n\r\n";
+    my ($all, $x) = ('', ''); while (ready($s, 0, 10) && sysread $s, $x, 65536) { $all .= $x }
+    my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return 'no answer';
+    my ($code) = $all =~ /"code":\s*"([a-z-]+)"/; my ($server) = $all =~ /^I am (\S+)/m;
+    return join ' ', $status, grep { defined } $code, $server; }
+my %tries = (name => \&name, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
     hold => sub { my ($h, $p, $n) = @_; my %r; $r{tcp($h, $p, 1)}++ for 1 .. $n; join ', ', map { "$r{$_} $_" } sort keys %r });
 while (<STDIN>) { chomp; my ($kind, @rest) = split; print $tries{$kind}->(@rest), "\n" }

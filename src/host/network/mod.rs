@@ -11,7 +11,7 @@ mod sysctl;
 mod tracked;
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -48,6 +48,9 @@ pub struct Site {
     pub uplink: Option<PathBuf>,
     /// Addresses for machines, one each; found when absent.
     pub pool: Option<Cidr>,
+    /// Who resolves names for machines, asked from the host's side; the host's
+    /// own resolvers when empty.
+    pub resolvers: Vec<SocketAddr>,
 }
 
 impl Site {
@@ -366,8 +369,21 @@ pub(super) fn release_netns(path: &Path) -> io::Result<()> {
     netns::release(path)
 }
 
+/// Has the kernel forget the guest's connections: it tells of each that it is
+/// over, and what goes on of them has to pass the rules.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn forget_connections(netns: &Netns) -> Result<(), NetworkError> {
+    inside(netns, "forget connections", || {
+        tracked::forget(GUEST4.into())?;
+        tracked::forget(GUEST6.into())
+    })
+}
+
 /// Changes what a running machine may reach, at once; the bandwidth afterwards.
-/// With `deny`, connections there are have to pass the new rules, too.
+/// With `deny`, connections there are have to pass the new rules, too; with
+/// `only`, nothing else is let through by name.
 ///
 /// # Errors
 /// The kernel refuses; then rules are as they were.
@@ -376,6 +392,7 @@ pub fn change(
     policy: &NetworkPolicy,
     names: Names,
     deny: bool,
+    only: Option<&[nft::Entry]>,
 ) -> Result<(), NetworkError> {
     let counted = inside(netns, "read the counters", || {
         nft::counters(firewall::Family::Inet)
@@ -383,13 +400,10 @@ pub fn change(
     let bytes = |name: &str| counted.get(name).map_or(0, |counted| counted.bytes);
     let used = bytes("sent") + bytes("received");
     inside(netns, "change the rules", || {
-        nft::change(&firewall::changes(policy, names, used))
+        nft::change(&firewall::changes(policy, names, used), only)
     })?;
     if deny {
-        inside(netns, "look again at connections", || {
-            tracked::forget(GUEST4.into())?;
-            tracked::forget(GUEST6.into())
-        })?;
+        forget_connections(netns)?;
     }
     let NetworkLimits {
         upload, download, ..

@@ -6,10 +6,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use nftnl::nftnl_sys::{self as sys, libc};
 use nftnl::{Batch, ChainType, MsgType, Policy, ProtoFamily};
 
+use super::Entry;
 use super::raw::{self, Raw, Value};
 use crate::plan::firewall::{
-    Base, Chain, Changes, Elements, Expr, Family, Field, Hook, LOG_GROUP, Rule, Set, State, TABLE,
-    Table,
+    ALLOWED, Base, Chain, Changes, Elements, Expr, Family, Field, Hook, LOG_GROUP, Rule, Set,
+    State, TABLE, Table,
 };
 use crate::spec::Cidr;
 
@@ -27,6 +28,8 @@ const NFTA_FIB_F_DADDR: u32 = 2;
 const NFT_CONNLIMIT_F_INV: u32 = 1;
 /// linux/rtnetlink.h.
 const RTN_UNICAST: u32 = 1;
+/// Elements in one message: fewer bytes than the 64 KiB an attribute can have.
+const AT_ONCE: usize = 500;
 /// Bytes of a logged packet that are passed on: its headers.
 const LOGGED: u32 = 128;
 
@@ -87,6 +90,50 @@ pub(super) fn change(batch: &mut Batch, changes: &Changes) {
         let chain = chain(data, &table);
         batch.add(&raw::NoRules(&chain), MsgType::Del);
         add_rules(batch, &data.rules, &chain);
+    }
+}
+
+/// Lets these through for their time, which begins anew for those that are there
+/// already. With `only`, nothing else is let through any more.
+pub(super) fn let_through(batch: &mut Batch, entries: &[Entry], only: bool) {
+    let table = table(Family::Inet);
+    for v6 in [false, true] {
+        let set = Set {
+            name: ALLOWED[usize::from(v6)],
+            elements: Elements::Timed { v6 },
+        };
+        if only {
+            batch.add(&raw::Emptied(&declared(&set, 1, &table)), MsgType::Del);
+        }
+        let entries: Vec<_> = entries
+            .iter()
+            .filter(|entry| entry.address.is_ipv6() == v6)
+            .collect();
+        for entries in entries.chunks(AT_ONCE) {
+            let made = declared(&set, 1, &table);
+            for entry in entries {
+                raw::add_element(&made, &entry.element());
+            }
+            if !only {
+                // Kernels before 6.12 keep the old time of one that is there:
+                // it has to go first, and to be there to go.
+                batch.add(&raw::Elements(&made), MsgType::Add);
+                batch.add(&raw::Elements(&made), MsgType::Del);
+            }
+            batch.add(&raw::Elements(&made), MsgType::Add);
+        }
+    }
+}
+
+impl Entry {
+    fn element(&self) -> raw::Element {
+        // Each part of the key takes whole registers of four bytes.
+        let key = [&octets(self.address)[..], &self.port.to_be_bytes(), &[0, 0]].concat();
+        raw::Element {
+            key,
+            timeout_ms: u64::try_from(self.time.as_millis()).ok(),
+            ..raw::Element::default()
+        }
     }
 }
 
@@ -301,6 +348,26 @@ fn payload(field: Field, register: u32) -> Raw {
     )
 }
 
+/// Loads the destination, and the register after it: registers have four bytes.
+fn destination(v6: bool) -> (Raw, u32) {
+    let (field, registers) = match v6 {
+        false => (Field::Ip4Dest, 1),
+        true => (Field::Ip6Dest, 4),
+    };
+    (payload(field, REG), libc::NFT_REG32_00 as u32 + registers)
+}
+
+/// Loads a constant into a register.
+fn constant(bytes: impl Into<Vec<u8>>, register: u32) -> Raw {
+    Raw::new(
+        c"immediate",
+        [
+            (sys::NFTNL_EXPR_IMM_DREG, Value::U32(register)),
+            (sys::NFTNL_EXPR_IMM_DATA, Value::Bytes(bytes.into())),
+        ],
+    )
+}
+
 fn mask(mask: Vec<u8>) -> Raw {
     let none = vec![0; mask.len()];
     Raw::new(
@@ -426,16 +493,12 @@ fn raws(expr: &Expr) -> Vec<Raw> {
         }
         Expr::InSet(field, set) => vec![payload(*field, REG), lookup(set, false)],
         Expr::DestInSet(v6, set) => {
-            // Registers of four bytes: the port comes after the address.
-            let (address, after) = match v6 {
-                false => (Field::Ip4Dest, libc::NFT_REG32_00 as u32 + 1),
-                true => (Field::Ip6Dest, libc::NFT_REG32_00 as u32 + 4),
-            };
-            vec![
-                payload(address, REG),
-                payload(Field::Port, after),
-                lookup(set, false),
-            ]
+            let (address, after) = destination(*v6);
+            vec![address, payload(Field::Port, after), lookup(set, false)]
+        }
+        Expr::DestAnyPort(v6, set) => {
+            let (address, after) = destination(*v6);
+            vec![address, constant([0; 4], after), lookup(set, false)]
         }
         Expr::Map(field, map) => vec![payload(*field, REG), lookup(map, true)],
         Expr::NotToOthers => vec![
@@ -471,16 +534,7 @@ fn raws(expr: &Expr) -> Vec<Raw> {
             cmp([0; 4], false),
         ],
         Expr::Redirect(port) => vec![
-            Raw::new(
-                c"immediate",
-                [
-                    (sys::NFTNL_EXPR_IMM_DREG, Value::U32(REG)),
-                    (
-                        sys::NFTNL_EXPR_IMM_DATA,
-                        Value::Bytes(port.to_be_bytes().into()),
-                    ),
-                ],
-            ),
+            constant(port.to_be_bytes(), REG),
             Raw::new(
                 c"redir",
                 [(sys::NFTNL_EXPR_REDIR_REG_PROTO_MIN, Value::U32(REG))],

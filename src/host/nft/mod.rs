@@ -15,16 +15,18 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
-    socket,
+    setsockopt, socket, sockopt,
 };
 
-use crate::plan::firewall::{ALLOWED, Changes, Elements, Family, Ruleset, Set, gate, gate_member};
+use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_member};
 
 pub use counters::{Counted, counters};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who
 /// changes rules.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Bytes of the largest batch: some thousand names.
+const BATCH: usize = 8 << 20;
 /// Part of the error that the kernel answers with (linux/netlink.h).
 const NLMSG_ERROR: u16 = 2;
 /// Length of a netlink header.
@@ -42,44 +44,38 @@ pub fn apply(rules: &Ruleset) -> io::Result<()> {
     send(batch)
 }
 
-/// Replaces what can change of a machine's rules, at once.
+/// What is let through for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    /// Where to.
+    pub address: IpAddr,
+    /// At which TCP port; 0 for those of the policy.
+    pub port: u16,
+    /// For how long.
+    pub time: Duration,
+}
+
+/// Replaces what can change of a machine's rules, at once; and, where `only` is
+/// given, what is let through by name.
 ///
 /// # Errors
 /// As [`apply`]; then nothing has changed.
-pub fn change(changes: &Changes) -> io::Result<()> {
+pub fn change(changes: &Changes, only: Option<&[Entry]>) -> io::Result<()> {
     let mut batch = Batch::new();
     build::change(&mut batch, changes);
+    if let Some(only) = only {
+        build::let_through(&mut batch, only, true);
+    }
     send(batch)
 }
 
-/// Lets a machine reach an address on some ports for a time; again, for that
-/// time from now.
+/// Lets a machine reach addresses for a time; again, for that time from now.
 ///
 /// # Errors
 /// As [`apply`].
-pub fn allow(address: IpAddr, ports: &[u16], time: Duration) -> io::Result<()> {
-    let v6 = address.is_ipv6();
-    let set = Set {
-        name: ALLOWED[usize::from(v6)],
-        elements: Elements::Timed { v6 },
-    };
-    let table = build::table(Family::Inet);
-    let made = build::declared(&set, 1, &table);
-    for port in ports {
-        // Each part of the key takes whole registers of four bytes.
-        let key = [&build::octets(address)[..], &port.to_be_bytes(), &[0, 0]].concat();
-        let timeout_ms = u64::try_from(time.as_millis()).ok();
-        raw::add_element(
-            &made,
-            &raw::Element {
-                key,
-                timeout_ms,
-                ..raw::Element::default()
-            },
-        );
-    }
+pub fn allow(entries: &[Entry]) -> io::Result<()> {
     let mut batch = Batch::new();
-    batch.add(&raw::Elements(&made), MsgType::Add);
+    build::let_through(&mut batch, entries, false);
     send(batch)
 }
 
@@ -173,8 +169,10 @@ pub(super) fn connect() -> io::Result<OwnedFd> {
         SockProtocol::NetlinkNetFilter,
     )?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    // Beyond what is usual for all: a batch is one message.
+    let _ = setsockopt(&socket, sockopt::SndBufForce, &BATCH);
     let time = nix::sys::time::TimeVal::new(ANSWER.as_secs() as i64, 0);
-    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::ReceiveTimeout, &time)?;
+    setsockopt(&socket, sockopt::ReceiveTimeout, &time)?;
     Ok(socket)
 }
 

@@ -1,20 +1,13 @@
 //! Which names a machine may look up and connect to. Pure.
 
-mod pattern;
-mod preset;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use super::domain::Domain;
 use super::refusal::{Code, Refusal};
-
-use pattern::Hosts;
-pub use pattern::{BadPattern, HostPattern};
-pub use preset::{Preset, PresetData, presets};
+use crate::spec::{Domain, HostPattern, Hosts, NetworkPolicy, Preset, Protocol};
 
 /// Top-level names, and some below `arpa`, that mean something only inside
 /// somebody's own network (RFC 6761, RFC 6762 appendix G, RFC 8375, RFC 9476,
@@ -41,38 +34,31 @@ const SPECIAL: &[&str] = &[
     "workgroup",
 ];
 
-/// What a user asks for.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct PolicyRequest {
-    /// What it starts from.
-    pub preset: Preset,
-    /// Hosts allowed besides.
-    pub allow_hosts: Vec<HostPattern>,
-    /// Hosts denied, whatever else allows them.
-    pub deny_hosts: Vec<HostPattern>,
-    /// TCP ports at which allowed hosts may be reached besides the preset's.
-    pub allow_ports: Vec<u16>,
-}
-
-/// TCP ports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Ports {
-    /// Every one.
-    All,
-    /// These.
-    Some(BTreeSet<u16>),
+/// TCP ports at which a host may be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports {
+    /// Ranges of the policy, for a host whose rule names no port.
+    general: Option<Arc<[(u16, u16)]>>,
+    /// Ports that rules name with the host.
+    own: BTreeSet<u16>,
 }
 
 impl Ports {
     /// Whether the port is one of them.
     pub fn contains(&self, port: u16) -> bool {
-        match self {
-            Self::All => true,
-            Self::Some(ports) => ports.contains(&port),
-        }
+        let within = |&(first, last): &(u16, u16)| (first..=last).contains(&port);
+        let general = self.general.as_ref();
+        self.own.contains(&port) || general.is_some_and(|ranges| ranges.iter().any(within))
+    }
+
+    /// Whether the policy's ports are among them.
+    pub fn general(&self) -> bool {
+        self.general.is_some()
+    }
+
+    /// Those that rules name with the host.
+    pub fn own(&self) -> &BTreeSet<u16> {
+        &self.own
     }
 }
 
@@ -94,7 +80,8 @@ pub struct Policy {
     preset: Preset,
     allow: Vec<Allow>,
     deny: Vec<HostPattern>,
-    ports: Ports,
+    ports: Arc<[(u16, u16)]>,
+    closed: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,47 +92,31 @@ struct Allow {
 }
 
 impl Policy {
-    /// Makes a policy of a wish.
-    ///
-    /// # Errors
-    /// A rule that denies has a port.
-    pub fn new(request: &PolicyRequest) -> Result<Self, BadPattern> {
-        if let Some(wrong) = request.deny_hosts.iter().find(|one| one.port.is_some()) {
-            return Err(BadPattern::DeniedPort(wrong.clone()));
-        }
-        let data = request.preset.data();
+    /// What a network's policy says of names.
+    pub fn new(network: &NetworkPolicy) -> Self {
         let rule = |own| {
             move |pattern: &HostPattern| {
                 let pattern = pattern.clone();
                 Allow { pattern, own }
             }
         };
-        let own = request.allow_hosts.iter().map(rule(true));
-        let preset = data.hosts.iter().map(rule(false));
-        let ports = match &data.ports {
-            None => Ports::All,
-            Some(ports) => Ports::Some(ports.iter().chain(&request.allow_ports).copied().collect()),
-        };
-        Ok(Self {
-            preset: request.preset,
+        let own = network.allow_hosts.iter().map(rule(true));
+        let preset = network.preset.data().hosts.iter().map(rule(false));
+        let ports = network.ports();
+        let tcp = ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+        Self {
+            preset: network.preset,
             allow: own.chain(preset).collect(),
-            deny: request.deny_hosts.clone(),
-            ports,
-        })
+            deny: network.deny_hosts.iter().cloned().collect(),
+            ports: tcp.map(|port| (port.first, port.last)).collect(),
+            closed: network.is_closed(),
+        }
     }
 
     /// Whether only listed hosts may be reached, so that an address has to be
     /// known by one of their names.
     pub fn is_closed(&self) -> bool {
-        !self
-            .allow
-            .iter()
-            .any(|rule| rule.pattern.hosts == Hosts::Any)
-    }
-
-    /// The ports of hosts whose rule names none.
-    pub fn ports(&self) -> &Ports {
-        &self.ports
+        self.closed
     }
 
     /// Whether the name may be looked up.
@@ -179,23 +150,20 @@ impl Policy {
                 rule: format!("built-in:special-name:{special}"),
             });
         }
-        let mut ports = BTreeSet::new();
-        let mut all = false;
-        for rule in &matching {
-            match (rule.pattern.port, &self.ports) {
-                (Some(port), _) => {
-                    ports.insert(port);
-                }
-                (None, Ports::All) => all = true,
-                (None, Ports::Some(general)) => ports.extend(general),
-            }
-        }
+        let general = matching.iter().any(|rule| rule.pattern.port().is_none());
+        let ports = Ports {
+            general: general.then(|| Arc::clone(&self.ports)),
+            own: matching
+                .iter()
+                .filter_map(|rule| rule.pattern.port())
+                .collect(),
+        };
         Ok(Allowed {
             rule: match closest.own {
                 true => format!("allow-host:{}", closest.pattern),
                 false => format!("preset:{}:{}", self.preset, closest.pattern),
             },
-            ports: if all { Ports::All } else { Ports::Some(ports) },
+            ports,
             exact: matches!(closest.pattern.hosts, Hosts::Exact(_)),
         })
     }

@@ -6,18 +6,16 @@ fn name(text: &str) -> Domain {
     Domain::parse(text).unwrap()
 }
 
-fn patterns(texts: &[&str]) -> Vec<HostPattern> {
+fn patterns(texts: &[&str]) -> BTreeSet<HostPattern> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 fn policy(preset: Preset, allow: &[&str], deny: &[&str]) -> Policy {
-    let request = PolicyRequest {
-        preset,
+    Policy::new(&NetworkPolicy {
         allow_hosts: patterns(allow),
         deny_hosts: patterns(deny),
-        allow_ports: vec![],
-    };
-    Policy::new(&request).unwrap()
+        ..NetworkPolicy::of_preset(preset)
+    })
 }
 
 #[test]
@@ -90,6 +88,16 @@ fn open_means_every_port() {
 }
 
 #[test]
+fn a_port_is_the_policys_or_a_rules_own() {
+    let policy = policy(Preset::Offline, &["*.org", "a.org:22", "b.net:8443"], &[]);
+    let ports = |text| policy.name(&name(text)).unwrap().ports;
+    let (both, own) = (ports("a.org"), ports("b.net"));
+    assert!(both.general() && both.contains(443) && both.contains(22) && !both.contains(8443));
+    assert!(!own.general() && own.contains(8443) && !own.contains(443));
+    assert_eq!(own.own(), &[8443].into());
+}
+
+#[test]
 fn deny_wins_and_says_so() {
     let policy = policy(
         Preset::Packages,
@@ -107,29 +115,15 @@ fn deny_wins_and_says_so() {
     assert!(policy.alias(&name("some.cdn.net")).is_ok());
 }
 
-#[test]
-fn a_denied_host_has_no_port() {
-    let request = PolicyRequest {
-        deny_hosts: patterns(&["example.org:80"]),
-        ..PolicyRequest::default()
-    };
-    let error = Policy::new(&request).unwrap_err().to_string();
-    assert!(error.contains("example.org:80"), "{error}");
-}
-
-#[test]
-fn a_request_is_read_from_toml() {
-    let text = "preset = \"llm-only\"\nallow_hosts = [\"*.example.org:8443\"]\n";
-    let request: PolicyRequest = toml::from_str(text).unwrap();
-    assert_eq!(request.preset, Preset::LlmOnly);
-    assert_eq!(request.allow_hosts, patterns(&["*.example.org:8443"]));
-    assert!(toml::from_str::<PolicyRequest>("allow = []").is_err());
-    assert!(toml::from_str::<PolicyRequest>("allow_hosts = [\"10.0.0.1\"]").is_err());
-}
-
 fn any_pattern() -> impl Strategy<Value = HostPattern> {
     "(\\*|(\\*\\.)?[ab](\\.[ab]){0,3}\\.org)(:(80|443|22))?"
         .prop_map(|text| text.parse().expect("it is one"))
+}
+
+/// The same hosts, at any port.
+fn at_all_ports(pattern: &HostPattern) -> HostPattern {
+    let text = pattern.to_string();
+    text.split(':').next().unwrap().parse().unwrap()
 }
 
 fn any_name() -> impl Strategy<Value = Domain> {
@@ -149,9 +143,17 @@ proptest! {
         name in any_name(),
         port: u16,
     ) {
-        let deny: Vec<_> = deny.into_iter().map(|one| HostPattern { port: None, ..one }).collect();
-        let request = PolicyRequest { preset, allow_hosts: allow.clone(), deny_hosts: deny.clone(), allow_ports: vec![] };
-        let policy = Policy::new(&request).unwrap();
+        let deny: BTreeSet<_> = deny.iter().map(at_all_ports).collect();
+        let network = NetworkPolicy {
+            allow_hosts: allow.iter().cloned().collect(),
+            deny_hosts: deny.clone(),
+            ..NetworkPolicy::of_preset(preset)
+        };
+        let policy = Policy::new(&network);
+        let general = network.ports();
+        let general = |port| general.iter().any(|one| {
+            one.protocol == Protocol::Tcp && (one.first..=one.last).contains(&port)
+        });
         let denied = deny.iter().any(|one| one.matches(&name));
         let connect = policy.connect(&name, port);
         if denied {
@@ -164,7 +166,7 @@ proptest! {
         // A connection is allowed exactly when one rule alone would allow it.
         let at_port = |one: &HostPattern| one.matches(&name) && match one.port() {
             Some(own) => own == port,
-            None => policy.ports().contains(port),
+            None => general(port),
         };
         let expected = allow.iter().chain(&preset.data().hosts).any(at_port);
         prop_assert_eq!(connect.is_ok(), expected);
@@ -179,14 +181,17 @@ proptest! {
         name in any_name(),
         port in proptest::sample::select(&[22, 80, 443, 9999][..]),
     ) {
-        let request = PolicyRequest { preset, allow_hosts: allow, ..PolicyRequest::default() };
-        let before = Policy::new(&request).unwrap().connect(&name, port).is_ok();
-        let mut wider = request.clone();
-        wider.allow_hosts.push(more.clone());
-        prop_assert!(!before || Policy::new(&wider).unwrap().connect(&name, port).is_ok());
-        let mut narrower = request;
-        narrower.deny_hosts.push(HostPattern { port: None, ..more });
-        prop_assert!(before || Policy::new(&narrower).unwrap().connect(&name, port).is_err());
+        let network = NetworkPolicy {
+            allow_hosts: allow.into_iter().collect(),
+            ..NetworkPolicy::of_preset(preset)
+        };
+        let before = Policy::new(&network).connect(&name, port).is_ok();
+        let mut wider = network.clone();
+        wider.allow_hosts.insert(more.clone());
+        prop_assert!(!before || Policy::new(&wider).connect(&name, port).is_ok());
+        let mut narrower = network;
+        narrower.deny_hosts.insert(at_all_ports(&more));
+        prop_assert!(before || Policy::new(&narrower).connect(&name, port).is_err());
     }
 
     /// However a name is written, the answer is the same.
@@ -194,8 +199,10 @@ proptest! {
     fn writing_a_name_otherwise_changes_nothing(
         allow in any_pattern(), name in any_name(), shout: bool, dot: bool,
     ) {
-        let request = PolicyRequest { preset: Preset::Offline, allow_hosts: vec![allow], ..PolicyRequest::default() };
-        let policy = Policy::new(&request).unwrap();
+        let policy = Policy::new(&NetworkPolicy {
+            allow_hosts: [allow].into(),
+            ..NetworkPolicy::of_preset(Preset::Offline)
+        });
         let mut text = name.to_string();
         if shout { text = text.to_uppercase(); }
         if dot { text.push('.'); }

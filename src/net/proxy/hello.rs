@@ -4,8 +4,8 @@
 //! that nothing about it is doubtful.
 
 use super::{Progress, refusal};
-use crate::net::domain::Domain;
 use crate::net::refusal::{Code, Refusal};
+use crate::spec::Domain;
 
 /// Longest ClientHello: with post-quantum key shares they have about 2 KiB.
 pub(super) const LONGEST: usize = 16 * 1024;

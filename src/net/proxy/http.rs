@@ -11,7 +11,7 @@ use super::chunks::Chunks;
 use super::relay::{self, Account, End};
 use super::request::{self, Body, Head};
 use super::{Client, Code, Progress, Proxy, Refusal, Stop, refusal};
-use crate::net::domain::Domain;
+use crate::spec::Domain;
 
 /// Bytes read at a time.
 const BUFFER: usize = 32 * 1024;

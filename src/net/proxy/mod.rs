@@ -21,11 +21,11 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::domain::Domain;
 use super::event::{Journal, Proxied, What};
 use super::outgoing::Outgoing;
 use super::refusal::{Code, Refusal};
 use super::resolver::{LookupError, Resolver};
+use crate::spec::Domain;
 pub use listen::Redirect;
 use relay::{Account, End};
 

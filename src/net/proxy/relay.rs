@@ -8,8 +8,8 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::Instant;
 
 use super::Proxy;
-use crate::net::domain::Domain;
 use crate::net::refusal::Refusal;
+use crate::spec::Domain;
 
 /// Bytes on their way in one direction.
 const BUFFER: usize = 32 * 1024;

@@ -4,8 +4,8 @@
 //! readers could disagree: the server must not see a request that we did not.
 
 use super::{Progress, refusal};
-use crate::net::domain::Domain;
 use crate::net::refusal::{Code, Refusal};
+use crate::spec::Domain;
 
 /// Longest head.
 pub(super) const LONGEST: usize = 16 * 1024;

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-use crate::net::domain::Domain;
 use crate::net::event::{Event, What};
-use crate::net::policy::{HostPattern, PolicyRequest, Preset};
 use crate::net::refusal::Code;
+use crate::spec::Domain;
+use crate::spec::{HostPattern, NetworkPolicy, Port, Preset, Protocol};
 
 /// Most hosts that are learned.
 const MOST: usize = 1000;
@@ -85,22 +85,28 @@ impl Learned {
 
     /// The smallest policy that lets all of these hosts through at the ports
     /// that were tried.
-    pub fn policy(&self) -> PolicyRequest {
-        let usual = Preset::Offline.data().ports.clone().unwrap_or_default();
+    pub fn policy(&self) -> NetworkPolicy {
+        let usual = Preset::Offline.ports();
+        let usual = |&port: &u16| {
+            usual.contains(&Port {
+                protocol: Protocol::Tcp,
+                first: port,
+                last: port,
+            })
+        };
         let mut allow_hosts: Vec<HostPattern> = Vec::new();
         for (name, ports) in &self.hosts {
             // Without a port of its own it is at the preset's.
-            if ports.iter().all(|port| usual.contains(port)) {
+            if ports.iter().all(usual) {
                 allow_hosts.extend(name.as_str().parse());
             } else {
                 let at = ports.iter().map(|port| format!("{name}:{port}").parse());
                 allow_hosts.extend(at.flatten());
             }
         }
-        PolicyRequest {
-            preset: Preset::Offline,
-            allow_hosts,
-            ..PolicyRequest::default()
+        NetworkPolicy {
+            allow_hosts: allow_hosts.into_iter().collect(),
+            ..NetworkPolicy::of_preset(Preset::Offline)
         }
     }
 
@@ -108,7 +114,7 @@ impl Learned {
     pub fn to_toml(&self) -> String {
         let mut text =
             String::from("# Learned from what a machine tried: look at it before you use it.\n");
-        text.push_str("preset = \"offline\"\nallow_hosts = [\n");
+        text.push_str("mode = \"nat-filtered\"\npreset = \"offline\"\nallow_hosts = [\n");
         for host in self.policy().allow_hosts {
             let _ = writeln!(text, "    \"{host}\",");
         }
@@ -143,6 +149,7 @@ mod tests {
                 addresses: vec![],
                 rule: None,
                 refusal: Some(Refusal::built_in(code, "no", "Do not.")),
+                failure: None,
                 us: 1,
             })
         };
@@ -180,10 +187,10 @@ mod tests {
             });
         }
         let text = learned.to_toml();
-        let request: PolicyRequest = toml::from_str(&text).unwrap();
+        let request: NetworkPolicy = toml::from_str(&text).unwrap();
         assert_eq!(request, learned.policy());
         assert!(text.contains("#   tcp 10.0.0.1 port 25"), "{text}");
-        let policy = Policy::new(&request).unwrap();
+        let policy = Policy::new(&request);
         for (name, port, allowed) in [
             ("new.org", 443, true),
             ("web.org", 443, true),

@@ -17,6 +17,7 @@ use nix::sys::socket::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::event::{Journal, What};
@@ -52,12 +53,12 @@ impl Taps {
         let _ = std::fs::write(ACCOUNTING, "1");
         let packets = listen(0)?;
         let [a, b, c, d] = PACKET.to_be_bytes();
-        // Bind; so many bytes of each packet; told after 50 ms at the latest;
-        // each with its number.
+        // Bind; so many bytes of each packet; told at once, for nobody is to
+        // wait at the end; each with its number.
         for attribute in [
             (1, &[1][..]),
             (2, &[a, b, c, d, 2, 0]),
-            (4, &[0, 0, 0, 5]),
+            (5, &[0, 0, 0, 1]),
             (6, &[0, 1]),
         ] {
             order(
@@ -98,7 +99,8 @@ fn order(socket: &OwnedFd, request: &[u8]) -> io::Result<()> {
 }
 
 /// Notes what the kernel tells, with the names that the resolver gave out.
-/// Connections of others than `guests` are the proxy's own, and not noted.
+/// Connections of others than `guests` are the proxy's own, and not noted. When
+/// `end` becomes true it takes in what the kernel has told so far, and ends.
 ///
 /// # Errors
 /// The sockets cannot be watched.
@@ -107,6 +109,7 @@ pub fn record(
     guests: Vec<IpAddr>,
     names: Names,
     journal: Journal,
+    end: watch::Receiver<bool>,
 ) -> io::Result<Serving> {
     let scribe = Scribe {
         guests,
@@ -119,30 +122,36 @@ pub fn record(
         tasks.spawn(follow(
             crate::host::sys::watch(fd, Interest::READABLE)?,
             scribe.clone(),
+            end.clone(),
         ));
     }
     Ok(Serving(tasks))
 }
 
-async fn follow(socket: AsyncFd<OwnedFd>, mut scribe: Scribe) {
+async fn follow(socket: AsyncFd<OwnedFd>, mut scribe: Scribe, mut end: watch::Receiver<bool>) {
     let mut buffer = vec![0; 1 << 16];
-    loop {
-        let Ok(mut ready) = socket.readable().await else {
-            return;
-        };
-        let received = ready.try_io(|socket| {
-            let fd = socket.as_fd().as_raw_fd();
-            nix::sys::socket::recv(fd, &mut buffer, MsgFlags::MSG_DONTWAIT).map_err(Into::into)
-        });
-        match received {
-            Ok(Ok(length)) => scribe.take(&buffer[..length]),
+    let mut receive = |socket: &OwnedFd| {
+        let fd = socket.as_fd().as_raw_fd();
+        match nix::sys::socket::recv(fd, &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(length) => scribe.take(&buffer[..length]),
             // The kernel had no room; it does not say for how many.
-            Ok(Err(error)) if error.raw_os_error() == Some(Errno::ENOBUFS as i32) => {
-                scribe.journal.lost(1);
+            Err(Errno::ENOBUFS) => scribe.journal.lost(1),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(io::Error::from(error)),
+        }
+        Ok(())
+    };
+    loop {
+        let ready = tokio::select! {
+            ready = socket.readable() => ready,
+            Ok(_) = end.wait_for(|end| *end) => {
+                while receive(socket.get_ref()).is_ok() {}
+                return;
             }
-            Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(Err(_)) => return,
-            Err(_) => {}
+        };
+        let Ok(mut ready) = ready else { return };
+        if let Ok(Err(_)) = ready.try_io(|socket| receive(socket.get_ref())) {
+            return;
         }
     }
 }
@@ -216,7 +225,7 @@ pub fn take_bytes(bytes: &[u8], names: Names, journal: Journal) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::domain::Domain;
+    use crate::spec::Domain;
 
     #[tokio::test]
     async fn packets_and_connections_have_names_and_losses_are_told() {

@@ -184,6 +184,7 @@ mod tests {
                 addresses: vec![],
                 rule: None,
                 refusal: refused.then(|| refusal.clone()),
+                failure: None,
                 us: 1,
             }))
         };

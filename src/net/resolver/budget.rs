@@ -11,8 +11,8 @@ use tokio::time::Instant;
 
 use super::ResolverLimits;
 use crate::net::bucket::Bucket;
-use crate::net::domain::Domain;
 use crate::net::refusal::{Code, Refusal};
+use crate::spec::Domain;
 
 /// Names remembered as asked for lately.
 const REMEMBERED: usize = 4096;

@@ -3,13 +3,16 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::net::address::Cidr;
+use crate::net::outgoing::Outgoing;
+use crate::spec::Cidr;
 
 /// What a resolver is to do.
 #[derive(Debug, Clone)]
 pub struct ResolverConfig {
     /// Whom it asks, in this order.
     pub upstreams: Vec<SocketAddr>,
+    /// From where.
+    pub from: Outgoing,
     /// Whether names are checked again at the connection: then nothing may be
     /// told that would hide them there.
     pub strict: bool,

@@ -7,8 +7,8 @@ use super::answer::sift;
 use super::question::{Heard, Question, hear};
 use super::{Reach, ResolverLimits};
 use crate::net::address;
-use crate::net::domain::Domain;
-use crate::net::policy::{Policy, PolicyRequest};
+use crate::net::policy::Policy;
+use crate::spec::{Domain, NetworkPolicy};
 
 /// Takes a guest's message, and reads again what it would be answered.
 pub fn question(bytes: &[u8]) {
@@ -62,7 +62,7 @@ pub fn answer(bytes: &[u8], kind: u16, ipv6: bool) {
     let kind = RecordType::from(kind);
     let name = Domain::parse("example.org").expect("it is one");
     let question = Question::of(&name, kind).expect("it fits");
-    let policy = Policy::new(&PolicyRequest::default()).expect("it can be");
+    let policy = Policy::new(&NetworkPolicy::default());
     let reach = Reach {
         ipv6,
         allow_cidrs: vec![],

@@ -24,11 +24,11 @@ use hickory_proto::rr::RecordType;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use super::domain::Domain;
 use super::event::{Journal, Query, QueryResult, What};
 use super::names::{Feed, Grant, Names};
 use super::policy::{Allowed, Policy};
 use super::refusal::{Code, Refusal};
+use crate::spec::Domain;
 use answer::{Sifted, sift};
 use budget::Budget;
 pub use config::{Reach, ResolverConfig, ResolverLimits};
@@ -129,12 +129,13 @@ impl Resolver {
     ) -> Self {
         let ResolverConfig {
             upstreams,
+            from,
             strict,
             reach,
             limits,
         } = config;
         Self(Arc::new(Inner {
-            upstreams: Upstreams::new(upstreams, limits.deadline),
+            upstreams: Upstreams::new(upstreams, from, limits.deadline),
             strict,
             reach,
             policy,
@@ -177,17 +178,22 @@ impl Resolver {
             RecordType::A
         };
         let found = self.look_up(name, kind).await;
-        let (result, addresses, refusal) = match &found {
-            Ok(addresses) => (QueryResult::Answered, addresses.clone(), None),
-            Err(LookupError::Refused(refusal)) => {
-                (QueryResult::Refused, Vec::new(), Some(refusal.clone()))
-            }
-            Err(LookupError::Failed { .. }) => (QueryResult::Failed, Vec::new(), None),
+        let result = match &found {
+            Ok(_) => QueryResult::Answered,
+            Err(LookupError::Refused(_)) => QueryResult::Refused,
+            Err(LookupError::Failed { .. }) => QueryResult::Failed,
         };
-        self.note(name.to_string(), kind.to_string(), result, since, |query| {
-            query.addresses = addresses;
-            query.refusal = refusal;
-        });
+        self.note(
+            name.to_string(),
+            kind.to_string(),
+            result,
+            since,
+            |query| match &found {
+                Ok(addresses) => query.addresses.clone_from(addresses),
+                Err(LookupError::Refused(refusal)) => query.refusal = Some(refusal.clone()),
+                Err(LookupError::Failed { why, .. }) => query.failure = Some(why.clone()),
+            },
+        );
         found
     }
 
@@ -276,8 +282,11 @@ impl Resolver {
             return refuse(refusal);
         }
         let Some(place) = self.place(&question.name) else {
-            self.note_of(&question, QueryResult::Failed, since, |_| ());
-            return Step::Reply(question.failed("too many questions are under way"));
+            let why = "too many questions are under way";
+            self.note_of(&question, QueryResult::Failed, since, |query| {
+                query.failure = Some(why.into());
+            });
+            return Step::Reply(question.failed(why));
         };
         Step::Forward(Box::new(Forward {
             question,
@@ -325,13 +334,19 @@ impl Resolver {
                 return reply;
             }
             Err(LookupError::Failed { why, .. }) => {
-                self.note_of(&question, QueryResult::Failed, since, |_| ());
-                return question.failed(&why);
+                let reply = question.failed(&why);
+                self.note_of(&question, QueryResult::Failed, since, |query| {
+                    query.failure = Some(why);
+                });
+                return reply;
             }
         };
         if let Err(why) = self.let_through(&question.name, &allowed, &sifted).await {
-            self.note_of(&question, QueryResult::Failed, since, |_| ());
-            return question.failed(&why);
+            let reply = question.failed(&why);
+            self.note_of(&question, QueryResult::Failed, since, |query| {
+                query.failure = Some(why);
+            });
+            return reply;
         }
         let result = match (sifted.records.is_empty(), sifted.no_name) {
             (_, true) => QueryResult::NoName,
@@ -378,7 +393,8 @@ impl Resolver {
         Ok(sifted)
     }
 
-    /// Has the addresses let through, and remembers them.
+    /// Remembers the addresses, and has them let through. In this order: a new
+    /// policy goes by what is remembered.
     async fn let_through(
         &self,
         name: &Domain,
@@ -397,6 +413,12 @@ impl Resolver {
             rule: allowed.rule.clone(),
         };
         let grants: Vec<Grant> = sifted.addresses.iter().map(grant).collect();
+        let names = &self.0.names;
+        let remember = |grant: &Grant| {
+            let before = names.give_out(name, grant.address, grant.lifetime);
+            (grant.address, before)
+        };
+        let remembered: Vec<_> = grants.iter().map(remember).collect();
         let (done, told) = oneshot::channel();
         let feed = Feed { grants, done };
         let work = async {
@@ -409,11 +431,14 @@ impl Resolver {
                 .unwrap_or_else(|_| Err("the address was not let through".into()))
         };
         let result = tokio::time::timeout(FEED_PATIENCE, work).await;
-        result.unwrap_or_else(|_| Err("it takes too long to let the address through".into()))?;
-        for &(address, ttl) in &sifted.addresses {
-            self.0.names.give_out(name, address, life(ttl));
+        let result =
+            result.unwrap_or_else(|_| Err("it takes too long to let the address through".into()));
+        if result.is_err() {
+            for (address, before) in remembered {
+                names.take_back(name, address, before);
+            }
         }
-        Ok(())
+        result
     }
 
     fn note_of(
@@ -442,6 +467,7 @@ impl Resolver {
             addresses: Vec::new(),
             rule: None,
             refusal: None,
+            failure: None,
             us: u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
         more(&mut query);

@@ -5,8 +5,8 @@ use hickory_proto::rr::rdata::opt::EdnsOption;
 use hickory_proto::rr::{DNSClass, Name, RecordType};
 
 use crate::net::address;
-use crate::net::domain::Domain;
 use crate::net::refusal::{Code, Refusal};
+use crate::spec::Domain;
 
 /// The option that tells why (RFC 8914, Extended DNS Errors), and its codes.
 const EDE: u16 = 15;

@@ -1,14 +1,15 @@
 //! Asking the host's resolvers.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::Instant;
+
+use crate::net::outgoing::Outgoing;
 
 /// Largest answer over UDP that is asked for (DNS flag day 2020).
 const UDP_SIZE: u16 = 1232;
@@ -50,16 +51,18 @@ pub(super) enum UpstreamError {
 #[derive(Debug)]
 pub(super) struct Upstreams {
     all: Vec<SocketAddr>,
+    from: Outgoing,
     /// The one that answered last.
     first: AtomicUsize,
     deadline: Duration,
 }
 
 impl Upstreams {
-    pub(super) fn new(all: Vec<SocketAddr>, deadline: Duration) -> Self {
+    pub(super) fn new(all: Vec<SocketAddr>, from: Outgoing, deadline: Duration) -> Self {
         let first = AtomicUsize::new(0);
         Self {
             all,
+            from,
             first,
             deadline,
         }
@@ -82,7 +85,7 @@ impl Upstreams {
             let index = (first + number) % self.all.len();
             let address = self.all[index];
             let patience = end.min(Instant::now() + PATIENCE);
-            let attempt = tokio::time::timeout_at(patience, exchange(address, query)).await;
+            let attempt = tokio::time::timeout_at(patience, self.exchange(address, query)).await;
             match attempt {
                 Ok(Ok(answer)) => {
                     self.first.store(index, Ordering::Relaxed);
@@ -94,52 +97,52 @@ impl Upstreams {
         }
         Err(last)
     }
-}
 
-/// One question to one upstream: over UDP, and over TCP when the answer is cut.
-async fn exchange(address: SocketAddr, query: &Query) -> Result<Message, UpstreamError> {
-    let failed = |source| UpstreamError::Io { address, source };
-    let wrong = |why: String| UpstreamError::Answer { address, why };
-    let mut message = Message::query();
-    message.metadata.recursion_desired = true;
-    message.add_query(query.clone());
-    let mut edns = Edns::new();
-    edns.set_max_payload(UDP_SIZE);
-    message.set_edns(edns);
-    let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
-    let answer = over_udp(address, &bytes, &message).await.map_err(failed)?;
-    let Some(answer) = answer else {
-        return Err(wrong("packets that answer something else".into()));
-    };
-    let answer = if answer.metadata.truncation {
-        let bytes = over_tcp(address, &bytes).await.map_err(failed)?;
-        let answer = Message::from_vec(&bytes).map_err(|error| wrong(error.to_string()))?;
-        if !answers(&answer, &message) {
-            return Err(wrong("over TCP it answers something else".into()));
+    /// One question to one upstream: over UDP, and over TCP when the answer is cut.
+    async fn exchange(&self, address: SocketAddr, query: &Query) -> Result<Message, UpstreamError> {
+        let failed = |source| UpstreamError::Io { address, source };
+        let wrong = |why: String| UpstreamError::Answer { address, why };
+        let mut message = Message::query();
+        message.metadata.recursion_desired = true;
+        message.add_query(query.clone());
+        let mut edns = Edns::new();
+        edns.set_max_payload(UDP_SIZE);
+        message.set_edns(edns);
+        let bytes = message.to_vec().map_err(|error| wrong(error.to_string()))?;
+        let answer = over_udp(&self.from, address, &bytes, &message)
+            .await
+            .map_err(failed)?;
+        let Some(answer) = answer else {
+            return Err(wrong("packets that answer something else".into()));
+        };
+        let answer = if answer.metadata.truncation {
+            let bytes = over_tcp(&self.from, address, &bytes)
+                .await
+                .map_err(failed)?;
+            let answer = Message::from_vec(&bytes).map_err(|error| wrong(error.to_string()))?;
+            if !answers(&answer, &message) {
+                return Err(wrong("over TCP it answers something else".into()));
+            }
+            answer
+        } else {
+            answer
+        };
+        match answer.metadata.response_code {
+            ResponseCode::NoError | ResponseCode::NXDomain => Ok(answer),
+            other => Err(wrong(other.to_string())),
         }
-        answer
-    } else {
-        answer
-    };
-    match answer.metadata.response_code {
-        ResponseCode::NoError | ResponseCode::NXDomain => Ok(answer),
-        other => Err(wrong(other.to_string())),
     }
 }
 
 /// A socket of its own for each question has a port that cannot be guessed,
 /// and takes packets from the upstream only.
 async fn over_udp(
+    from: &Outgoing,
     address: SocketAddr,
     bytes: &[u8],
     question: &Message,
 ) -> io::Result<Option<Message>> {
-    let any: SocketAddr = match address {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).await?;
-    socket.connect(address).await?;
+    let socket = from.packets(address).await?;
     socket.send(bytes).await?;
     let mut buffer = vec![0; 4096];
     for _ in 0..STRAY {
@@ -154,8 +157,8 @@ async fn over_udp(
     Ok(None)
 }
 
-async fn over_tcp(address: SocketAddr, bytes: &[u8]) -> io::Result<Vec<u8>> {
-    let mut stream = TcpStream::connect(address).await?;
+async fn over_tcp(from: &Outgoing, address: SocketAddr, bytes: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = from.connect(address).await?;
     let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
     stream
         .write_all(&[&length.to_be_bytes(), bytes].concat())

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::machine::refuse;
 use super::*;
-use crate::plan::network::TAP;
+use crate::plan::network::{PROXY, TAP};
 use crate::spec::NetworkPolicy;
 
 /// What names have to do with what may be reached.
@@ -13,11 +13,22 @@ pub enum Names {
     /// Nothing: every address that is not forbidden, at the allowed ports.
     #[default]
     Any,
-    /// Only what the resolver put into [`ALLOWED`]. TCP only.
+    /// Only what the resolver put into [`ALLOWED`].
     Fed,
-    /// As fed; and web connections (TCP to 80 and 443) go to this port of the
-    /// gateway, where the name they ask for is read.
+    /// As fed, but TCP only; and web connections (to 80 and 443) go to this port
+    /// of the gateway, where the name they ask for is read.
     Strict(u16),
+}
+
+impl Names {
+    /// What names have to do with a machine of this policy.
+    pub fn of(policy: &NetworkPolicy) -> Self {
+        match (policy.strict, policy.is_closed()) {
+            (true, _) => Self::Strict(PROXY),
+            (false, true) => Self::Fed,
+            (false, false) => Self::Any,
+        }
+    }
 }
 
 /// What can change while the machine runs.
@@ -33,9 +44,10 @@ pub struct Changes {
 /// the bytes that count against the total already.
 pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
     let through = || Expr::goto("let-through");
+    let ports = policy.ports();
     let sets = [("ports-tcp", Protocol::Tcp), ("ports-udp", Protocol::Udp)];
     let sets = sets.map(|(name, protocol)| {
-        let ports = policy.ports.iter().filter(|port| port.protocol == protocol);
+        let ports = ports.iter().filter(|port| port.protocol == protocol);
         Set {
             name,
             elements: Elements::Ports(merged(ports)),
@@ -43,13 +55,30 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
     });
     let to_ports =
         |protocol, set| vec![Expr::L4(protocol), Expr::InSet(Field::Port, set), through()];
-    let to_fed = |family, v6| {
+    // At ports of its own, or at the policy's.
+    let to_own = |family, v6| {
         let set = Expr::DestInSet(v6, ALLOWED[usize::from(v6)]);
         vec![Expr::Nfproto(family), Expr::L4(TCP), set, through()]
     };
+    let to_fed = |family, v6, protocol, ports| {
+        vec![
+            Expr::Nfproto(family),
+            Expr::L4(protocol),
+            Expr::InSet(Field::Port, ports),
+            Expr::DestAnyPort(v6, ALLOWED[usize::from(v6)]),
+            through(),
+        ]
+    };
+    let fed = |family, v6| [to_own(family, v6), to_fed(family, v6, TCP, "ports-tcp")];
+    let udp = |family, v6| to_fed(family, v6, UDP, "ports-udp");
     let allowed = match names {
         Names::Any => vec![to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")],
-        Names::Fed | Names::Strict(_) => vec![to_fed(2, false), to_fed(10, true)],
+        Names::Fed => {
+            let tcp = [fed(2, false), fed(10, true)];
+            let udp = [udp(2, false), udp(10, true)];
+            tcp.into_iter().flatten().chain(udp).collect()
+        }
+        Names::Strict(_) => [fed(2, false), fed(10, true)].concat(),
     };
     let limits = &policy.limits;
     let new = vec![

@@ -27,7 +27,8 @@ pub const LOG_GROUP: u16 = 1;
 pub const LOG_NEW: &str = "new:";
 /// What the log says of one that was not, before the rule's name.
 pub const LOG_REFUSED: &str = "refused:";
-/// Sets of addresses and ports that names stand for, fed by the resolver.
+/// Sets of addresses and ports that names stand for, fed by the resolver. Port 0
+/// stands for those of the policy.
 pub const ALLOWED: [&str; 2] = ["allowed4", "allowed6"];
 
 /// Tables that are made together or not at all.
@@ -193,8 +194,10 @@ pub enum Expr {
     Within(Field, Cidr),
     /// A field is in this set of ports.
     InSet(Field, &'static str),
-    /// Destination and port are in this set.
+    /// Destination and port are in this set. Whether they are IPv6.
     DestInSet(bool, &'static str),
+    /// Destination and port 0, which stands for the policy's ports, are in it.
+    DestAnyPort(bool, &'static str),
     /// Goes where this map of destinations says.
     Map(Field, &'static str),
     /// Destination is not a plain address of another host, as routing sees it.

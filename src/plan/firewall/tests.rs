@@ -20,9 +20,8 @@ fn a_machine_as_usual() {
 fn a_machine_with_everything() {
     let mut policy = policy();
     policy.ipv6 = true;
-    policy.ports = ["80", "81-90", "443/udp"]
-        .map(|port| port.parse().unwrap())
-        .into();
+    let ports = ["80", "81-90", "443/udp"].map(|port| port.parse().unwrap());
+    policy.ports = Some(ports.into());
     policy.exceptions = ["10.1.2.3/32:5432", "[fd00::]/8:443/udp", "192.168.1.0/24"]
         .map(|exception| exception.parse().unwrap())
         .into();
@@ -74,7 +73,10 @@ fn every_jump_has_an_end() {
             match expr {
                 Expr::Jump(chain) | Expr::Goto(chain) => assert!(named(chain), "{chain}"),
                 Expr::Counter(name) => assert!(table.counters.contains(name), "{name}"),
-                Expr::InSet(_, set) | Expr::Map(_, set) | Expr::DestInSet(_, set) => {
+                Expr::InSet(_, set)
+                | Expr::Map(_, set)
+                | Expr::DestInSet(_, set)
+                | Expr::DestAnyPort(_, set) => {
                     assert!(table.sets.iter().any(|one| one.name == *set), "{set}");
                 }
                 _ => {}

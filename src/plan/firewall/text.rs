@@ -158,6 +158,10 @@ impl Display for Expr {
                 let ip = if *v6 { "ip6" } else { "ip" };
                 write!(f, "{ip} daddr . th dport @{set}")
             }
+            Self::DestAnyPort(v6, set) => {
+                let ip = if *v6 { "ip6" } else { "ip" };
+                write!(f, "{ip} daddr . 0 @{set}")
+            }
             Self::Map(field, map) => write!(f, "{field} vmap @{map}"),
             Self::NotToOthers => write!(f, "fib daddr type != unicast"),
             Self::Ct(State::Known) => write!(f, "ct state established,related"),

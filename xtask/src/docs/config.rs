@@ -41,7 +41,10 @@ network = "db"
 
 [network.db]
 mode = "nat-filtered"
-ports = ["443", "8000-8100"]
+preset = "packages"
+allow_hosts = ["git.example.org:22", "*.example.net"]
+deny_hosts = ["telemetry.example.net"]
+strict = true
 exceptions = ["10.1.2.3/32:5432"]
 limits = { download = "10M", total = "2G" }
 ```
@@ -217,6 +220,7 @@ fn order<'k>(keys: &'k Map<String, Value>, above: Option<&str>) -> Vec<&'k str> 
             "qemu",
             "boot_timeout",
             "network_pool",
+            "resolvers",
         ]
         .iter()
         .position(|known| *known == name),
@@ -240,6 +244,7 @@ fn kind(key: &Value, schema: &Value) -> String {
             "Cidr" => "range of addresses".into(),
             "UidRange" => "range of user ids".into(),
             "Waived" => "list of layers".into(),
+            "Resolvers" => "list of addresses".into(),
             name => match schema["$defs"][name]["oneOf"].as_array() {
                 Some(choices) => {
                     let choices = choices

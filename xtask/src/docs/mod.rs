@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use bulkhead::cli::{ExecOutcome, MachineUse};
 use bulkhead::error::Failed;
+use bulkhead::net::Event;
 use bulkhead::run::Outcome;
 use bulkhead::spec::Setting;
 use bulkhead::supervise::{ExecInfo, View};
@@ -71,6 +72,7 @@ fn outputs() -> Vec<(&'static str, Value)> {
         ("inspect", schema::<View>()),
         ("logs-list", schema::<Vec<ExecInfo>>()),
         ("ls", schema::<Vec<View>>()),
+        ("net-log", schema::<Event>()),
         ("outcome", schema::<Outcome>()),
         ("stats", schema::<Vec<MachineUse>>()),
     ]

@@ -1,11 +1,12 @@
 //! The presets: policies by name, as data in presets.toml.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::HostPattern;
+use super::host::{HostPattern, Hosts};
+use super::network::{Port, Protocol};
 
 /// A policy by name.
 #[derive(
@@ -52,6 +53,26 @@ impl Preset {
     pub fn data(self) -> &'static PresetData {
         &presets()[&self]
     }
+
+    /// At which ports its hosts may be reached.
+    pub fn ports(self) -> BTreeSet<Port> {
+        let all = |protocol| Port::range(protocol, 1, u16::MAX);
+        match &self.data().ports {
+            None => [all(Protocol::Tcp), all(Protocol::Udp)].into(),
+            Some(ports) => {
+                let one = |&port: &u16| Port::range(Protocol::Tcp, port, port);
+                ports.iter().map(one).collect()
+            }
+        }
+    }
+
+    /// Whether it allows every public host.
+    pub(crate) fn is_open(self) -> bool {
+        self.data()
+            .hosts
+            .iter()
+            .any(|host| host.hosts == Hosts::Any)
+    }
 }
 
 impl std::fmt::Display for Preset {
@@ -68,7 +89,7 @@ pub struct PresetData {
     pub about: String,
     /// Which hosts.
     pub hosts: Vec<HostPattern>,
-    /// At which TCP ports; absent for all.
+    /// At which TCP ports; absent for all of TCP and UDP.
     pub ports: Option<Vec<u16>>,
 }
 

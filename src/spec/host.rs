@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::net::domain::{Domain, NotADomain};
+use super::domain::{Domain, NotADomain};
 
 /// Which hosts are meant: `example.org` that one, `*.example.org` all below it,
 /// `*` all; with `:PORT` at that port only.
@@ -13,13 +13,13 @@ use crate::net::domain::{Domain, NotADomain};
 #[cfg_attr(feature = "schema", schemars(with = "String"))]
 #[serde(try_from = "String", into = "String")]
 pub struct HostPattern {
-    pub(super) hosts: Hosts,
-    pub(super) port: Option<u16>,
+    pub(crate) hosts: Hosts,
+    port: Option<u16>,
 }
 
 /// The part before the port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) enum Hosts {
+pub(crate) enum Hosts {
     Exact(Domain),
     Below(Domain),
     Any,
@@ -37,9 +37,6 @@ pub enum BadPattern {
     /// A star elsewhere than at the start.
     #[error("`{}` has a * elsewhere than at its start (`*.example.org`)", crate::text::printable(.0.as_bytes()))]
     Star(String),
-    /// A rule that denies a host has no port.
-    #[error("`{0}` has a port, and a host is denied at all of them")]
-    DeniedPort(HostPattern),
 }
 
 impl HostPattern {
@@ -58,7 +55,7 @@ impl HostPattern {
     }
 
     /// How closely it describes a name: the closest one names the rule.
-    pub(super) fn closeness(&self) -> (u8, usize) {
+    pub(crate) fn closeness(&self) -> (u8, usize) {
         match &self.hosts {
             Hosts::Exact(name) => (2, name.as_str().len()),
             Hosts::Below(name) => (1, name.as_str().len()),

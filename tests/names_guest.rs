@@ -1,0 +1,462 @@
+//! Names in real guests: resolved under the machine's policy, let through for
+//! their addresses only, read again in strict mode, and on record.
+
+mod support;
+
+#[path = "support/dns.rs"]
+mod dns;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead::host::network::Site;
+use bulkhead::net::{Code, Event, QueryResult, Summary, What};
+use bulkhead::run::Machine;
+use bulkhead::spec::{Bytes, Catalog, NetworkPolicy, Preset, Request as Wish};
+use dns::{Says, Upstream, a, cname};
+use hickory_proto::rr::RecordType;
+use nix::sys::signal::{Signal, kill};
+use support::Bulkhead;
+use support::live::{Live, sh};
+use support::net::{World, sh_in};
+
+const RESOLVER: &str = "8.8.8.8:53";
+/// Hosts of the internet that is made here: names, and where they are.
+const GOOD: &str = "93.184.215.14";
+const EVIL: &str = "93.184.215.15";
+/// Two names are here: shared.org and other.org.
+const SHARED: &str = "93.184.215.16";
+
+/// An internet with hosts and a name server.
+struct Internet {
+    world: World,
+    dns: Upstream,
+}
+
+impl Internet {
+    fn new() -> Self {
+        let world = World::new();
+        let netns = &world.internet.netns;
+        for address in [GOOD, EVIL, SHARED] {
+            sh_in(netns, &format!("ip addr add {address}/32 dev lo"));
+            for port in [22, 80, 8443] {
+                let address = format!("{address}:{port}");
+                serve(
+                    netns
+                        .run_in(|| TcpListener::bind(address))
+                        .unwrap()
+                        .unwrap(),
+                );
+            }
+        }
+        let sockets = netns.run_in(|| dns::sockets(RESOLVER)).unwrap();
+        let dns = Upstream::on(sockets, |name, kind, _| match (name, kind) {
+            ("good.org", RecordType::A) => Says::Records(vec![a(name, GOOD, 60)]),
+            ("alias.org", RecordType::A) => {
+                Says::Records(vec![cname(name, "cdn.net"), a("cdn.net", GOOD, 60)])
+            }
+            ("evil.org", RecordType::A) => Says::Records(vec![a(name, EVIL, 60)]),
+            ("shared.org" | "other.org", RecordType::A) => Says::Records(vec![a(name, SHARED, 60)]),
+            ("rebind.org", RecordType::A) => Says::Records(vec![a(name, "169.254.169.254", 0)]),
+            ("lan.org", RecordType::A) => {
+                Says::Records(vec![a(name, "10.77.0.9", 0), a(name, GOOD, 60)])
+            }
+            _ => Says::Records(vec![]),
+        });
+        Self { world, dns }
+    }
+
+    fn site(&self) -> Site {
+        Site {
+            resolvers: vec![RESOLVER.parse().unwrap()],
+            ..self.world.site()
+        }
+    }
+
+    fn bulkhead(&self) -> Bulkhead {
+        Bulkhead::new()
+            .with_own_state()
+            .inside(&self.world.host.path, RESOLVER)
+    }
+}
+
+/// Answers each request with the address it came to.
+fn serve(listener: TcpListener) {
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let own = stream.local_addr().unwrap().ip();
+                let body = format!("I am {own}\n");
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    body.len()
+                );
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request);
+                let _ = stream.write_all(format!("{head}{body}").as_bytes());
+            });
+        }
+    });
+}
+
+fn script(lines: &[&str]) -> String {
+    let script = include_str!("support/try.pl");
+    let lines = lines.join("\n");
+    format!(
+        "cat > /tmp/try.pl <<'PERL'\n{script}\nPERL\nperl /tmp/try.pl <<'TRIES'\n{lines}\nTRIES"
+    )
+}
+
+/// Rows: what is tried, and what must come of it, in this order.
+async fn matrix(machine: &Machine, rows: &[(&str, &str)]) {
+    let lines: Vec<_> = rows.iter().map(|(line, _)| *line).collect();
+    let seen = sh(machine, &script(&lines)).await;
+    check(rows, &seen);
+}
+
+#[track_caller]
+fn check(rows: &[(&str, &str)], seen: &str) {
+    let seen: Vec<_> = seen.lines().collect();
+    let wanted: Vec<_> = rows
+        .iter()
+        .map(|(line, expected)| format!("{line}: {expected}"))
+        .collect();
+    let got: Vec<_> = rows
+        .iter()
+        .zip(&seen)
+        .map(|((line, _), seen)| format!("{line}: {seen}"))
+        .collect();
+    assert_eq!(got, wanted, "{seen:?}");
+}
+
+fn policy(preset: Preset, allow: &[&str], deny: &[&str]) -> NetworkPolicy {
+    let hosts = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+    NetworkPolicy {
+        allow_hosts: hosts(allow),
+        deny_hosts: hosts(deny),
+        ..NetworkPolicy::of_preset(preset)
+    }
+}
+
+async fn start(live: &Live, policy: NetworkPolicy) -> Machine {
+    let mut catalog = Catalog::default();
+    catalog.add_network("own".parse().unwrap(), policy).unwrap();
+    let wish = Wish {
+        network: Some("own".parse().unwrap()),
+        memory: Some(Bytes::mib(256)),
+        ..Wish::default()
+    };
+    live.start_from(wish, &catalog).await
+}
+
+fn events(text: &str) -> Vec<What> {
+    let event = |line| serde_json::from_str::<Event>(line).unwrap().what;
+    text.lines().map(event).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_policy_lets_through_what_its_names_stand_for() {
+    let internet = Internet::new();
+    let live = Live::with_site(internet.site());
+    let allow = [
+        "good.org",
+        "alias.org",
+        "rebind.org",
+        "lan.org",
+        "shared.org:8443",
+    ];
+    let closed = policy(Preset::Offline, &allow, &[]);
+    let machine = start(&live, closed.clone()).await;
+    matrix(
+        &machine,
+        &[
+            // Before it is asked for, an address is nobody's.
+            ("tcp 93.184.215.14 80", "refused"),
+            ("name good.org", GOOD),
+            ("web good.org 80 good.org", "200 93.184.215.14"),
+            ("web alias.org 80 alias.org", "200 93.184.215.14"),
+            ("tcp 93.184.215.14 22", "refused"),
+            ("tcp 93.184.215.14 8443", "refused"),
+            // At a port of its own, and no other.
+            ("web shared.org 8443 shared.org", "200 93.184.215.16"),
+            ("tcp 93.184.215.16 80", "refused"),
+            // Refused, not unknown.
+            ("name evil.org", "try again"),
+            ("tcp 93.184.215.15 80", "refused"),
+            // Rebinding: what no machine may reach is left out.
+            ("name rebind.org", "try again"),
+            ("name lan.org", GOOD),
+            ("tcp 169.254.169.254 80", "refused"),
+            ("tcp 10.77.0.9 80", "refused"),
+            // No other resolver.
+            ("udp 8.8.8.8 53", "prohibited"),
+        ],
+    )
+    .await;
+    let asked = internet.dns.asked_names();
+    assert!(!asked.contains(&"evil.org".to_owned()), "{asked:?}");
+
+    // Changed while it runs: at once, for what was looked up before, too.
+    let mut other = policy(Preset::Offline, &["evil.org", "alias.org"], &["good.org"]);
+    machine.set_network(&other, true).unwrap();
+    matrix(
+        &machine,
+        &[
+            ("name good.org", "try again"),
+            ("web evil.org 80 evil.org", "200 93.184.215.15"),
+            // The same address by a name that stays.
+            ("tcp 93.184.215.14 22", "refused"),
+            ("web alias.org 80 alias.org", "200 93.184.215.14"),
+            ("tcp 93.184.215.16 8443", "refused"),
+        ],
+    )
+    .await;
+    other.allow_hosts.clear();
+    machine.set_network(&other, true).unwrap();
+    matrix(
+        &machine,
+        &[
+            ("tcp 93.184.215.14 80", "refused"),
+            ("tcp 93.184.215.15 80", "refused"),
+            ("name evil.org", "try again"),
+        ],
+    )
+    .await;
+
+    let record = machine.dir().join("network.jsonl");
+    let traffic = machine.traffic().unwrap();
+    let all = events(&std::fs::read_to_string(record).unwrap());
+    let query = |name: &str, result| {
+        all.iter().find_map(|what| match what {
+            What::Query(query) if query.name == name && query.result == result => Some(query),
+            _ => None,
+        })
+    };
+    let refusal = query("evil.org", QueryResult::Refused)
+        .unwrap()
+        .refusal
+        .clone()
+        .unwrap();
+    assert_eq!(
+        (refusal.code, refusal.rule.as_str()),
+        (Code::HostNotAllowed, "default:offline")
+    );
+    let remedy = &refusal.remedy;
+    assert!(remedy.contains("--allow-host evil.org"), "{remedy}");
+    let good = query("good.org", QueryResult::Answered).unwrap();
+    assert_eq!(good.rule.as_deref(), Some("allow-host:good.org"));
+    let denied = query("good.org", QueryResult::Refused).unwrap();
+    assert_eq!(denied.refusal.as_ref().unwrap().code, Code::HostDenied);
+    let lan = query("lan.org", QueryResult::Answered).unwrap();
+    assert_eq!(lan.refusal.as_ref().unwrap().code, Code::AnswerPrivate);
+    assert!(
+        all.iter().any(|what| matches!(
+            what,
+            What::Packet(packet) if packet.refusal.is_none() && packet.name.is_some()
+        )),
+        "{all:#?}"
+    );
+    machine.kill().await.unwrap();
+    let summary = traffic.summary();
+    assert!(summary.hosts.contains_key("evil.org"), "{summary:?}");
+    assert_eq!(summary.refused["evil.org"].code, Code::HostNotAllowed);
+    // Of connections that were open, or just over, when it ended.
+    assert!(summary.sent > 0 && summary.received > 0, "{summary:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_policy_resolves_what_is_not_denied() {
+    let internet = Internet::new();
+    let live = Live::with_site(internet.site());
+    let machine = start(&live, policy(Preset::Dev, &[], &["evil.org"])).await;
+    matrix(
+        &machine,
+        &[
+            ("name good.org", GOOD),
+            ("name evil.org", "try again"),
+            ("name nas.lan", "try again"),
+            ("tcp 93.184.215.14 22", "silent"),
+            ("web good.org 80 good.org", "200 93.184.215.14"),
+            ("tcp 93.184.215.14 8443", "refused"),
+        ],
+    )
+    .await;
+    machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_mode_reads_the_name_at_a_shared_address() {
+    let internet = Internet::new();
+    let live = Live::with_site(internet.site());
+    let strict = NetworkPolicy {
+        strict: true,
+        ..policy(Preset::Offline, &["shared.org", "good.org:22"], &[])
+    };
+    let machine = start(&live, strict).await;
+    matrix(
+        &machine,
+        &[
+            ("web shared.org 80 shared.org", "200 93.184.215.16"),
+            // The same address by another name, and by none.
+            ("web shared.org 80 other.org", "403 host-not-allowed"),
+            ("web shared.org 80 93.184.215.16", "403 host-missing"),
+            // An allowed name leads to its own address.
+            ("web x 80 shared.org 93.184.215.15", "200 93.184.215.16"),
+            ("web x 80 evil.org 93.184.215.15", "403 host-not-allowed"),
+            // What no machine may reach is refused before anybody reads.
+            ("tcp 169.254.169.254 80", "refused"),
+            ("tcp 10.77.0.9 80", "refused"),
+            ("tcp 192.0.2.1 80", "refused"),
+            // Other ports by address, at once.
+            ("name good.org", GOOD),
+            ("tcp 93.184.215.14 22", "silent"),
+            ("tcp 93.184.215.16 22", "refused"),
+        ],
+    )
+    .await;
+    let traffic = machine.traffic().unwrap();
+    machine.kill().await.unwrap();
+    let summary: Summary = traffic.summary();
+    assert_eq!(summary.refused["other.org"].code, Code::HostNotAllowed);
+    assert!(summary.hosts["shared.org"].connections >= 2, "{summary:?}");
+    let metadata = &summary.refused["169.254.169.254 (tcp 80)"];
+    assert_eq!(metadata.rule, "packet:metadata");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_says_what_it_reached_and_what_was_refused() {
+    let internet = Internet::new();
+    let bulkhead = internet.bulkhead();
+    let tries = script(&["web good.org 80 good.org", "name evil.org"]);
+    let words = ["run", "--accel", &support::accel(), "--image", "base"];
+    let words = [&words[..], &["--kernel", "tuned", "--network", "offline"]].concat();
+    let words = [
+        &words[..],
+        &["--allow-host", "*.org", "--deny-host", "evil.org"],
+    ]
+    .concat();
+    let command = ["--", "sh", "-c", &tries];
+    let ran = bulkhead.raw(&[&words[..], &command].concat());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert_eq!(ran.stdout, "200 93.184.215.14\ntry again\n");
+    let told = "bulkhead: network: 1 host, 1 refused: evil.org (host-denied, deny-host:evil.org)";
+    assert!(ran.stderr.contains(told), "{}", ran.stderr);
+
+    // Where nobody answers, that is said soon, and the machine goes on.
+    let nobody = ["--json", "--resolvers", "203.0.113.99"];
+    let command = [
+        "--",
+        "sh",
+        "-c",
+        &script(&["name good.org", "name good.org"]),
+    ];
+    let begin = Instant::now();
+    let ran = bulkhead.raw(&[&nobody[..], &words, &command].concat());
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert!(begin.elapsed() < Duration::from_secs(60));
+    let outcome: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(outcome["stdout"]["text"], "try again\ntry again\n");
+    assert!(
+        outcome["traffic"]["queries"].as_u64() >= Some(2),
+        "{outcome}"
+    );
+    assert_eq!(outcome["traffic"]["hosts"], serde_json::json!({}));
+
+    // Hosts that cannot be are refused before anything starts.
+    let bad = [&words[..], &["--deny-host", "a.org:80", "--", "true"]].concat();
+    bulkhead.must_fail(&bad, "value-invalid");
+    let ran = bulkhead.raw(&[&words[..], &["--allow-host", "10.0.0.1", "--", "true"]].concat());
+    assert!(
+        ran.code == 125 && ran.stderr.contains("10.0.0.1"),
+        "{ran:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
+    let internet = Internet::new();
+    let bulkhead = internet.bulkhead();
+    let host = &internet.world.host.netns;
+    let before = sh_in(
+        host,
+        "ip -o link | sed 's/^[0-9]*//'; ip route; nft list tables",
+    );
+    let options = ["--network", "offline", "--allow-host", "good.org"];
+    let options = [&options[..], &["--survivors", "adopt", "--start"]].concat();
+    let vm = bulkhead.create("named", &options);
+    let tries = |rows: &[(&str, &str)]| {
+        let lines: Vec<_> = rows.iter().map(|(line, _)| *line).collect();
+        let ran = bulkhead.exec(&["-u", "root", "named", "sh", "-c", &script(&lines)]);
+        assert_eq!(ran.code, 0, "{ran:?}");
+        check(rows, &ran.stdout);
+    };
+    let good = ("web good.org 80 good.org", "200 93.184.215.14");
+    let evil = ("web evil.org 80 evil.org", "200 93.184.215.15");
+    let no_evil = ("name evil.org", "try again");
+    tries(&[good, no_evil]);
+    bulkhead.must(&["net", "allow", "named", "--host", "evil.org"]);
+    tries(&[good, evil]);
+    bulkhead.must(&["net", "deny", "named", "--host", "good.org"]);
+    tries(&[
+        evil,
+        ("name good.org", "try again"),
+        ("tcp 93.184.215.14 80", "refused"),
+    ]);
+    let shown = bulkhead.must(&["net", "show", "named"]);
+    assert!(
+        shown.contains("allowed      evil.org") && shown.contains("denied       good.org"),
+        "{shown}"
+    );
+    let log = bulkhead.must(&["net", "log", "named"]);
+    for words in [
+        "refused  evil.org A",
+        "asked    good.org A: 93.184.215.14",
+        "new      tcp good.org",
+    ] {
+        assert!(log.contains(words), "{words}: {log}");
+    }
+    let refused = bulkhead.must(&["--json", "net", "log", "named", "--refused"]);
+    let refused = events(&refused);
+    assert!(refused.iter().all(|what| what.refusal().is_some()));
+    assert!(refused.len() >= 3, "{refused:#?}");
+
+    // Nobody resolves, and nothing more is open, while nobody watches.
+    kill(vm.supervisor(), Signal::SIGKILL).unwrap();
+    vm.becomes("lost");
+    let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
+    let inside = inside.unwrap();
+    let sockets = sh_in(&inside, "cat /proc/self/net/udp /proc/self/net/tcp");
+    assert!(!sockets.contains(":0035 "), "{sockets}");
+    assert!(bulkhead.must(&["gc"]).contains("took over named"));
+    // What was let through before is not: its name is not known any more.
+    tries(&[
+        ("tcp 93.184.215.15 80", "refused"),
+        evil,
+        ("name good.org", "try again"),
+    ]);
+
+    let follow = ["--json", "net", "log", "-f", "named"];
+    let mut follow = bulkhead.command(&follow);
+    let follow = follow.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    bulkhead.must(&["restart", "named"]);
+    tries(&[evil, ("name good.org", "try again")]);
+    bulkhead.must(&["stop", "--force", "named"]);
+    let followed = follow.wait_with_output().unwrap();
+    assert!(followed.status.success());
+    let followed = String::from_utf8(followed.stdout).unwrap();
+    assert!(events(&followed).len() > refused.len());
+    let line = vm.inspect()["ended"]["network"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(line.starts_with("1 host, 1 refused"), "{line}");
+    bulkhead.must(&["rm", "named"]);
+    let after = sh_in(
+        host,
+        "ip -o link | sed 's/^[0-9]*//'; ip route; nft list tables",
+    );
+    assert_eq!(after, before);
+    assert_eq!(support::entries(bulkhead.runtime()), [""; 0]);
+}
