@@ -144,3 +144,83 @@ fn a_service_without_a_network_is_reached_from_the_host() {
     }
     drop(vm);
 }
+
+/// A port that nobody has.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// What the service says to a connection at this port, once it is there.
+fn talk(port: u16) -> String {
+    let begin = std::time::Instant::now();
+    loop {
+        let talk = || {
+            let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+            stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+            stream.write_all(b"world")?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok::<_, std::io::Error>(text)
+        };
+        match talk() {
+            Ok(text) if !text.is_empty() => return text,
+            said => assert!(begin.elapsed() < Duration::from_secs(60), "{said:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn a_published_port_lives_as_long_as_its_machine() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let port = free_port();
+    let publish = format!("{port}:8000");
+    let options = ["--publish", &publish, "--survivors", "adopt"];
+    let vm = bulkhead.create("pub", &[&options[..], &["--start"]].concat());
+    let background = format!("perl -e '{SERVICE}' >/dev/null 2>&1 </dev/null &");
+    bulkhead.must(&["exec", "pub", "sh", "-c", &background]);
+    assert_eq!(talk(port), "hello WORLD");
+
+    // Somebody else wants it, and there is no machine then.
+    let second = bulkhead.create("second", &options);
+    bulkhead.must_fail(&["start", "second"], "port-unusable");
+    assert_eq!(second.state(), "failed");
+    let any = ["run", "--publish", "0:80", "--", "true"];
+    bulkhead.must_fail(&any, "value-invalid");
+
+    nix::sys::signal::kill(vm.supervisor(), nix::sys::signal::Signal::SIGKILL).unwrap();
+    vm.becomes("lost");
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+    assert!(bulkhead.must(&["gc"]).contains("took over pub"));
+    assert_eq!(talk(port), "hello WORLD");
+    bulkhead.must(&["stop", "--force", "pub"]);
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+
+    // A run has it while its command runs.
+    let run = [
+        "run",
+        "--accel",
+        &support::accel(),
+        "--image",
+        "base",
+        "--kernel",
+        "tuned",
+    ];
+    let run = [
+        &run[..],
+        &["--publish", &publish, "--", "perl", "-e", SERVICE],
+    ]
+    .concat();
+    let mut run = bulkhead
+        .command(&run)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    assert_eq!(talk(port), "hello WORLD");
+    let pid = nix::unistd::Pid::from_raw(run.id().cast_signed());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    run.wait().unwrap();
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_err());
+}

@@ -57,6 +57,7 @@ impl Internet {
             ("alias.org", RecordType::A) => {
                 Says::Records(vec![cname(name, "cdn.net"), a("cdn.net", GOOD, 60)])
             }
+            ("six.org", RecordType::AAAA) => Says::Records(vec![a(name, "2a00:1234::1", 60)]),
             ("evil.org", RecordType::A) => Says::Records(vec![a(name, EVIL, 60)]),
             ("shared.org" | "other.org", RecordType::A) => Says::Records(vec![a(name, SHARED, 60)]),
             ("rebind.org", RecordType::A) => Says::Records(vec![a(name, "169.254.169.254", 0)]),
@@ -287,6 +288,47 @@ async fn an_open_policy_resolves_what_is_not_denied() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn names_lead_over_ipv6_where_it_is_asked_for() {
+    let internet = Internet::new();
+    let world = &internet.world;
+    sh_in(
+        &world.internet.netns,
+        "ip -6 addr add 2a00:1234::1/128 dev lo nodad",
+    );
+    sh_in(
+        &world.host.netns,
+        "sysctl -qw net.ipv6.conf.all.forwarding=1",
+    );
+    let listen = || TcpListener::bind("[2a00:1234::1]:80");
+    serve(world.internet.netns.run_in(listen).unwrap().unwrap());
+    let live = Live::with_site(internet.site());
+    let six = NetworkPolicy {
+        ipv6: true,
+        ..policy(Preset::Offline, &["six.org", "good.org"], &[])
+    };
+    let machine = start(&live, six).await;
+    matrix(
+        &machine,
+        &[
+            ("tcp 2a00:1234::1 80", "refused"),
+            ("name6 six.org", "2a00:1234::1"),
+            ("tcp 2a00:1234::1 80", "silent"),
+            ("tcp 2a00:1234::1 443", "refused"),
+            ("name6 good.org", "none"),
+            // The resolver is at the gateway's other address, too.
+            ("tcp fd62:756c:6b68::1 53", "silent"),
+            ("web good.org 80 good.org", "200 93.184.215.14"),
+        ],
+    )
+    .await;
+    machine.kill().await.unwrap();
+    // Without it, there are no such addresses.
+    let machine = start(&live, policy(Preset::Offline, &["six.org"], &[])).await;
+    matrix(&machine, &[("name6 six.org", "none")]).await;
+    machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn strict_mode_reads_the_name_at_a_shared_address() {
     let internet = Internet::new();
     let live = Live::with_site(internet.site());
@@ -337,12 +379,18 @@ async fn a_run_says_what_it_reached_and_what_was_refused() {
         &["--allow-host", "*.org", "--deny-host", "evil.org"],
     ]
     .concat();
+    let learn = [&words[..], &["--learn"]].concat();
     let command = ["--", "sh", "-c", &tries];
-    let ran = bulkhead.raw(&[&words[..], &command].concat());
+    let ran = bulkhead.raw(&[&learn[..], &command].concat());
     assert_eq!(ran.code, 0, "{ran:?}");
     assert_eq!(ran.stdout, "200 93.184.215.14\ntry again\n");
     let told = "bulkhead: network: 1 host, 1 refused: evil.org (host-denied, deny-host:evil.org)";
     assert!(ran.stderr.contains(told), "{}", ran.stderr);
+
+    // What is denied is no proposal.
+    let (_, learned) = ran.stderr.split_once("[network.learned]").unwrap();
+    assert!(learned.contains("\"good.org\","), "{learned}");
+    assert!(!learned.contains("evil.org"), "{learned}");
 
     // Where nobody answers, that is said soon, and the machine goes on.
     let nobody = ["--json", "--resolvers", "203.0.113.99"];

@@ -4,9 +4,10 @@ use std::net::TcpListener;
 
 use super::Global;
 use super::message::{Failure, print_json, say, visible};
-use crate::error::{Explain, Report};
-use crate::net::{Publish, Serving};
-use crate::spec::VmId;
+use crate::error::Report;
+use crate::net::Serving;
+use crate::run::MachineError;
+use crate::spec::{Publish, VmId};
 use crate::supervise::{Client, Machines, SuperviseError};
 
 /// Options.
@@ -21,25 +22,6 @@ pub(super) struct Args {
     ports: Vec<Publish>,
 }
 
-/// The port cannot be listened at.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot listen at {publish}")]
-struct Listen {
-    publish: Publish,
-    #[source]
-    source: std::io::Error,
-}
-
-impl Explain for Listen {
-    fn code(&self) -> &'static str {
-        "port-unusable"
-    }
-
-    fn remedy(&self) -> String {
-        "Take another port, or 0 for any that is free.".into()
-    }
-}
-
 /// Leads ports to a machine until it ends, or this does.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let machines = Machines::new(global.host()?);
@@ -48,7 +30,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let mut told = Vec::new();
     let lost = client.forward_channel().await?;
     for publish in args.ports {
-        let unusable = |source| Listen { publish, source };
+        let unusable = |source| MachineError::Publish { publish, source };
         let listener = TcpListener::bind(publish.listen).map_err(unusable)?;
         let listen = listener.local_addr().map_err(unusable)?;
         let serving = Client::forward(&lost, listener, publish.port, |error| {

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use crate::spec::{
     Accel, Bytes, ChannelKind, Exception, HostPattern, LabelName, LsmLabel, MachineType,
-    NetworkName, Port, ProfileName, Request, Survivors, Timeout, Waived, WorkspaceMode,
+    NetworkName, Port, ProfileName, Publish, Request, Survivors, Timeout, Waived, WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -58,6 +58,10 @@ pub(super) struct MachineArgs {
     /// With IPv6, filtered as IPv4 is.
     #[arg(long)]
     ipv6: bool,
+    /// A port of this host that leads to one on the guest's loopback, over the guest channel: 8080:80,
+    /// 127.0.0.1:8080:80. Without an address only this host can reach it.
+    #[arg(long, value_name = "[ADDRESS:]PORT[:GUEST-PORT]")]
+    publish: Vec<Publish>,
     /// kvm, or tcg: software emulation, slow and no isolation by hardware [default: kvm].
     #[arg(long, value_parser = word::<Accel>)]
     accel: Option<Accel>,
@@ -113,6 +117,7 @@ impl MachineArgs {
             allow_ports: self.allow_ports.into_iter().collect(),
             allow_cidrs: self.allow_cidrs.into_iter().collect(),
             ipv6: self.ipv6.then_some(true),
+            publish: self.publish,
             accel: self.accel,
             machine: self.machine,
             channel: self.channel,

@@ -46,6 +46,9 @@ pub(super) struct Args {
     /// that writes more is ended.
     #[arg(long, value_name = "SIZE", default_value_t = Io::MOST)]
     max_output: Bytes,
+    /// Propose on stderr a network that lets through what the command tried and no more.
+    #[arg(long)]
+    learn: bool,
     /// Run on a terminal.
     #[arg(long, short)]
     tty: bool,
@@ -68,6 +71,7 @@ impl Args {
             force: set(self.force),
             diff: set(self.diff),
             terminal: set(self.tty),
+            learn: set(self.learn),
             command: self.command,
             script,
             ..self.workspace.into_request(self.machine.request())
@@ -166,6 +170,9 @@ fn report(outcome: &Outcome, json: bool) {
         .filter(|all| !all.refused.is_empty())
     {
         say(&visible(&refusals(traffic)));
+    }
+    if let Some(learned) = &outcome.learned {
+        say(&visible(learned.trim_end()));
     }
     for warning in &outcome.warnings {
         say(&format!("bulkhead: warning: {}", visible(warning)));

@@ -11,6 +11,7 @@ use super::ends::Ends;
 use super::exchange::{self, Exchange};
 use super::host::Host;
 use super::machine::{Machine, StartOptions};
+use super::publish;
 use super::record::Record;
 use super::runner::{ANSWER, identity};
 use super::share;
@@ -19,6 +20,7 @@ use super::{MachineError, RunError};
 use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::host::fault;
+use crate::net::Serving;
 use crate::qmp::Monitor;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
 
@@ -35,6 +37,8 @@ pub(crate) struct Detached {
     pub(crate) warnings: Vec<String>,
     /// The shared workspace, to be settled when the machine is gone.
     share: Option<HostDir>,
+    /// Ports of the host that lead to it.
+    _published: Vec<Serving>,
 }
 
 /// Starts the machine of `record`. `first` is its first start: what is only
@@ -58,18 +62,19 @@ pub(crate) async fn boot(
             false => Workspace::default(),
         };
         let exchange = Exchange::prepare(&workspace)?;
+        let published = publish::bind(&spec.publish)?;
         let (image, plan) = host.plan(spec)?;
         host.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         record.update_plan(&plan)?;
-        Ok::<_, RunError>((exchange, plan, lock))
+        Ok::<_, RunError>((exchange, published, plan, lock))
     };
     let mut cancelled = std::pin::pin!(cancelled);
     let prepared = tokio::select! {
         prepared = prepared => prepared,
         () = &mut cancelled => Err(MachineError::Cancelled.into()),
     };
-    let (mut exchange, plan, lock) = match prepared {
+    let (mut exchange, published, plan, lock) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return Err((error, record)),
     };
@@ -90,24 +95,27 @@ pub(crate) async fn boot(
         let identity = Request::Configure(configure);
         channel.ask("take its identity", &identity, ANSWER).await?;
         passed("send workspace")?;
-        match first || spec.workspace.mode == WorkspaceMode::Share {
-            true => exchange.send(&channel, spec).await,
-            false => Ok(Vec::new()),
-        }
+        let warnings = match first || spec.workspace.mode == WorkspaceMode::Share {
+            true => exchange.send(&channel, spec).await?,
+            false => Vec::new(),
+        };
+        Ok::<_, RunError>((warnings, publish::serve(published, &channel)?))
     };
     let settled = tokio::select! {
         settled = settle => settled,
         () = &mut cancelled => Err(MachineError::Cancelled.into()),
     };
     match settled {
-        Ok(warnings) => Ok(Detached {
+        Ok((warnings, published)) => Ok(Detached {
             warnings,
+            _published: published,
             share: shared(spec, &exchange),
             machine,
         }),
         Err(error) => {
             let detached = Detached {
                 warnings: Vec::new(),
+                _published: Vec::new(),
                 share: shared(spec, &exchange),
                 machine,
             };
@@ -179,10 +187,19 @@ pub(crate) async fn take_over(
     match Machine::take_over(plan, record, &options).await {
         Ok(mut machine) => {
             machine.hold(lock);
+            let mut warnings = Vec::new();
+            let bound = publish::bind(&spec.publish);
+            let published = bound.and_then(|bound| publish::serve(bound, machine.channel()));
+            // No reason to end the machine.
+            let published = published.unwrap_or_else(|error| {
+                warnings.push(error.to_string());
+                Vec::new()
+            });
             Ok(Detached {
                 machine,
-                warnings: Vec::new(),
+                warnings,
                 share,
+                _published: published,
             })
         }
         Err((error, record)) => Err((error.into(), record)),

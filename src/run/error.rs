@@ -82,6 +82,15 @@ pub enum MachineError {
     /// Asked for something that cannot be.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// A port of the host cannot be listened at.
+    #[error("cannot listen at {}", .publish.listen)]
+    Publish {
+        /// What was to lead where.
+        publish: crate::spec::Publish,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// Resolver, proxy or record of its network have ended.
     #[error("the machine's network is not filtered any more: a part of the filter has ended")]
     Unfiltered,
@@ -205,6 +214,7 @@ impl Explain for MachineError {
             Self::DiskFailed(_) => "disk-failed",
             Self::Cgroup(error) => error.code(),
             Self::Spec(error) => error.code(),
+            Self::Publish { .. } => "port-unusable",
             Self::Unfiltered => "network-unfiltered",
             Self::Network(error) => error.code(),
             Self::Disk(error) => error.code(),
@@ -256,6 +266,9 @@ impl Explain for MachineError {
             }
             Self::Cgroup(error) => error.remedy(),
             Self::Spec(error) => error.remedy(),
+            Self::Publish { .. } => {
+                "Take another port, or see who has it (`ss -ltnp`); `bulkhead forward` takes 0 for any that is free.".into()
+            }
             Self::Unfiltered => {
                 "The machine was stopped, for nothing holds it to its policy. This is a bug: report it."
                     .into()

@@ -21,6 +21,7 @@ mod network;
 mod outcome;
 pub mod prove;
 mod provision;
+mod publish;
 mod record;
 mod recovery;
 mod resources;

@@ -66,6 +66,10 @@ pub struct Outcome {
     /// refused; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub traffic: Option<Summary>,
+    /// A network that lets through what it tried and no more, as a piece of a
+    /// configuration file, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learned: Option<String>,
     /// What was used.
     pub resources: Resources,
     /// How long the phases took.

@@ -63,6 +63,7 @@ pub async fn provision(
     let (from, mut machine) = super::runner::start(host, spec, None, &mut io).await?;
     let work = async {
         let session = Session {
+            published: Vec::new(),
             host,
             spec,
             machine: &mut machine,

@@ -1,5 +1,6 @@
 //! One run, from spec to outcome.
 
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Configure, Exec, Request, Size};
@@ -14,6 +15,7 @@ use super::follow::KILL_GRACE;
 use super::host::Host;
 use super::machine::Machine;
 use super::outcome::{FAILED, Outcome, Resources, Times};
+use super::publish;
 use super::share;
 use super::transfer::joined;
 use super::{MachineError, RunError};
@@ -22,7 +24,7 @@ use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::image::Image;
 use crate::plan::Channel;
-use crate::spec::{Accel, Bytes, ChannelKind, Spec, fill_random};
+use crate::spec::{Accel, Bytes, ChannelKind, Publish, Spec, fill_random};
 
 /// How long short requests to the agent may take.
 pub(super) const ANSWER: Duration = Duration::from_secs(30);
@@ -109,12 +111,14 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         ..spec.clone()
     };
     let shared = exchange.dir().cloned();
+    let published = publish::bind(&spec.publish)?;
     let (image, mut machine) = start(host, spec, exchange.dir(), &mut io).await?;
     let done = Session {
         host,
         spec,
         machine: &mut machine,
         exchange,
+        published,
     }
     .run(&mut io)
     .await;
@@ -180,6 +184,10 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         changes: done.changes,
         artifacts: done.artifacts,
         layers,
+        learned: traffic
+            .as_ref()
+            .filter(|_| spec.learn)
+            .map(|traffic| traffic.learned().to_toml()),
         traffic: traffic.map(|traffic| traffic.summary()),
         resources: Resources {
             command_cpu_us: done.command.exit.cpu_us,
@@ -262,6 +270,8 @@ pub(super) struct Session<'a> {
     pub(super) spec: &'a Spec,
     pub(super) machine: &'a mut Machine,
     pub(super) exchange: Exchange,
+    /// Ports that are listened at, to be led to the guest.
+    pub(super) published: Vec<(Publish, TcpListener)>,
 }
 
 impl Session<'_> {
@@ -297,6 +307,8 @@ impl Session<'_> {
         let channel = self.machine.channel().clone();
         let identity = Request::Configure(identity(self.spec));
         channel.ask("take its identity", &identity, ANSWER).await?;
+        let published = std::mem::take(&mut self.published);
+        let _published = publish::serve(published, &channel)?;
         (io.progress)(Progress::Sending);
         let send = self.exchange.send(&channel, self.spec);
         let mut warnings = unless_interrupted(&mut io.signals, send).await?;

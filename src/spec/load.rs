@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Accel, Bytes, Catalog, ChannelKind, Command, Exception, HostPattern, LabelName, Lifetime,
     LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName,
-    Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace, WorkspaceMode,
+    Publish, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace,
+    WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -76,6 +77,11 @@ pub struct Request {
     pub allow_cidrs: BTreeSet<Exception>,
     /// With IPv6, filtered as IPv4 is; as the network says when absent.
     pub ipv6: Option<bool>,
+    /// Ports of the host that lead to services in the guest, over the guest
+    /// channel, such as `127.0.0.1:8080:80`: the firewall stays closed.
+    pub publish: Vec<Publish>,
+    /// Propose a policy from what a run tried.
+    pub learn: Option<bool>,
     /// What executes the guest's instructions: `kvm`, or `tcg`, software
     /// emulation, slow and no isolation by hardware.
     pub accel: Option<Accel>,
@@ -156,6 +162,8 @@ impl Request {
         allow_hosts.extend(self.allow_hosts);
         let mut deny_hosts = below.deny_hosts;
         deny_hosts.extend(self.deny_hosts);
+        let mut publish = below.publish;
+        publish.extend(self.publish);
         let mut allow_ports = below.allow_ports;
         allow_ports.extend(self.allow_ports);
         let mut allow_cidrs = below.allow_cidrs;
@@ -184,6 +192,8 @@ impl Request {
             allow_ports,
             allow_cidrs,
             ipv6: self.ipv6.or(below.ipv6),
+            publish,
+            learn: self.learn.or(below.learn),
             accel: self.accel.or(below.accel),
             machine: self.machine.or(below.machine),
             channel: self.channel.or(below.channel),
@@ -328,6 +338,10 @@ impl Request {
                 "no system takes it",
             );
         }
+        if let Some(any) = self.publish.iter().find(|one| one.listen.port() == 0) {
+            let why = "nobody would know which port it is: name one, or use `bulkhead forward`";
+            return value("--publish", any.to_string(), why);
+        }
         let workspace = workspace(&self)?;
         let lifetime = Lifetime {
             ttl: self.ttl,
@@ -354,6 +368,8 @@ impl Request {
             nested: self.nested.unwrap_or_default(),
             waive: self.waive.unwrap_or_default(),
             lsm_label: self.lsm_label,
+            publish: self.publish,
+            learn: self.learn.unwrap_or_default(),
             labels: self.labels,
             command: Command {
                 argv: self.command,

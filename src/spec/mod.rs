@@ -14,6 +14,7 @@ mod network_change;
 mod origin;
 mod preset;
 mod profile;
+mod publish;
 mod resolvers;
 mod script;
 mod tuning;
@@ -41,6 +42,7 @@ pub use network_change::NetworkChange;
 pub use origin::Origin;
 pub use preset::{Preset, PresetData, presets};
 pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
+pub use publish::{NotAPublish, Publish};
 pub use resolvers::Resolvers;
 pub use script::Script;
 pub use tuning::{IoLimits, Tuning};
@@ -92,6 +94,12 @@ pub struct Spec {
     /// Bulkhead brings, where it is loaded.
     #[serde(default)]
     pub lsm_label: Option<LsmLabel>,
+    /// Ports of the host that lead to services in it.
+    #[serde(default)]
+    pub publish: Vec<Publish>,
+    /// Whether a policy is proposed from what it tried.
+    #[serde(default)]
+    pub learn: bool,
     /// What the user calls it by, besides its name.
     #[serde(default)]
     pub labels: BTreeMap<LabelName, String>,

@@ -101,6 +101,8 @@ sub name { my ($host) = @_; # its addresses, or why there are none
     my @all = gethostbyname $host; my $e = $? >> 0;
     return 'unknown' if !@all && $e == 1; return 'try again' if !@all && $e == 2;
     return 'no address' if !@all; return join ' ', sort map { inet_ntoa $_ } @all[4 .. $#all]; }
+sub name6 { my ($host) = @_; my ($e, @all) = Socket::getaddrinfo($host, 80, { family => AF_INET6, socktype => SOCK_STREAM });
+    return $e ? 'none' : Socket::inet_ntop(AF_INET6, (unpack_sockaddr_in6($all[0]{addr}))[1]); }
 sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a refusal's code
     my $address = defined $at ? inet_aton $at : gethostbyname $host; return 'no address' unless $address;
     socket(my $s, PF_INET, SOCK_STREAM, 6) or return said($!);
@@ -110,6 +112,6 @@ sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a 
     my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return 'no answer';
     my ($code) = $all =~ /"code":\s*"([a-z-]+)"/; my ($server) = $all =~ /^I am (\S+)/m;
     return join ' ', $status, grep { defined } $code, $server; }
-my %tries = (name => \&name, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
+my %tries = (name => \&name, name6 => \&name6, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
     hold => sub { my ($h, $p, $n) = @_; my %r; $r{tcp($h, $p, 1)}++ for 1 .. $n; join ', ', map { "$r{$_} $_" } sort keys %r });
 while (<STDIN>) { chomp; my ($kind, @rest) = split; print $tries{$kind}->(@rest), "\n" }

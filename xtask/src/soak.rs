@@ -117,6 +117,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         state_dir: args.state_dir.clone(),
         accel: args.accel.clone(),
         kernel: Some(args.kernel.clone()),
+        networks: false,
     };
     let (rows, json) = (Rows::default(), args.json);
     let soak = Soak {

@@ -114,7 +114,9 @@ impl Learned {
     pub fn to_toml(&self) -> String {
         let mut text =
             String::from("# Learned from what a machine tried: look at it before you use it.\n");
-        text.push_str("mode = \"nat-filtered\"\npreset = \"offline\"\nallow_hosts = [\n");
+        text.push_str(
+            "[network.learned]\nmode = \"nat-filtered\"\npreset = \"offline\"\nallow_hosts = [\n",
+        );
         for host in self.policy().allow_hosts {
             let _ = writeln!(text, "    \"{host}\",");
         }
@@ -187,7 +189,9 @@ mod tests {
             });
         }
         let text = learned.to_toml();
-        let request: NetworkPolicy = toml::from_str(&text).unwrap();
+        let table: toml::Table = toml::from_str(&text).unwrap();
+        let network = table["network"]["learned"].clone();
+        let request: NetworkPolicy = network.try_into().unwrap();
         assert_eq!(request, learned.policy());
         assert!(text.contains("#   tcp 10.0.0.1 port 25"), "{text}");
         let policy = Policy::new(&request);

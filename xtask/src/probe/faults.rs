@@ -72,6 +72,7 @@ pub(crate) fn run(args: Args) -> Result<bool> {
         state_dir: args.state_dir.clone(),
         accel: args.accel.clone(),
         kernel: args.kernel.clone(),
+        networks: nix::unistd::geteuid().is_root(),
     };
     let mut work = all(&args, &kit)?;
     let cases: usize = work.iter().map(|work| work.faults.len()).sum();

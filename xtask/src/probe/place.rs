@@ -10,13 +10,18 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead::host::process;
+use bulkhead::host::netns::{self, Netns};
+use bulkhead::host::{nft, process};
+use bulkhead::plan::firewall::Family;
 use bulkhead::run::{Dirs, Found};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// How long a verb may take: a start, on a busy host, by emulation.
 pub(crate) const VERB: Duration = Duration::from_secs(90);
+
+/// The namespace that stands for the host's network.
+const HOST: &str = "host.netns";
 
 /// With what machines are made.
 #[derive(Debug, Clone)]
@@ -29,6 +34,9 @@ pub(crate) struct Kit {
     pub(crate) accel: String,
     /// Kernel other than the image's.
     pub(crate) kernel: Option<String>,
+    /// Whether machines have networks, which lead into a namespace of each
+    /// place's own.
+    pub(crate) networks: bool,
 }
 
 /// Directories of our own; gone with all processes when dropped.
@@ -36,6 +44,8 @@ pub(crate) struct Kit {
 pub(crate) struct Place {
     kit: Kit,
     dir: tempfile::TempDir,
+    /// What machines' networks lead into, where they have any.
+    host: Option<Netns>,
 }
 
 /// A process, told from a later one with the same id by its start time.
@@ -105,8 +115,10 @@ impl Place {
             fs::create_dir_all(dir.path().join("state"))?;
             symlink(from, dir.path().join("state").join(name))?;
         }
+        let host = kit.networks.then(|| Netns::make(&dir.path().join(HOST)));
         Ok(Self {
             kit: kit.clone(),
+            host: host.transpose()?,
             dir,
         })
     }
@@ -130,11 +142,23 @@ impl Place {
         words: impl IntoIterator<Item = S>,
     ) -> Result<Command> {
         let dirs = self.dirs();
-        let mut command = Command::new(&self.kit.bulkhead);
+        let mut command = match &self.host {
+            None => Command::new(&self.kit.bulkhead),
+            Some(_) => {
+                let mut command = Command::new("nsenter");
+                let net = format!("--net={}", self.file(HOST).display());
+                command.arg(net).arg(&self.kit.bulkhead);
+                command
+            }
+        };
+        let network = match self.host {
+            None => "isolated",
+            Some(_) => "nat-filtered",
+        };
         command
             .args(words)
             .env("BULKHEAD_CONFIG", "none")
-            .env("BULKHEAD_NETWORK", "isolated")
+            .env("BULKHEAD_NETWORK", network)
             .env("BULKHEAD_STATE_DIR", &dirs.state)
             .env("BULKHEAD_RUNTIME_DIR", &dirs.runtime)
             .env("BULKHEAD_ACCEL", &self.kit.accel)
@@ -238,10 +262,28 @@ impl Drop for Place {
         for file in self.used_by() {
             let _ = fs::remove_file(file);
         }
+        if self.host.take().is_some() {
+            let _ = netns::release(&self.file(HOST));
+        }
     }
 }
 
 impl Place {
+    /// Links of machines on the host's side, and machines that the rules there
+    /// count.
+    pub(crate) fn networks(&self) -> Result<(usize, usize)> {
+        let Some(host) = &self.host else {
+            return Ok((0, 0));
+        };
+        host.run_in(|| {
+            let devices = fs::read_to_string("/proc/thread-self/net/dev")?;
+            let links = devices.lines().filter(|line| line.trim().starts_with("bh"));
+            let members = nft::counters(Family::Inet)?;
+            let members = members.keys().filter(|name| name.starts_with("machine-"));
+            Ok((links.count(), members.count()))
+        })?
+    }
+
     /// The files that keep images from being removed for the sake of machines here.
     pub(crate) fn used_by(&self) -> Vec<PathBuf> {
         let images = self.dirs().state.join("images");

@@ -54,6 +54,12 @@ impl Place {
         let places = places.into_iter().flatten().chain(self.used_by());
         let more = places.filter(|path| !allowed.contains(path));
         left.extend(more.map(|path| path.display().to_string()));
+        match self.networks() {
+            Ok((0, 0)) => {}
+            found => left.push(format!(
+                "of networks {found:?} (links, members of the gate)"
+            )),
+        }
         left
     }
 
@@ -94,6 +100,7 @@ impl Place {
             if state.is_live() {
                 expected.extend(supervisor.into_iter().chain(vmm));
                 runtime.extend([dirs.control_socket(id), dirs.machine_sockets(id)]);
+                runtime.insert(dirs.netns(id));
                 if !supervisor.is_some_and(|pid| living.contains(&pid)) {
                     say(format!("its supervisor ({supervisor:?}) is dead"));
                 } else if matches!(state, State::Starting | State::Stopping) {
@@ -118,6 +125,12 @@ impl Place {
         let up = up.count();
         if users > up {
             wrong.push(format!("{users} user ids are taken for {up} machines"));
+        }
+        let (links, members) = self.networks()?;
+        if links > up || members > up {
+            wrong.push(format!(
+                "{links} links and {members} members of the gate are there for {up} machines"
+            ));
         }
         for path in entries(&dirs.runtime) {
             if !runtime.contains(&path) && path != dirs.uids() {
