@@ -20,7 +20,7 @@ use hickory_proto::rr::RecordType;
 use nix::sys::signal::{Signal, kill};
 use support::Bulkhead;
 use support::live::{Live, sh};
-use support::net::{World, sh_in};
+use support::net::{World, note, sh_in};
 
 const RESOLVER: &str = "8.8.8.8:53";
 /// Hosts of the internet that is made here: names, and where they are.
@@ -120,6 +120,9 @@ async fn matrix(machine: &Machine, rows: &[(&str, &str)]) {
 #[track_caller]
 fn check(rows: &[(&str, &str)], seen: &str) {
     let seen: Vec<_> = seen.lines().collect();
+    for ((line, expected), seen) in rows.iter().zip(&seen) {
+        note(line, expected, seen);
+    }
     let wanted: Vec<_> = rows
         .iter()
         .map(|(line, expected)| format!("{line}: {expected}"))
@@ -243,6 +246,15 @@ async fn a_closed_policy_lets_through_what_its_names_stand_for() {
     assert_eq!(
         (refusal.code, refusal.rule.as_str()),
         (Code::HostNotAllowed, "default:offline")
+    );
+    let nameless = all.iter().find_map(|what| match what {
+        What::Packet(packet) => packet.refusal.as_ref(),
+        _ => None,
+    });
+    let nameless = nameless.unwrap();
+    assert!(
+        nameless.rule == "packet:name" && nameless.remedy.contains("--allow-host"),
+        "{nameless:?}"
     );
     let remedy = &refusal.remedy;
     assert!(remedy.contains("--allow-host evil.org"), "{remedy}");

@@ -15,7 +15,7 @@ use bulkhead::plan::firewall::Family;
 use bulkhead::run::Machine;
 use bulkhead::spec::{Bytes, Catalog, NetworkMode, NetworkName, NetworkPolicy, Request as Wish};
 use support::live::{Live, sh};
-use support::net::{World, sh_in};
+use support::net::{World, note, sh_in};
 
 /// Who came, to which address.
 type Seen = Arc<Mutex<Vec<(SocketAddr, SocketAddr)>>>;
@@ -66,20 +66,6 @@ async fn tries(machine: &Machine, lines: &[&str]) -> Vec<String> {
     )
     .await;
     output.lines().map(str::to_owned).collect()
-}
-
-/// Writes a row down for `cargo xtask probe network`.
-fn note(case: &str, expected: &str, seen: &str) {
-    let Some(path) = std::env::var_os("BULKHEAD_MATRIX") else {
-        return;
-    };
-    let row = serde_json::json!({ "case": case, "expected": expected, "seen": seen });
-    let mut file = std::fs::File::options()
-        .append(true)
-        .create(true)
-        .open(path)
-        .unwrap();
-    writeln!(file, "{row}").unwrap();
 }
 
 /// Rows: what is tried, what must come of it. All that differ are shown.

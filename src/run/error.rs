@@ -91,6 +91,9 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// Resolver, proxy or record of its network could not be started.
+    #[error("cannot filter the names of the machine's network")]
+    Filter(#[source] io::Error),
     /// Resolver, proxy or record of its network have ended.
     #[error("the machine's network is not filtered any more: a part of the filter has ended")]
     Unfiltered,
@@ -215,6 +218,7 @@ impl Explain for MachineError {
             Self::Cgroup(error) => error.code(),
             Self::Spec(error) => error.code(),
             Self::Publish { .. } => "port-unusable",
+            Self::Filter(_) => "network-refused",
             Self::Unfiltered => "network-unfiltered",
             Self::Network(error) => error.code(),
             Self::Disk(error) => error.code(),
@@ -268,6 +272,10 @@ impl Explain for MachineError {
             Self::Spec(error) => error.remedy(),
             Self::Publish { .. } => {
                 "Take another port, or see who has it (`ss -ltnp`); `bulkhead forward` takes 0 for any that is free.".into()
+            }
+            Self::Filter(_) => {
+                "Look at the reason; the kernel needs NFLOG (nfnetlink_log) and conntrack over netlink. --network isolated does without."
+                    .into()
             }
             Self::Unfiltered => {
                 "The machine was stopped, for nothing holds it to its policy. This is a bug: report it."

@@ -46,6 +46,7 @@ pub use error::MachineError;
 pub use grow::{Grown, lengthen};
 pub use host::Host;
 pub use machine::{Machine, Phases, StartOptions};
+#[cfg(feature = "cli")]
 pub(crate) use network::record_files;
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
 pub use provision::provision;

@@ -98,7 +98,7 @@ impl Net {
             fault::at("start filter")?;
             Filter::start(inside, config(policy, plan, record, &options.site)?)
         };
-        let (filter, fed) = start().map_err(io_error("filter the names of", &options.netns))?;
+        let (filter, fed) = start().map_err(MachineError::Filter)?;
         let (netns, turn) = (Arc::new(netns), Arc::new(Mutex::new(())));
         let mut feeding = JoinSet::new();
         feeding.spawn(feed(

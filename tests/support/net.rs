@@ -2,6 +2,7 @@
 //!
 //! `ip`, `nft` and the like are used here and nowhere in the program.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -155,4 +156,18 @@ pub(crate) fn mounts_below(dir: &Path) -> usize {
         .lines()
         .filter(|line| line.contains(&*dir.to_string_lossy()))
         .count()
+}
+
+/// Writes a row down for `cargo xtask probe network`.
+pub(crate) fn note(case: &str, expected: &str, seen: &str) {
+    let Some(path) = std::env::var_os("BULKHEAD_MATRIX") else {
+        return;
+    };
+    let row = serde_json::json!({ "case": case, "expected": expected, "seen": seen });
+    let mut file = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(path)
+        .unwrap();
+    writeln!(file, "{row}").unwrap();
 }

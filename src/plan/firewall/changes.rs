@@ -71,15 +71,27 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
     };
     let fed = |family, v6| [to_own(family, v6), to_fed(family, v6, TCP, "ports-tcp")];
     let udp = |family, v6| to_fed(family, v6, UDP, "ports-udp");
-    let allowed = match names {
-        Names::Any => vec![to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")],
-        Names::Fed => {
-            let tcp = [fed(2, false), fed(10, true)];
-            let udp = [udp(2, false), udp(10, true)];
-            tcp.into_iter().flatten().chain(udp).collect()
-        }
-        Names::Strict(_) => [fed(2, false), fed(10, true)].concat(),
+    // The port would do: it is the name that is missing.
+    let nameless = |protocol, set| {
+        vec![
+            Expr::L4(protocol),
+            Expr::InSet(Field::Port, set),
+            refuse("name"),
+        ]
     };
+    let by_name = [fed(2, false), fed(10, true)].concat();
+    let mut allowed = match names {
+        Names::Any => vec![to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")],
+        Names::Fed => [
+            by_name,
+            vec![udp(2, false), udp(10, true), nameless(UDP, "ports-udp")],
+        ]
+        .concat(),
+        Names::Strict(_) => by_name,
+    };
+    if names != Names::Any {
+        allowed.push(nameless(TCP, "ports-tcp"));
+    }
     let limits = &policy.limits;
     let new = vec![
         vec![Expr::RateOver(limits.connection_rate), refuse("rate")],

@@ -30,7 +30,7 @@ const LOGGED: u32 = 200;
 
 /// Rules that a refused packet can name.
 const AT_THE_TAP: [&str; 6] = ["mac", "arp", "ip", "type", "broadcast", "router"];
-const BEYOND: [&str; 16] = [
+const BEYOND: [&str; 17] = [
     "host",
     "private",
     "cgnat",
@@ -40,6 +40,7 @@ const BEYOND: [&str; 16] = [
     "broadcast",
     "special",
     "dns",
+    "name",
     "port",
     "ipv6",
     "inbound",

@@ -1,8 +1,9 @@
 //! `cargo xtask probe network`: what root in a guest tries, against what comes
 //! of it, in an internet of the probe's own.
 //!
-//! The rows are those of tests/network_guest.rs, which writes each of them down
-//! where `BULKHEAD_MATRIX` says: probe and test cannot differ.
+//! The rows are those of tests/network_guest.rs and tests/names_guest.rs, which
+//! write each of them down where `BULKHEAD_MATRIX` says: probe and test cannot
+//! differ.
 
 use std::fs;
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         "bulkhead-vm",
         "--test",
         "network_guest",
+        "--test",
+        "names_guest",
     ])?;
     let output = tests
         .args(["--no-fail-fast", "--", "--test-threads=1"])
