@@ -3,7 +3,8 @@
 //! Data flows one way: a [`spec`] becomes a [`plan`], a plan acquires leases on
 //! the [`host`], leases and arguments make a process ([`vmm`]), the process
 //! gives a monitor ([`qmp`]) and a channel ([`guest`]), its network is watched
-//! over ([`net`]), the channel gives an outcome ([`run`]), or a machine that
+//! over ([`net`]), it starts from a [`template`] where one matches, the
+//! channel gives an outcome ([`run`]), or a machine that
 //! outlives its command ([`supervise`]). A module imports only from those
 //! before it.
 
@@ -19,5 +20,6 @@ pub mod qmp;
 pub mod run;
 pub mod spec;
 pub mod supervise;
+pub mod template;
 mod text;
 pub mod vmm;

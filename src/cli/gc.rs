@@ -20,6 +20,9 @@ pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
     let settings = global.settings()?;
     let host = settings.host();
     let found = recover(&host.dirs, args.dry_run)?;
+    if !args.dry_run {
+        host.templates().sweep()?;
+    }
     if global.json {
         print_json(&found);
     }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, Exception, HostPattern, LabelName, LsmLabel, MachineType,
-    NetworkName, Port, ProfileName, Publish, Request, Survivors, Timeout, Waived, WorkspaceMode,
+    Accel, Bytes, ChannelKind, DomainName, Exception, HostPattern, LabelName, LsmLabel,
+    MachineType, NetworkName, Port, ProfileName, Publish, Request, Survivors, Timeout, Waived,
+    WorkspaceMode,
 };
 
 /// What the machine is made of, and what runs in it without being told otherwise.
@@ -74,6 +75,15 @@ pub(super) struct MachineArgs {
     /// Let the guest run virtual machines of its own: more of the host's kernel to attack.
     #[arg(long)]
     nested: bool,
+    /// Boot, also where a template could be cloned.
+    #[arg(long)]
+    cold: bool,
+    /// Clone this template; it must match [default: any that does].
+    #[arg(long, value_name = "ID", conflicts_with = "cold")]
+    template: Option<String>,
+    /// Trust domain: templates are cloned within one only [default: default].
+    #[arg(long, value_name = "NAME")]
+    domain: Option<DomainName>,
     /// Do without a layer of the jail: user, files, namespaces, seccomp,
     /// landlock, cgroup or lsm. The outcome and `bulkhead verify` say so.
     #[arg(long, value_name = "LAYER", value_delimiter = ',')]
@@ -122,6 +132,9 @@ impl MachineArgs {
             machine: self.machine,
             channel: self.channel,
             nested: self.nested.then_some(true),
+            cold: self.cold.then_some(true),
+            template: self.template,
+            domain: self.domain,
             waive: self.waive.into_iter().reduce(|mut all, one| {
                 all.extend(&one);
                 all

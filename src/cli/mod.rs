@@ -27,6 +27,7 @@ mod stats;
 mod stop;
 mod supervise;
 mod table;
+mod template;
 mod terminal;
 mod verify;
 
@@ -119,6 +120,8 @@ enum Verb {
     Start(start::Args),
     /// Stop machines and start them again, with the same disk.
     Restart(start::Restart),
+    /// Give machines a fresh disk; those that run are started again, from a template where one matches.
+    Reset(start::Reset),
     /// Run a command in a running machine.
     Exec(exec::Args),
     /// Follow a running command of a machine, and write to it.
@@ -155,6 +158,8 @@ enum Verb {
     Supervise(supervise::Args),
     /// Build, import and keep images.
     Image(Box<image::Args>),
+    /// Build, show and remove templates: booted machines that others start from.
+    Template(template::Args),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
     /// Show a machine, or ask its guest.
@@ -215,6 +220,7 @@ pub fn main() -> ExitCode {
         match verb {
             Verb::Run(args) => run::run(*args, &global).await,
             Verb::Image(args) => image::run(*args, &global).await.map(|()| 0),
+            Verb::Template(args) => template::run(args, &global).await,
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
             Verb::Verify(args) => verify::run(args, &global).await,
@@ -223,6 +229,7 @@ pub fn main() -> ExitCode {
             Verb::Create(args) => create::run(*args, &global).await,
             Verb::Start(args) => start::run(args, &global).await,
             Verb::Restart(args) => start::restart(args, &global).await,
+            Verb::Reset(args) => start::reset(args, &global).await,
             Verb::Exec(args) => exec::run(args, &global).await,
             Verb::Attach(args) => exec::attach(args, &global).await,
             Verb::Cp(args) => cp::run(args, &global).await,

@@ -1,4 +1,4 @@
-//! `bulkhead start` and `bulkhead restart`.
+//! `bulkhead start`, `bulkhead restart` and `bulkhead reset`.
 
 use super::Global;
 use super::each::each;
@@ -25,6 +25,14 @@ pub(super) struct Restart {
     time: Option<Timeout>,
 }
 
+/// Options of `bulkhead reset`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Reset {
+    /// Names of machines.
+    #[arg(required = true)]
+    vms: Vec<VmId>,
+}
+
 /// Starts machines and waits until they are up.
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let settings = global.settings()?;
@@ -46,6 +54,17 @@ pub(super) async fn restart(args: Restart, global: &Global) -> Result<i32, Failu
             machines.stop(vm, args.time, false).await?;
         }
         machines.start(vm, &launcher).await
+    })
+    .await
+}
+
+/// Throws away what happened in machines.
+pub(super) async fn reset(args: Reset, global: &Global) -> Result<i32, Failure> {
+    let settings = global.settings()?;
+    let machines = Machines::new(settings.host());
+    let launcher = settings.launcher();
+    each(&args.vms, global, async |vm| {
+        machines.reset(vm, &launcher).await
     })
     .await
 }

@@ -1,7 +1,7 @@
 //! What the guest says in words, made harmless: nothing in it may steer a
 //! terminal or be of any length.
 
-use bulkhead_agent::{Exit, Failure, Hello, Info, Reply};
+use bulkhead_agent::{Exit, Failure, Hello, Info, Life, Reply};
 
 use crate::text::printable;
 
@@ -35,6 +35,11 @@ pub(super) fn reply(reply: Reply) -> Reply {
     match reply {
         Reply::Refused(refusal) => Reply::Refused(failure(refusal)),
         Reply::Info(told) => Reply::Info(info(told)),
+        Reply::Life(life) => Reply::Life(Life {
+            boot_id: text(&life.boot_id),
+            session: text(&life.session),
+            ..life
+        }),
         Reply::Done | Reply::Started { .. } | Reply::Stat { .. } => reply,
     }
 }

@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::lease::write_durably;
+use super::stamp::Stamp;
 use crate::plan::jail::{Closure, FIRMWARE, LIBRARIES, MODULES, PROGRAM};
 
 /// Modules a machine of ours can need: the accelerators.
@@ -33,25 +33,6 @@ const WANTED_FIRMWARE: [&str; 12] = [
     "efi-virtio.rom",
     "pxe-virtio.rom",
 ];
-
-/// What tells whether a file is still the one that was looked at.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Stamp {
-    size: u64,
-    changed_ns: i128,
-    inode: u64,
-}
-
-impl Stamp {
-    fn of(path: &Path) -> io::Result<Self> {
-        let meta = fs::metadata(path)?;
-        Ok(Self {
-            size: meta.size(),
-            changed_ns: i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec()),
-            inode: meta.ino(),
-        })
-    }
-}
 
 /// A closure on disk.
 #[derive(Serialize, Deserialize)]

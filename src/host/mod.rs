@@ -11,6 +11,7 @@ pub mod network;
 pub mod nft;
 pub mod probe;
 pub mod process;
+pub(crate) mod stamp;
 pub(crate) mod sys;
 pub mod uid;
 

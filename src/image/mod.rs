@@ -19,7 +19,7 @@ mod packages;
 mod recipe;
 mod rules;
 pub mod scratch;
-mod staging;
+pub(crate) mod staging;
 mod store;
 mod tarball;
 mod tool;

@@ -14,7 +14,7 @@ const PREFIX: &str = ".staging-";
 
 /// A locked directory beside the images; removed on drop.
 #[derive(Debug)]
-pub(super) struct Staging {
+pub(crate) struct Staging {
     path: PathBuf,
     /// Tells a later build that this one is alive. Children do not inherit it.
     _lock: Flock<fs::File>,
@@ -22,7 +22,7 @@ pub(super) struct Staging {
 
 impl Staging {
     /// Makes a directory in `parent`. The caller holds the store's guard.
-    pub(super) fn new(parent: &Path) -> Result<Self> {
+    pub(crate) fn new(parent: &Path) -> Result<Self> {
         let fail = |source| Error::io("create a directory in", parent, source);
         let path = tempfile::Builder::new()
             .prefix(PREFIX)
@@ -39,7 +39,7 @@ impl Staging {
 
     /// Removes what interrupted builds left in `parent`. The caller holds the
     /// store's guard, so no build is between making its directory and locking.
-    pub(super) fn sweep(parent: &Path) -> Result<()> {
+    pub(crate) fn sweep(parent: &Path) -> Result<()> {
         let fail = |source| Error::io("list", parent, source);
         for entry in fs::read_dir(parent).map_err(fail)? {
             let entry = entry.map_err(fail)?;
@@ -58,17 +58,17 @@ impl Staging {
     }
 
     /// A name that the next sweep removes should the removal be interrupted.
-    pub(super) fn doomed(parent: &Path, id: &str) -> PathBuf {
+    pub(crate) fn doomed(parent: &Path, id: &str) -> PathBuf {
         parent.join(format!("{PREFIX}rm-{}-{id}", std::process::id()))
     }
 
     /// Where it is.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Moves the directory to its final place.
-    pub(super) fn publish(self, to: &Path) -> Result<()> {
+    pub(crate) fn publish(self, to: &Path) -> Result<()> {
         fs::rename(&self.path, to).map_err(|source| Error::io("create", to, source))
     }
 }

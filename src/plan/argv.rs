@@ -1,6 +1,6 @@
 //! QEMU's arguments, one struct for each kind.
 
-use super::{Channel, Descriptor, Plan, SHARE_TAG, jail, network};
+use super::{Channel, Descriptor, Plan, Ram, SHARE_TAG, jail, network, ram};
 use crate::image::{Image, KernelFormat};
 use crate::spec::{Accel, JailLayer, MachineType, Spec};
 use bulkhead_agent::{AGENT_PORT, QGA_PORT, ROOT_SERIAL, SCRATCH_SERIAL};
@@ -198,6 +198,10 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
             .set("graphics", "off")
             .set("hpet", "off"),
     };
+    let machine = match plan.ram {
+        Ram::Own => machine,
+        Ram::Saved { .. } | Ram::Cloned { .. } => machine.set("memory-backend", "ram"),
+    };
     list.push(Box::new(Valued("-machine", machine.0)));
     let (accel, cpu) = match (spec.accel, spec.nested) {
         // Nested virtualization is a way out: only for who asks for it.
@@ -222,10 +226,29 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
         "-m",
         format!("{}M", spec.limits.memory.as_mib()),
     )));
+    ram(list, plan);
     list.push(Box::new(Flag("-nodefaults")));
     list.push(Box::new(Flag("-no-user-config")));
     list.push(Box::new(Flag("-no-reboot")));
     list.push(Box::new(Valued("-display", "none".into())));
+}
+
+/// The guest's memory as a file, and the way its other state comes in.
+fn ram(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
+    let shared = match plan.ram {
+        Ram::Own => return,
+        Ram::Saved { .. } => "on",
+        Ram::Cloned { .. } => "off",
+    };
+    let object = Options::new("memory-backend-file")
+        .set("id", "ram")
+        .set("size", format!("{}M", plan.memory.as_mib()))
+        .set("mem-path", ram::RAM)
+        .set("share", shared);
+    list.push(Box::new(Valued("-object", object.0)));
+    if shared == "off" {
+        list.push(Box::new(Valued("-incoming", "defer".into())));
+    }
 }
 
 fn boot(list: &mut Vec<Box<dyn Argument>>, image: &Image, plan: &Plan) {

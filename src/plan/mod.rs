@@ -9,6 +9,7 @@ mod facts;
 pub mod firewall;
 pub mod jail;
 pub mod network;
+pub mod ram;
 
 use std::path::PathBuf;
 
@@ -25,6 +26,7 @@ pub(crate) use argv::{CID, ROOT_ID, SCRATCH_ID, SCRATCH_NODE};
 pub use facts::{HostFacts, LsmFacts, LsmKind};
 pub use jail::Jail;
 pub use network::Network;
+pub use ram::Ram;
 
 /// Number of the first descriptor handed to QEMU.
 pub const FIRST_FD: i32 = 3;
@@ -37,6 +39,9 @@ pub enum PlanError {
     /// vsock asked for by name where there is none.
     #[error("the vsock channel cannot be used: /dev/vhost-vsock is missing")]
     NoVsock,
+    /// vsock asked for by name in a template or a clone.
+    #[error("templates and their clones are not reached over vsock")]
+    VsockTemplate,
     /// The files QEMU needs are not known.
     #[error("cannot tell what {qemu} needs to run: {why}")]
     NoClosure {
@@ -62,6 +67,7 @@ impl Explain for PlanError {
     fn code(&self) -> &'static str {
         match self {
             Self::NoVsock => "vsock-missing",
+            Self::VsockTemplate => "vsock-template",
             Self::NoClosure { .. } => "jail-files",
             Self::NoLsm { .. } => "lsm-missing",
             Self::ClosedKvm => "kvm-closed",
@@ -73,6 +79,7 @@ impl Explain for PlanError {
             Self::NoVsock => {
                 "Load the vhost_vsock module (modprobe vhost_vsock), or use --channel serial.".into()
             }
+            Self::VsockTemplate => "Leave --channel out, or boot with --cold.".into(),
             Self::NoClosure { .. } => {
                 "Name QEMU's own binary with --qemu, or do without a root of its own (--waive files)."
                     .into()
@@ -170,6 +177,9 @@ pub struct Plan {
     pub cmdline: String,
     /// The guest's memory.
     pub memory: Bytes,
+    /// Where that is.
+    #[serde(default)]
+    pub ram: Ram,
     /// Whether it has a balloon, which takes memory back.
     pub balloon: bool,
     /// The read-only root disk.
@@ -207,9 +217,27 @@ impl Plan {
         kernel: KernelChoice,
         facts: &HostFacts,
     ) -> Result<Self, PlanError> {
+        Self::with_ram(spec, image, kernel, facts, Ram::Own)
+    }
+
+    /// As [`Plan::new`], for a machine that is to be a template, or a clone of
+    /// one. Neither has a balloon.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn with_ram(
+        spec: &Spec,
+        image: &Image,
+        kernel: KernelChoice,
+        facts: &HostFacts,
+        ram: Ram,
+    ) -> Result<Self, PlanError> {
         let channel = match (spec.channel, facts.vhost_vsock) {
             (ChannelKind::Vsock, false) => return Err(PlanError::NoVsock),
+            (ChannelKind::Vsock, true) if ram != Ram::Own => return Err(PlanError::VsockTemplate),
             (ChannelKind::Serial, _) | (ChannelKind::Auto, false) => Channel::Serial,
+            // Over vsock no clone's agent was ever reached (decision 0040).
+            (ChannelKind::Auto, true) if ram != Ram::Own => Channel::Serial,
             (ChannelKind::Vsock | ChannelKind::Auto, true) => Channel::Vsock,
         };
         use Descriptor as D;
@@ -243,7 +271,8 @@ impl Plan {
             cmdline: cmdline::build(spec, channel, facts, kernel.format),
             kernel,
             memory: spec.limits.memory,
-            balloon: spec.balloon,
+            balloon: spec.balloon && ram == Ram::Own,
+            ram,
             root: image.root(),
             scratch: spec.limits.disk,
             channel,

@@ -250,3 +250,35 @@ fn a_label_is_the_one_asked_for_or_our_profile() {
     }
     assert_eq!(on(asked, None).unwrap_err().code(), "lsm-missing");
 }
+
+#[test]
+fn memory_in_a_file_is_a_templates_or_a_clones() {
+    let text = "command = [\"true\"]\nnetwork = \"isolated\"\nballoon = true";
+    let request = toml::from_str::<Request>(text).unwrap();
+    let spec = request.resolve(&Catalog::default()).unwrap();
+    let facts = facts(false);
+    let image = image();
+    let words = |ram: Ram| {
+        let kernel = KernelChoice::own(&image);
+        let plan = Plan::with_ram(&spec, &image, kernel, &facts, ram).unwrap();
+        assert!(!plan.args.iter().any(|word| word.contains("balloon")));
+        let words = plan.args.windows(2).filter(|pair| {
+            ["-object", "-incoming"].contains(&pair[0].as_str()) || pair[0] == "-machine"
+        });
+        words.map(|pair| pair.join(" ")).collect::<Vec<_>>()
+    };
+    let machine = "-machine microvm,acpi=on,rtc=on,usb=off,memory-backend=ram";
+    let object = "-object memory-backend-file,id=ram,size=2048M,mem-path=/ram,share=";
+    let file = || "/state/templates/x/ram".into();
+    let saved = words(Ram::Saved { file: file() });
+    assert_eq!(saved, [machine, &format!("{object}on")]);
+    let cloned = words(Ram::Cloned {
+        template: "x".into(),
+        file: file(),
+        inode: (1, 2),
+    });
+    assert_eq!(
+        cloned,
+        [machine, &format!("{object}off"), "-incoming defer"]
+    );
+}

@@ -10,6 +10,7 @@ use bulkhead_agent::VSOCK_PORT;
 use nix::libc;
 use serde::Deserialize;
 
+use super::clone;
 use super::console::ConsoleLog;
 use super::disk::DiskWatch;
 use super::ends::Ends;
@@ -47,6 +48,9 @@ impl Parts {
     ) -> Result<Live, MachineError> {
         let disk = OnceLock::new();
         let paused = Cell::new(false);
+        let origin = options.memory.origin();
+        // Its agent has spoken to somebody else before.
+        let again = spawned_us == 0 || origin.is_some();
         let qemu = self.plan.qemu.clone();
         fault::at("wait for agent").map_err(io_error("wait for", &qemu))?;
         let qmp = ends.qmp.take().ok_or(missing("the monitor"))?;
@@ -54,6 +58,9 @@ impl Parts {
             let monitor = Monitor::connect(qmp, options.boot_timeout).await?;
             // A boot writes, too.
             disk.get_or_init(|| DiskWatch::start(&monitor, dir));
+            if let Some(origin) = origin {
+                clone::restore(&monitor, &origin.template, options.boot_timeout).await?;
+            }
             // Standing still, the agent could not answer: it does so again after.
             if spawned_us == 0 && run_state(&monitor).await? == "paused" {
                 paused.set(true);
@@ -65,7 +72,7 @@ impl Parts {
         let channel = async {
             let connected = match (agent, cid) {
                 // It may have stood still while the connection changed.
-                (Some(stream), _) if spawned_us == 0 => Channel::connect_again(stream).await,
+                (Some(stream), _) if again => Channel::connect_again(stream).await,
                 (Some(stream), _) => Channel::connect(stream).await,
                 (None, Some(cid)) => match connect_vsock(cid, VSOCK_PORT).await {
                     Ok(stream) => Channel::connect(stream).await,
@@ -80,10 +87,10 @@ impl Parts {
             Ok::<_, MachineError>((channel, hello, since(begin)))
         };
         let ready = async {
-            match spawned_us {
-                // Taken over: the monitor tells how to speak to the agent.
-                0 => Ok((monitor.await?, channel.await?)),
-                _ => tokio::try_join!(monitor, channel),
+            match again {
+                // The monitor brings it to where it can be spoken to.
+                true => Ok((monitor.await?, channel.await?)),
+                false => tokio::try_join!(monitor, channel),
             }
         };
         let ready = tokio::select! {

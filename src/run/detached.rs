@@ -1,16 +1,18 @@
 //! Bringing up, and to its end, a machine that outlives its command.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent::{Exec, Request, Size};
 
+use super::clone::Origin;
 use super::connect::run_state;
 use super::disk::{DiskState, DiskWatch};
 use super::ends::Ends;
 use super::exchange::{self, Exchange};
 use super::host::Host;
-use super::machine::{Machine, StartOptions};
+use super::machine::{Machine, Memory, StartOptions, io_error};
 use super::publish;
 use super::record::Record;
 use super::runner::{ANSWER, identity};
@@ -63,23 +65,47 @@ pub(crate) async fn boot(
         };
         let exchange = Exchange::prepare(&workspace)?;
         let published = publish::bind(&spec.publish)?;
-        let (image, plan) = host.plan(spec)?;
+        let disk = record.dir().join("disk.img");
+        if first && disk.exists() {
+            // Of a start that came to nothing, or of what was reset.
+            fault::at("remove disk.img")
+                .and_then(|()| std::fs::remove_file(&disk))
+                .map_err(io_error("remove", &disk))?;
+        }
+        // A template's memory goes with its own disk only.
+        let (image, plan, template) = match disk.exists() {
+            false => host.choose(spec)?,
+            true => {
+                let (image, plan) = host.plan(spec)?;
+                (image, plan, None)
+            }
+        };
         host.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         record.update_plan(&plan)?;
-        Ok::<_, RunError>((exchange, published, plan, lock))
+        Ok::<_, RunError>((exchange, published, plan, template, lock))
     };
     let mut cancelled = std::pin::pin!(cancelled);
     let prepared = tokio::select! {
         prepared = prepared => prepared,
         () = &mut cancelled => Err(MachineError::Cancelled.into()),
     };
-    let (mut exchange, published, plan, lock) = match prepared {
+    let (mut exchange, published, plan, template, lock) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return Err((error, record)),
     };
+    let mut configure = identity(spec);
+    configure.machine_id = Some(machine_id);
+    let memory = match template {
+        None => Memory::Empty,
+        Some(template) => Memory::Cloned(Arc::new(Origin {
+            template,
+            identity: configure.clone(),
+        })),
+    };
     let options = StartOptions {
         share: exchange.dir().cloned(),
+        memory,
         ..host.options(&plan, &record)
     };
     let mut machine = match Machine::launch(plan, record, &options, &mut cancelled).await {
@@ -90,10 +116,11 @@ pub(crate) async fn boot(
     let settle = async {
         let channel = machine.channel().clone();
         passed("configure guest")?;
-        let mut configure = identity(spec);
-        configure.machine_id = Some(machine_id);
-        let identity = Request::Configure(configure);
-        channel.ask("take its identity", &identity, ANSWER).await?;
+        // A clone has its own already.
+        if machine.template().is_none() {
+            let identity = Request::Configure(super::runner::fresh(&configure));
+            channel.ask("take its identity", &identity, ANSWER).await?;
+        }
         passed("send workspace")?;
         let warnings = match first || spec.workspace.mode == WorkspaceMode::Share {
             true => exchange.send(&channel, spec).await?,

@@ -2,8 +2,8 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use tokio::net::UnixStream;
 
@@ -154,7 +154,7 @@ fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<Owned
     };
     if let Some(path) = &options.disk {
         if !path.exists() {
-            let template = scratch::template(&options.cache, plan.scratch.0)?;
+            let template = empty_disk(plan, options)?;
             // Whole or not at all: a machine may be started again after a crash.
             let fresh = lease::half_made(path);
             let _ = fs::remove_file(&fresh);
@@ -168,13 +168,27 @@ fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<Owned
         }
         return Ok(open(path)?.into());
     }
-    let template = scratch::template(&options.cache, plan.scratch.0)?;
+    let template = empty_disk(plan, options)?;
     let path = dir.join("scratch.img");
     fault::at("copy scratch.img").map_err(io_error("make", &path))?;
     scratch::copy(&template, &path)?;
     let disk = open(&path)?;
     fs::remove_file(&path).map_err(io_error("unlink", &path))?;
     Ok(disk.into())
+}
+
+/// What the disk is copied from: an empty one, or that of the template, whose
+/// guest has its file system mounted.
+fn empty_disk(plan: &Plan, options: &StartOptions) -> Result<PathBuf, MachineError> {
+    match options.memory.origin() {
+        Some(origin) => Ok(fd_path(&origin.template.disk)),
+        None => Ok(scratch::template(&options.cache, plan.scratch.0)?),
+    }
+}
+
+/// An open file by a name of this process's.
+fn fd_path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 /// Claims a free vsock address. It is free again when the descriptor closes.

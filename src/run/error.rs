@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use super::clone::CloneError;
 use super::record::RecordError;
 use crate::error::Explain;
 use crate::guest::GuestError;
@@ -97,6 +98,9 @@ pub enum MachineError {
     /// Resolver, proxy or record of its network have ended.
     #[error("the machine's network is not filtered any more: a part of the filter has ended")]
     Unfiltered,
+    /// It was cloned, and is not to be handed out.
+    #[error(transparent)]
+    Clone(#[from] CloneError),
     /// The network could not be made.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -220,6 +224,7 @@ impl Explain for MachineError {
             Self::Publish { .. } => "port-unusable",
             Self::Filter(_) => "network-refused",
             Self::Unfiltered => "network-unfiltered",
+            Self::Clone(error) => error.code(),
             Self::Network(error) => error.code(),
             Self::Disk(error) => error.code(),
             Self::Record(error) => error.code(),
@@ -281,6 +286,7 @@ impl Explain for MachineError {
                 "The machine was stopped, for nothing holds it to its policy. This is a bug: report it."
                     .into()
             }
+            Self::Clone(error) => error.remedy(),
             Self::Network(error) => error.remedy(),
             Self::Disk(error) => error.remedy(),
             Self::Record(error) => error.remedy(),

@@ -1,18 +1,21 @@
 //! A host to run machines on: its directories, its QEMU, and what is known of both.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::clone::Origin;
 use super::dirs::Dirs;
-use super::machine::{Machine, StartOptions};
+use super::machine::{Machine, Memory, StartOptions};
 use super::record::Record;
 use super::{RunError, prove};
 use crate::guest::archive::HostDir;
 use crate::host::network::Site;
 use crate::host::probe;
 use crate::image::{Image, KernelFormat, Store};
-use crate::plan::{KernelChoice, Plan};
-use crate::spec::{Accel, Spec, UidRange};
+use crate::plan::{HostFacts, KernelChoice, Plan, Ram};
+use crate::spec::{Accel, ChannelKind, Spec, UidRange};
+use crate::template::{self, Key, Template, TemplateError};
 
 /// A host to run machines on. Everything is given; nothing is looked up in the
 /// environment but QEMU in `PATH` where none is named.
@@ -66,16 +69,79 @@ impl Host {
     /// # Errors
     /// One of them is missing or not usable.
     pub fn plan(&self, spec: &Spec) -> Result<(Image, Plan), RunError> {
+        let (image, kernel, facts) = self.parts(spec)?;
+        let plan = Plan::new(spec, &image, kernel, &facts)?;
+        Ok((image, plan))
+    }
+
+    fn parts(&self, spec: &Spec) -> Result<(Image, KernelChoice, HostFacts), RunError> {
         let image = self.images().get(&spec.image)?;
         let qemu = probe::find_qemu(self.qemu.as_deref())?;
         let kernel = self.kernel(spec, &image)?;
-        let plan = Plan::new(
-            spec,
-            &image,
-            kernel,
-            &probe::facts(qemu, &self.dirs.cache()),
-        )?;
-        Ok((image, plan))
+        let facts = probe::facts(qemu, &self.dirs.cache());
+        Ok((image, kernel, facts))
+    }
+
+    /// The template store.
+    pub fn templates(&self) -> template::Store {
+        template::Store::new(&self.dirs.state)
+    }
+
+    /// Plans a machine whose memory is in a file, and gives the key of its
+    /// template.
+    ///
+    /// # Errors
+    /// As [`Host::plan`]; a file that the key is made of cannot be read.
+    pub(super) fn plan_with(&self, spec: &Spec, ram: Ram) -> Result<(Image, Plan, Key), RunError> {
+        let (image, kernel, facts) = self.parts(spec)?;
+        let plan = Plan::with_ram(spec, &image, kernel, &facts, ram)?;
+        let domain = &spec.templates.domain;
+        let key = Key::of(&plan, &image, domain, &facts, &self.dirs.cache()).map_err(|source| {
+            TemplateError::Io {
+                action: "read what the key of a template is made of in",
+                path: image.dir.clone(),
+                source,
+            }
+        })?;
+        Ok((image, plan, key))
+    }
+
+    /// Plans a machine for `spec`: a clone, where a template matches.
+    ///
+    /// # Errors
+    /// As [`Host::plan`]; the template asked for does not match, or the one that
+    /// does is damaged.
+    pub(super) fn choose(&self, spec: &Spec) -> Result<(Image, Plan, Option<Template>), RunError> {
+        let (wish, templates) = (&spec.templates, self.templates());
+        let found = match (wish.cold, &wish.id) {
+            (true, _) => None,
+            (false, None) if templates.is_empty() => None,
+            // No template is reached so.
+            (false, None) if spec.channel == ChannelKind::Vsock => None,
+            (false, id) => {
+                let ram = Ram::Cloned {
+                    template: String::new(),
+                    file: PathBuf::new(),
+                    inode: (0, 0),
+                };
+                let (image, plan, key) = self.plan_with(spec, ram)?;
+                let found = match id {
+                    Some(id) => Some(matching(templates.get(id)?, &key)?),
+                    None => templates.find(&key)?,
+                };
+                found.map(|template| (image, plan, template))
+            }
+        };
+        let Some((image, mut plan, template)) = found else {
+            let (image, plan) = self.plan(spec)?;
+            return Ok((image, plan, None));
+        };
+        plan.ram = Ram::Cloned {
+            file: templates.ram(&template.id),
+            inode: template.inode,
+            template: template.id.clone(),
+        };
+        Ok((image, plan, Some(template)))
     }
 
     fn kernel(&self, spec: &Spec, image: &Image) -> Result<KernelChoice, RunError> {
@@ -109,12 +175,23 @@ impl Host {
         spec: &Spec,
         share: Option<&HostDir>,
     ) -> Result<(Image, Machine), RunError> {
-        let (image, plan) = self.plan(spec)?;
+        let (image, plan, template) = self.choose(spec)?;
         self.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
-        let mut machine = self
-            .start_unproved(spec, plan, self.boot_timeout, share)
-            .await?;
+        let memory = match template {
+            Some(template) => Memory::Cloned(Arc::new(Origin {
+                template,
+                identity: super::runner::identity(spec),
+            })),
+            None => Memory::Empty,
+        };
+        let record = Record::create(&self.dirs, spec, &plan)?;
+        let options = StartOptions {
+            share: share.cloned(),
+            memory,
+            ..self.options(&plan, &record)
+        };
+        let mut machine = Machine::start(plan, record, &options).await?;
         machine.hold(lock);
         Ok((image, machine))
     }
@@ -148,12 +225,10 @@ impl Host {
         spec: &Spec,
         plan: Plan,
         boot_timeout: Duration,
-        share: Option<&HostDir>,
     ) -> Result<Machine, RunError> {
         let record = Record::create(&self.dirs, spec, &plan)?;
         let options = StartOptions {
             boot_timeout,
-            share: share.cloned(),
             ..self.options(&plan, &record)
         };
         Ok(Machine::start(plan, record, &options).await?)
@@ -172,8 +247,21 @@ impl Host {
             netns: self.dirs.netns(&plan.id),
             site: self.site.clone(),
             violations: self.dirs.violations(),
+            memory: Memory::Empty,
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }
+    }
+}
+
+/// `template`, if it is one for machines of this key.
+fn matching(template: Template, key: &Key) -> Result<Template, TemplateError> {
+    let differences = key.differences(&template.manifest.key);
+    match differences.is_empty() {
+        true => Ok(template),
+        false => Err(TemplateError::Mismatch {
+            id: template.id,
+            differences,
+        }),
     }
 }
 

@@ -58,6 +58,7 @@ pub(super) fn make(
             accel: plan.accel,
             share: plan.share.is_some(),
             adopt: plan.adoptable,
+            ram: plan.ram.file().is_some(),
             host_files: !jail.has(JailLayer::Files),
             host_pids: !jail.has(JailLayer::Namespaces),
         }),
@@ -69,6 +70,7 @@ pub(super) fn make(
         owner,
         share,
         filters: filters.map_err(failed("the list of system calls"))?,
+        ram: plan.ram.file().is_some(),
         landlock: jail.has(JailLayer::Landlock),
     };
     Jail::new(jail, needs).map_err(failed("its root"))

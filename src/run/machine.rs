@@ -1,13 +1,16 @@
 //! A running VMM process with its leases, its monitor and its guest channel.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Hello, Request};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
+use super::clone::{self, Origin};
 use super::connect::{Parts, Witness};
 use super::console::ConsoleLog;
 use super::disk::DiskWatch;
@@ -59,6 +62,39 @@ pub struct StartOptions {
     pub site: Site,
     /// Where it is written down when the VMM does what it may not.
     pub violations: PathBuf,
+    /// What its memory is at the start.
+    pub memory: Memory,
+}
+
+/// What a machine's memory is at its start.
+#[derive(Debug, Clone, Default)]
+pub enum Memory {
+    /// Empty: it boots.
+    #[default]
+    Empty,
+    /// A file, empty, that is to be a template's.
+    Saved(Arc<File>),
+    /// A template's.
+    Cloned(Arc<Origin>),
+}
+
+impl Memory {
+    /// The template, and who the machine becomes.
+    pub(super) fn origin(&self) -> Option<&Origin> {
+        match self {
+            Self::Cloned(origin) => Some(origin),
+            Self::Empty | Self::Saved(_) => None,
+        }
+    }
+
+    /// The file for QEMU.
+    fn file(&self) -> io::Result<Option<File>> {
+        match self {
+            Self::Empty => Ok(None),
+            Self::Saved(file) => file.try_clone().map(Some),
+            Self::Cloned(origin) => origin.template.ram.try_clone().map(Some),
+        }
+    }
 }
 
 /// When the phases of a start were over, in microseconds since its beginning.
@@ -199,6 +235,10 @@ impl Machine {
             log,
             die_with_thread: options.die_with_thread,
             jail,
+            ram: options
+                .memory
+                .file()
+                .map_err(io_error("open the memory of", &plan.qemu))?,
         };
         let mut cgroup = jail::cgroup(&plan, record)?;
         let process = spawn.run(|process| {
@@ -233,7 +273,13 @@ impl Machine {
         let live = parts
             .connect(ends, options, &dir, begin, spawned_us)
             .await?;
-        proven(live, record).await
+        let mut live = proven(live, record).await?;
+        if let Some(origin) = options.memory.origin() {
+            clone::settle(&live, origin).await?;
+            // Before that it was nobody's to use.
+            live.phases.agent_us = since(begin);
+        }
+        Ok(live)
     }
 
     /// Takes over a running machine whose owner died.
@@ -309,6 +355,11 @@ impl Machine {
     /// Its plan, with everything that was leased at start filled in.
     pub fn plan(&self) -> &Plan {
         &self.live.plan
+    }
+
+    /// Id of the template it was cloned from at its start.
+    pub fn template(&self) -> Option<&str> {
+        self.live.plan.ram.template()
     }
 
     /// Directory of its record.

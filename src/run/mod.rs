@@ -1,6 +1,7 @@
 //! From a plan to an outcome.
 
 mod capture;
+mod clone;
 mod command;
 mod connect;
 mod console;
@@ -29,6 +30,7 @@ mod runner;
 mod share;
 mod state;
 mod stats;
+mod template;
 mod transfer;
 mod verify;
 mod violation;
@@ -36,6 +38,7 @@ pub mod workspace;
 
 use std::path::PathBuf;
 
+pub use clone::{CloneError, Origin};
 pub use command::{Commanded, command};
 pub use console::ConsoleLog;
 pub(crate) use control::{Asked, Desk, is_served, listen};
@@ -45,7 +48,7 @@ pub use disk::{DiskState, DiskWatch};
 pub use error::MachineError;
 pub use grow::{Grown, lengthen};
 pub use host::Host;
-pub use machine::{Machine, Phases, StartOptions};
+pub use machine::{Machine, Memory, Phases, StartOptions};
 #[cfg(feature = "cli")]
 pub(crate) use network::record_files;
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
@@ -57,6 +60,7 @@ pub use runner::{Io, Progress, Signal, run};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
+pub use template::{Build, Built, build};
 pub use transfer::{receive, send};
 pub use verify::{Finding, Verdict, failures};
 pub use violation::{Violation, violations};
@@ -66,6 +70,7 @@ use crate::host::probe::ProbeError;
 use crate::image::Error as ImageError;
 use crate::plan::PlanError;
 use crate::spec::SpecError;
+use crate::template::TemplateError;
 
 /// A run that came to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -76,6 +81,17 @@ pub enum RunError {
     /// The image is missing or damaged.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The template cannot be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// What a template was to be warmed up with failed.
+    #[error("the warm-up {}; no template was made", script_end(*.code, *.timed_out))]
+    WarmUp {
+        /// Its exit code.
+        code: i32,
+        /// The time limit ended it.
+        timed_out: bool,
+    },
     /// The kernel asked for cannot be used.
     #[error("cannot use the kernel {name} ({path})")]
     Kernel {
@@ -151,6 +167,8 @@ impl Explain for RunError {
         match self {
             Self::Spec(error) => error.code(),
             Self::Image(error) => error.code(),
+            Self::Template(error) => error.code(),
+            Self::WarmUp { .. } => "warm-up-failed",
             Self::Kernel { .. } => "kernel-unusable",
             Self::Probe(error) => error.code(),
             Self::Plan(error) => error.code(),
@@ -179,6 +197,10 @@ impl Explain for RunError {
         match self {
             Self::Spec(error) => error.remedy(),
             Self::Image(error) => error.remedy(),
+            Self::Template(error) => error.remedy(),
+            Self::WarmUp { .. } => {
+                "Look at its output above; --timeout gives it more time.".into()
+            }
             Self::Kernel { .. } => {
                 "Build the tuned kernel with `cargo xtask kernel`, or leave --kernel out.".into()
             }

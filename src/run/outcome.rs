@@ -23,6 +23,8 @@ pub struct Outcome {
     pub id: VmId,
     /// Id of the image.
     pub image: String,
+    /// Id of the template it was cloned from; absent when it booted.
+    pub template: Option<String>,
     /// The profile.
     pub profile: ProfileName,
     /// What executed the guest's instructions.

@@ -140,8 +140,7 @@ async fn boot(
     let spec = proof_spec(&image.id, waived)?;
     let facts = crate::host::probe::facts(qemu.to_owned(), &host.dirs.cache());
     let plan = Plan::new(&spec, image, kernel, &facts)?;
-    host.start_unproved(&spec, plan, host.proof_timeout, None)
-        .await
+    host.start_unproved(&spec, plan, host.proof_timeout).await
 }
 
 fn proof_spec(image: &str, waived: Waived) -> Result<Spec, RunError> {

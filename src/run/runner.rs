@@ -131,6 +131,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
         Channel::Vsock => ChannelKind::Vsock,
     };
     let phases = machine.phases();
+    let template = machine.template().map(str::to_owned);
     let layers = machine.proof().to_vec();
     let traffic = machine.traffic();
     // A share's last writes are the guest's to flush; all else goes with it.
@@ -165,6 +166,7 @@ pub async fn run(host: &Host, spec: &Spec, io: Io) -> Result<Outcome, RunError> 
     Ok(Outcome {
         id: spec.id.clone(),
         image: image.id,
+        template,
         profile: spec.profile.clone(),
         accel: spec.accel,
         hardware_isolation: spec.accel == Accel::Kvm,
@@ -305,8 +307,11 @@ impl Session<'_> {
 
     async fn steps(&mut self, io: &mut Io) -> Result<Done, RunError> {
         let channel = self.machine.channel().clone();
-        let identity = Request::Configure(identity(self.spec));
-        channel.ask("take its identity", &identity, ANSWER).await?;
+        // A clone has its own already.
+        if self.machine.template().is_none() {
+            let identity = Request::Configure(identity(self.spec));
+            channel.ask("take its identity", &identity, ANSWER).await?;
+        }
         let published = std::mem::take(&mut self.published);
         let _published = publish::serve(published, &channel)?;
         (io.progress)(Progress::Sending);
@@ -395,22 +400,27 @@ impl Session<'_> {
 
 /// Host name, machine id, clock and entropy of a machine of this spec.
 pub(super) fn identity(spec: &Spec) -> Configure {
-    let hex = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>()
-    };
-    let (mut id, mut seed) = ([0; 16], [0; 64]);
-    fill_random(&mut id);
-    fill_random(&mut seed);
+    fresh(&Configure {
+        hostname: Some(spec.id.to_string()),
+        machine_id: Some(random_hex::<16>()),
+        ..Configure::default()
+    })
+}
+
+/// `identity` with the time that it is now, and entropy that nobody else gets.
+pub(super) fn fresh(identity: &Configure) -> Configure {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Configure {
-        hostname: Some(spec.id.to_string()),
-        machine_id: Some(hex(&id)),
         unix_ns: now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok()),
-        seed: Some(hex(&seed)),
+        seed: Some(random_hex::<64>()),
+        ..identity.clone()
     }
+}
+
+fn random_hex<const BYTES: usize>() -> String {
+    let mut bytes = [0; BYTES];
+    fill_random(&mut bytes);
+    bytes.map(|byte| format!("{byte:02x}")).concat()
 }
 
 /// Whether an error says that the other end is gone.

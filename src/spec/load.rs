@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, Catalog, ChannelKind, Command, Exception, HostPattern, LabelName, Lifetime,
-    LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile, ProfileName,
-    Publish, Script, Spec, SpecError, Survivors, Timeout, Tuning, VmId, Waived, Workspace,
-    WorkspaceMode,
+    Accel, Bytes, Catalog, ChannelKind, Command, DomainName, Exception, HostPattern, LabelName,
+    Lifetime, LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile,
+    ProfileName, Publish, Script, Spec, SpecError, Survivors, Templates, Timeout, Tuning, VmId,
+    Waived, Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -53,6 +53,13 @@ pub struct Request {
     /// to attack. Not among the keys of configuration files: who wants it says
     /// so for each machine.
     pub nested: Option<bool>,
+    /// Boot, also where there is a template to clone. A machine that is asked
+    /// to have a balloon always boots: clones have none.
+    pub cold: Option<bool>,
+    /// Id of the template to clone: it must match. By default any that does.
+    pub template: Option<String>,
+    /// Trust domain of the machine: only templates of the same one are cloned.
+    pub domain: Option<DomainName>,
     /// Names and values to find the machine by.
     pub labels: BTreeMap<LabelName, String>,
     /// Name of the network: a mode, or one of `[network.NAME]`.
@@ -183,6 +190,9 @@ impl Request {
             stop_grace: self.stop_grace.or(below.stop_grace),
             balloon: self.balloon.or(below.balloon),
             nested: self.nested.or(below.nested),
+            cold: self.cold.or(below.cold),
+            template: self.template.or(below.template),
+            domain: self.domain.or(below.domain),
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
@@ -343,6 +353,7 @@ impl Request {
             return value("--publish", any.to_string(), why);
         }
         let workspace = workspace(&self)?;
+        let templates = templates(&self)?;
         let lifetime = Lifetime {
             ttl: self.ttl,
             idle: self.idle_timeout,
@@ -366,6 +377,7 @@ impl Request {
             // A device less to start, for a machine that is gone in a moment.
             balloon: self.balloon.unwrap_or(detached),
             nested: self.nested.unwrap_or_default(),
+            templates,
             waive: self.waive.unwrap_or_default(),
             lsm_label: self.lsm_label,
             publish: self.publish,
@@ -381,6 +393,21 @@ impl Request {
             },
         })
     }
+}
+
+fn templates(request: &Request) -> Result<Templates, SpecError> {
+    let cold = request.cold.unwrap_or(request.balloon == Some(true));
+    if cold && request.template.is_some() {
+        return Err(SpecError::Clash {
+            first: "--template",
+            second: "--cold, or a balloon",
+        });
+    }
+    Ok(Templates {
+        cold,
+        id: request.template.clone(),
+        domain: request.domain.clone().unwrap_or_default(),
+    })
 }
 
 fn workspace(request: &Request) -> Result<Workspace, SpecError> {

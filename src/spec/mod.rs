@@ -17,6 +17,7 @@ mod profile;
 mod publish;
 mod resolvers;
 mod script;
+mod templates;
 mod tuning;
 mod units;
 
@@ -45,6 +46,7 @@ pub use profile::{Catalog, CustomProfile, Limits, Profile, ProfileName};
 pub use publish::{NotAPublish, Publish};
 pub use resolvers::Resolvers;
 pub use script::Script;
+pub use templates::{DomainName, Templates};
 pub use tuning::{IoLimits, Tuning};
 pub use units::{Bytes, Malformed, Timeout, VmId};
 
@@ -84,6 +86,9 @@ pub struct Spec {
     /// Whether the guest may run virtual machines of its own.
     #[serde(default)]
     pub nested: bool,
+    /// Which template it may be cloned from.
+    #[serde(default)]
+    pub templates: Templates,
     /// What a detached machine is held to besides its limits.
     #[serde(default)]
     pub tuning: Tuning,

@@ -35,7 +35,7 @@ impl Machines {
         Self { host }
     }
 
-    fn dirs(&self) -> &Dirs {
+    pub(super) fn dirs(&self) -> &Dirs {
         &self.host.dirs
     }
 

@@ -17,6 +17,7 @@ mod launch;
 mod log;
 mod machines;
 mod relay;
+mod reset;
 mod server;
 mod supervisor;
 mod tune;

@@ -199,7 +199,7 @@ impl Supervisor<'_> {
             Ok(up) => up,
             Err((error, record)) => return clear(record, End::never(error)),
         };
-        let mut clock = match self.up(start) {
+        let mut clock = match self.up(start, detached.machine.template()) {
             Ok(clock) => clock,
             Err(error) => {
                 let (record, left) = detached.end().await;
@@ -291,7 +291,7 @@ impl Supervisor<'_> {
     }
 
     /// Writes down that it is up; gives when it is to end.
-    fn up(&mut self, start: Start) -> Result<Clock, SuperviseError> {
+    fn up(&mut self, start: Start, template: Option<&str>) -> Result<Clock, SuperviseError> {
         let now = Instant::now();
         let status = self.state.status();
         let ttl = self.spec.lifetime.ttl.map(|ttl| ttl.0);
@@ -302,11 +302,12 @@ impl Supervisor<'_> {
             }
             _ => ttl.map(|ttl| now + ttl),
         };
-        let reason = match start {
-            Start::Boot => "the guest agent answers",
-            Start::TakeOver => "taken over by a new supervisor",
+        let reason = match (start, template) {
+            (Start::Boot, None) => "the guest agent answers".to_owned(),
+            (Start::Boot, Some(template)) => format!("cloned from template {template}"),
+            (Start::TakeOver, _) => "taken over by a new supervisor".to_owned(),
         };
-        self.state.advance_with(State::Running, reason, |status| {
+        self.state.advance_with(State::Running, &reason, |status| {
             status.supervisor = Some(Owner::current());
             status.provisioned = true;
             status.deadline_ms = deadline.map(|at| at_ms(at, now));

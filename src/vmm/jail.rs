@@ -40,6 +40,8 @@ pub struct Jail {
     pub(super) filters: Vec<BpfProgram>,
     /// Resource limits: number and value.
     pub(super) limits: Vec<(u32, u64)>,
+    /// Its memory is in a file that it is given.
+    pub(super) ram: bool,
     /// Its whole environment; the owner's where it is absent.
     pub(super) environment: Option<Vec<CString>>,
 }
@@ -182,6 +184,8 @@ pub struct Needs<'a> {
     pub share: Option<OwnedFd>,
     /// Filters for system calls (see [`crate::vmm::seccomp`]).
     pub filters: Vec<BpfProgram>,
+    /// It is given a file with its memory.
+    pub ram: bool,
     /// Whether Landlock is to be used where the kernel has it.
     pub landlock: bool,
 }
@@ -223,6 +227,7 @@ impl Jail {
             label: plan.label.as_ref().map(Label::new).transpose()?,
             landlock: landlock.map(|abi| Landlock::new(abi, plan)),
             filters: needs.filters,
+            ram: needs.ram,
             environment,
         })
     }

@@ -25,6 +25,8 @@ pub(super) struct Child<'a> {
     pub(super) null: RawFd,
     /// Open for as long as the owner lives; a byte is its permission.
     pub(super) go: RawFd,
+    /// Where it tells who answers for its memory.
+    pub(super) ram: RawFd,
 }
 
 /// How many descriptors a VMM can be given.
@@ -223,6 +225,8 @@ impl Kernel for Child<'_> {
                 Ok(())
             }
             Op::NoNewPrivs => prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0),
+            // SAFETY: between fork and exec.
+            Op::AskForRam => unsafe { super::ram::ask(self.ram) },
             Op::Landlock(landlock) => restrict(landlock),
             Op::Seccomp(filter) => install(filter),
             Op::Exec => {
@@ -275,6 +279,11 @@ impl Child<'_> {
         // SAFETY: integers.
         self.go = unsafe { libc::fcntl(self.go, libc::F_DUPFD_CLOEXEC, above(count)) };
         done(self.go)?;
+        if self.ram >= 0 {
+            // SAFETY: integers.
+            self.ram = unsafe { libc::fcntl(self.ram, libc::F_DUPFD_CLOEXEC, above(count)) };
+            done(self.ram)?;
+        }
         for (to, fd) in (0..).zip(moved.iter().take(count + 3)) {
             // SAFETY: integers.
             done(unsafe { libc::dup2(*fd, to) })?;

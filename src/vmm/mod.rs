@@ -3,6 +3,7 @@
 mod jail;
 mod kernel;
 mod process;
+mod ram;
 pub mod seccomp;
 mod sequence;
 mod share;

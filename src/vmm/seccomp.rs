@@ -26,6 +26,7 @@ struct List {
     kvm: Table,
     share: Table,
     adopt: Table,
+    ram: Table,
     host_files: Table,
     host_pids: Table,
 }
@@ -62,6 +63,8 @@ pub struct Wanted {
     pub share: bool,
     /// It may outlive its supervisor.
     pub adopt: bool,
+    /// Its memory is in a file.
+    pub ram: bool,
     /// It sees the host's files.
     pub host_files: bool,
     /// It has no process ids of its own.
@@ -88,6 +91,7 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         kvm,
         share,
         adopt,
+        ram,
         host_files,
         host_pids,
     } = toml::from_str(LIST).map_err(io::Error::other)?;
@@ -99,6 +103,7 @@ fn select(wanted: Wanted) -> io::Result<(Calls, Vec<When>, Calls)> {
         Some(accel),
         wanted.share.then_some(share),
         wanted.adopt.then_some(adopt),
+        wanted.ram.then_some(ram),
         wanted.host_files.then_some(host_files),
         wanted.host_pids.then_some(host_pids),
     ];
@@ -176,10 +181,11 @@ mod tests {
         accel: Accel::Tcg,
         share: false,
         adopt: false,
+        ram: false,
         host_files: false,
         host_pids: false,
     };
-    const ALL: [Wanted; 7] = [
+    const ALL: [Wanted; 8] = [
         NONE,
         Wanted {
             share: true,
@@ -198,6 +204,7 @@ mod tests {
             adopt: true,
             ..NONE
         },
+        Wanted { ram: true, ..NONE },
         Wanted {
             host_files: true,
             ..NONE

@@ -41,6 +41,8 @@ pub enum SpawnStep {
     User,
     /// Giving up to gain privileges.
     NoNewPrivs,
+    /// Asking for the file of its memory.
+    Ram,
     /// Landlock.
     Landlock,
     /// Filtering system calls.
@@ -52,7 +54,7 @@ pub enum SpawnStep {
 }
 
 impl SpawnStep {
-    pub(super) const ALL: [Self; 18] = [
+    pub(super) const ALL: [Self; 19] = [
         Self::Death,
         Self::Permission,
         Self::Session,
@@ -67,6 +69,7 @@ impl SpawnStep {
         Self::Capabilities,
         Self::User,
         Self::NoNewPrivs,
+        Self::Ram,
         Self::Landlock,
         Self::Seccomp,
         Self::Exec,
@@ -136,6 +139,7 @@ pub(super) enum Op<'a> {
     CheckOwner,
     SetUmask,
     NoNewPrivs,
+    AskForRam,
     Landlock(&'a Landlock),
     Seccomp(&'a [sock_filter]),
     Exec,
@@ -266,6 +270,10 @@ pub(super) fn confine(
     ask(Step::Session, Op::SetUmask, 0)?;
     // 11. Nothing it executes gains privileges; only now may we filter.
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
+    // 11. Who has its memory in a file gets that from us, whatever it may open.
+    if jail.ram {
+        ask(Step::Ram, Op::AskForRam, 0)?;
+    }
     if let Some(landlock) = &jail.landlock {
         ask(Step::Landlock, Op::Landlock(landlock), 0)?;
     }
@@ -340,6 +348,7 @@ mod tests {
             }),
             filters: vec![Vec::new(), Vec::new()],
             limits: vec![(7, 256)],
+            ram: true,
             environment: None,
         }
     }

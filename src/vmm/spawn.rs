@@ -2,9 +2,11 @@
 #![allow(unsafe_code)] // fork, and what may be called between fork and exec
 
 use std::ffi::{CString, NulError};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use nix::libc;
@@ -33,6 +35,8 @@ pub struct Spawn {
     pub die_with_thread: bool,
     /// How it is confined.
     pub jail: Jail,
+    /// The file with its memory, where its jail says there is one.
+    pub ram: Option<File>,
 }
 
 /// The process could not be started.
@@ -161,6 +165,7 @@ impl Spawn {
         let null = null.open("/dev/null").map_err(fork_error)?;
         let (go_read, go_write) = pipe().map_err(fork_error)?;
         let (fail_read, fail_write) = pipe().map_err(fork_error)?;
+        let (ram_ours, ram_theirs) = UnixStream::pair().map_err(fork_error)?;
         let program = match &self.jail.root {
             Some(_) => c"/qemu".as_ptr(),
             None => pointers[0],
@@ -177,6 +182,7 @@ impl Spawn {
             log: self.log.as_raw_fd(),
             null: null.as_raw_fd(),
             go: go_read.as_raw_fd(),
+            ram: ram_theirs.as_raw_fd(),
         };
         let owner_ends = [go_write.as_raw_fd(), fail_read.as_raw_fd()];
         // SAFETY: the child calls nothing but async-signal-safe functions on
@@ -196,7 +202,7 @@ impl Spawn {
             },
             pid => pid,
         };
-        drop((go_read, fail_write));
+        drop((go_read, fail_write, ram_theirs));
         let process = VmmProcess::adopt_child(pid).map_err(fork_error)?;
         fault::at("forked").map_err(fork_error)?;
         journal(&process).map_err(|source| SpawnError::Lease {
@@ -232,7 +238,15 @@ impl Spawn {
                 let errno = i32::from_le_bytes([a, b, c, d]);
                 Err(step_error(step, entry, io::Error::from_raw_os_error(errno)))
             }
-            Err(_) => Ok(process),
+            Err(_) => {
+                if let Some(ram) = self.ram {
+                    fault::at("give memory")
+                        .and_then(|()| super::ram::listener(&ram_ours))
+                        .and_then(|listener| super::ram::serve(listener, ram))
+                        .map_err(|source| step_error(SpawnStep::Ram, None, source))?;
+                }
+                Ok(process)
+            }
         }
     }
 
@@ -318,6 +332,7 @@ mod tests {
             log: log.try_clone().unwrap().into(),
             die_with_thread: false,
             jail: Jail::default(),
+            ram: None,
         };
         (spawn, log)
     }

@@ -136,6 +136,7 @@ fn trace(args: &Trace) -> Result<()> {
             accel: Accel::Tcg,
             share,
             adopt: false,
+            ram: false,
             host_files: false,
             host_pids: false,
         };

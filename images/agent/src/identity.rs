@@ -37,8 +37,7 @@ pub(crate) fn apply(configure: &Configure) -> Result<()> {
             .context(|| "cannot stir the random pool".into())?;
     }
     if let Some(ns) = configure.unix_ns {
-        let time = TimeSpec::new((ns / 1_000_000_000) as i64, (ns % 1_000_000_000) as i64);
-        clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "cannot set the clock".into())?;
+        set_clock(ns)?;
     }
     if let Some(id) = &configure.machine_id {
         if id.len() != 32 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
@@ -52,6 +51,15 @@ pub(crate) fn apply(configure: &Configure) -> Result<()> {
         name_host(name)?;
     }
     Ok(())
+}
+
+/// Sets the wall clock, in nanoseconds since 1970-01-01 UTC.
+///
+/// # Errors
+/// The kernel refuses.
+pub(crate) fn set_clock(ns: u64) -> Result<()> {
+    let time = TimeSpec::new((ns / 1_000_000_000) as i64, (ns % 1_000_000_000) as i64);
+    clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "cannot set the clock".into())
 }
 
 /// Adds entropy that counts, and has the generator use it at once.

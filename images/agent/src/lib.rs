@@ -257,6 +257,25 @@ pub enum Request {
     },
     /// Identity of this machine: applied before any command runs.
     Configure(Configure),
+    /// Write everything to disk and run nothing any more until
+    /// [`Request::Restored`]: the machine is about to be saved. Answered with
+    /// [`Reply::Life`].
+    Quiesce,
+    /// The machine was saved after [`Request::Quiesce`], and this is a clone of
+    /// it: take the identity, run the image's hooks ([`HOOKS`]), and serve
+    /// again. Answered with [`Reply::Life`]; after a failure it serves nothing.
+    Restored {
+        /// One more than the agent told last.
+        generation: u64,
+        /// All of it is needed.
+        identity: Configure,
+    },
+    /// Set the wall clock, in nanoseconds since 1970-01-01 UTC; answered with
+    /// [`Reply::Life`], which has the time that it is then.
+    Clock {
+        /// The time.
+        unix_ns: u64,
+    },
     /// OS, interfaces and processes; answered with [`Reply::Info`].
     Info,
     /// Kill all processes, flush, unmount, power off. `Exit` comes before the end.
@@ -314,6 +333,25 @@ pub struct Configure {
     pub seed: Option<String>,
 }
 
+/// Programs here are run in a clone before it is handed out, as root, by name.
+pub const HOOKS: &str = "/etc/bulkhead/restore.d";
+
+/// Which life of which boot this is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Life {
+    /// The kernel's boot id: the same in a machine and all its clones.
+    pub boot_id: String,
+    /// How often it was restored since it booted.
+    pub generation: u64,
+    /// Milliseconds since it booted; what lay between save and restore does
+    /// not count.
+    pub uptime_ms: u64,
+    /// Drawn anew in every life: 32 hexadecimal digits.
+    pub session: String,
+    /// Wall clock, in nanoseconds since 1970-01-01 UTC.
+    pub unix_ns: u64,
+}
+
 /// The guest's answer to a [`Request`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
@@ -332,6 +370,9 @@ pub enum Reply {
     },
     /// Answer to [`Request::Info`].
     Info(Info),
+    /// Answer to [`Request::Quiesce`], [`Request::Restored`] and
+    /// [`Request::Clock`].
+    Life(Life),
     /// Refused or failed before anything ran; an `Exit` follows.
     Refused(Failure),
 }

@@ -1,6 +1,7 @@
 //! The guest agent: PID 1 of a machine, or a plain service in one.
 
 mod channel;
+mod clone;
 mod console;
 mod emergency;
 mod exec;

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{Finding, Subject, Verdict, counted, expect, finding};
@@ -10,7 +11,7 @@ use crate::host::cgroup::Cgroup;
 use crate::host::lease::Lease;
 use crate::host::{lsm, process, sys};
 use crate::plan::jail::{SHARE, longest};
-use crate::plan::{Descriptor, LsmKind};
+use crate::plan::{Descriptor, LsmKind, Plan, Ram};
 use crate::spec::{Bytes, JailLayer};
 
 /// Fewest filters of system calls: our two, and QEMU's own.
@@ -35,6 +36,7 @@ pub(super) fn look(subject: &Subject) -> io::Result<Vec<Finding>> {
     findings.extend(namespaces(subject)?);
     findings.extend(files(subject)?);
     findings.push(descriptors(subject)?);
+    findings.extend(template(subject)?);
     findings.extend(limits(subject)?);
     findings.extend(cgroup(subject)?);
     findings.push(label(subject)?);
@@ -290,7 +292,8 @@ fn descriptors(subject: &Subject) -> io::Result<Finding> {
     let root = fs::canonicalize(&plan.root).unwrap_or_else(|_| plan.root.clone());
     let (mut count, mut odd) = (0, Vec::new());
     for entry in fs::read_dir(format!("/proc/{}/fd", subject.pid))? {
-        let Ok(target) = fs::read_link(entry?.path()) else {
+        let path = entry?.path();
+        let Ok(target) = fs::read_link(&path) else {
             continue; // closed meanwhile
         };
         count += 1;
@@ -303,6 +306,7 @@ fn descriptors(subject: &Subject) -> io::Result<Finding> {
                     || text.starts_with("/memfd:")
                     || ["/dev/null", "/dev/vhost-vsock", "/dev/net/tun", "/dev/kvm"].contains(&&*text)
                     || target == root
+                    || of_template(plan, &target, &path)
                     // Its writable disk, unlinked or kept.
                     || target.starts_with(&subject.dir)
                     || plan.jail.share.is_some() && target.starts_with(SHARE)
@@ -331,6 +335,52 @@ fn descriptors(subject: &Subject) -> io::Result<Finding> {
             );
             counted(plan, JailLayer::Files, found)
         }
+    })
+}
+
+/// Whether a descriptor is the file that its memory is in, or one beside that.
+fn of_template(plan: &Plan, target: &Path, fd: &Path) -> bool {
+    match &plan.ram {
+        Ram::Own => false,
+        Ram::Cloned { inode, .. } => is_inode(fd, *inode),
+        Ram::Saved { file } => file.parent().is_some_and(|dir| target.starts_with(dir)),
+    }
+}
+
+/// Whether a descriptor is of this device and inode, whatever its name.
+fn is_inode(fd: &Path, inode: (u64, u64)) -> bool {
+    fs::metadata(fd).is_ok_and(|meta| (meta.dev(), meta.ino()) == inode)
+}
+
+/// How a clone has its template's memory: it must not be able to write to it.
+fn template(subject: &Subject) -> io::Result<Option<Finding>> {
+    let Ram::Cloned {
+        template, inode, ..
+    } = &subject.plan.ram
+    else {
+        return Ok(None);
+    };
+    let mut modes = BTreeSet::new();
+    for entry in fs::read_dir(format!("/proc/{}/fd", subject.pid))? {
+        let path = entry?.path();
+        if is_inode(&path, *inode) {
+            modes.insert(mode(subject.pid, &path)?);
+        }
+    }
+    let measured = modes.into_iter().collect::<Vec<_>>().join(" ");
+    let what = format!("memory of template {template}");
+    Ok(Some(expect("files", &what, &measured, "read-only")))
+}
+
+/// How a descriptor was opened (proc(5), fdinfo).
+fn mode(pid: i32, fd: &Path) -> io::Result<&'static str> {
+    let number = fd.file_name().unwrap_or_default().to_string_lossy();
+    let text = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}"))?;
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    Ok(match flags.map(|flags| flags & nix::libc::O_ACCMODE) {
+        Some(nix::libc::O_RDONLY) => "read-only",
+        _ => "writable",
     })
 }
 

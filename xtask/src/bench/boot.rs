@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::config::{Bed, Common, Config};
+use super::config::{Bed, Common, Config, explain};
 use super::facts::Facts;
 use super::report::{FLOOR, OURS, Report, Unit};
 use super::rounds::{Subject, interleaved};
@@ -24,7 +24,7 @@ pub(crate) struct Args {
     common: Common,
     /// Compare two configurations instead, such as `kernel=tuned` and
     /// `kernel=tuned,machine=q35`. Keys: image, kernel, machine, accel, cpus,
-    /// memory, qemu, cold, warm; jail, nojail and waive=LAYER+LAYER (what the
+    /// memory, qemu, cold, warm, clone; jail, nojail and waive=LAYER+LAYER (what the
     /// jail costs: `--ab jail nojail`); bare (without Bulkhead), and with it append,
     /// without (words of the kernel's command line) option (of -machine)
     /// and cpu (of -cpu).
@@ -33,6 +33,9 @@ pub(crate) struct Args {
     /// Compare tuned and stock kernel on microvm and q35.
     #[arg(long, conflicts_with = "peers")]
     profiles: bool,
+    /// Compare with a clone of a template of the same machine, too.
+    #[arg(long, conflicts_with_all = ["profiles", "peers", "ab"])]
+    clone: bool,
     /// Compare with libvirt, vmtest and virtme-ng, too.
     #[arg(long)]
     peers: bool,
@@ -43,6 +46,21 @@ pub(crate) struct Args {
 /// Runs the bench.
 pub(crate) fn run(args: Args) -> Result<()> {
     super::block_on(measure(args))
+}
+
+/// Makes the template that a clone needs; gives its id.
+async fn template(bed: &Bed, config: &Config) -> Result<Option<String>> {
+    if !config.clone {
+        return Ok(None);
+    }
+    let (host, spec) = (bed.host(config), bed.spec(config)?);
+    let wish = bulkhead::run::Build {
+        rebuild: true,
+        ..Default::default()
+    };
+    let io = bulkhead::run::Io::collecting(bed.temp().to_owned());
+    let built = bulkhead::run::build(&host, &spec, &wish, io).await;
+    Ok(Some(built.map_err(explain)?.template.id))
 }
 
 async fn measure(args: Args) -> Result<()> {
@@ -76,11 +94,21 @@ async fn measure(args: Args) -> Result<()> {
             };
             PROFILES.into_iter().map(profile).collect::<Result<_>>()?
         }
-        None => vec![
-            (OURS.to_owned(), common.config.clone()),
-            (FLOOR.to_owned(), common.config.with("bare")?),
-        ],
+        None => {
+            let mut both = vec![
+                (OURS.to_owned(), common.config.clone()),
+                (FLOOR.to_owned(), common.config.with("bare")?),
+            ];
+            if args.clone {
+                both.push((format!("{OURS} clone"), common.config.with("clone")?));
+            }
+            both
+        }
     };
+    let mut templates = Vec::new();
+    for (_, config) in &chosen {
+        templates.extend(template(&bed, config).await?);
+    }
     let mut name = "boot".to_owned();
     if args.peers {
         name += " peers";
@@ -89,6 +117,9 @@ async fn measure(args: Args) -> Result<()> {
     }
     if args.ab.is_some() {
         name += " ab";
+    }
+    if args.clone {
+        name += " clone";
     }
     if args.profiles {
         name += " profiles";
@@ -101,7 +132,14 @@ async fn measure(args: Args) -> Result<()> {
         .map(|(name, config)| Subject::new(name, life(config)))
         .collect();
     subjects.extend(kept.boots());
-    let all = interleaved(&name, common.n, subjects).await?;
+    let all = interleaved(&name, common.n, subjects).await;
+    for id in templates {
+        bed.host(&common.config)
+            .templates()
+            .rm(&id)
+            .map_err(explain)?;
+    }
+    let all = all?;
     let report = Report::new(&name, facts, Unit::Ms, &all, missing);
     report.give(common.json, common.save.as_deref())
 }

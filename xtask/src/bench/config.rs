@@ -82,6 +82,9 @@ pub(super) struct Config {
     /// Layers of the jail it does without.
     #[arg(skip)]
     pub(super) waive: Waived,
+    /// Cloned from a template.
+    #[arg(skip)]
+    pub(super) clone: bool,
 }
 
 impl Config {
@@ -109,16 +112,20 @@ impl Config {
                 // Commas are taken.
                 "waive" => config.waive = value.replace('+', ",").parse()?,
                 "nojail" => config.waive = no_layer()?,
+                "clone" => config.clone = true,
                 "append" => config.append.push(text()),
                 "without" => config.without.push(text()),
                 "option" => config.options.push(text()),
                 "cpu" => config.features.push(text()),
                 other => bail!(
                     "no machine can be configured by {other}: image, kernel, machine, accel, \
-                     cpus, memory, qemu, cold, warm, jail, nojail, waive, bare, append, without, \
-                     option and cpu are possible"
+                     cpus, memory, qemu, cold, warm, clone, jail, nojail, waive, bare, append, \
+                     without, option and cpu are possible"
                 ),
             }
+        }
+        if config.bare && config.clone {
+            bail!("bare QEMU clones nothing here: bare and clone exclude each other");
         }
         let knobs = [
             &config.append,
@@ -152,6 +159,8 @@ impl Config {
             command: vec!["true".into()],
             waive: Some(self.waive.clone()),
             network: Some(bulkhead::spec::NetworkMode::Isolated.into()),
+            cold: Some(!self.clone),
+            domain: Some("bench".parse().map_err(explain)?),
             ..Wish::default()
         };
         wish.resolve(&Catalog::default()).map_err(explain)

@@ -186,7 +186,7 @@ impl Case<'_> {
             ("create", true) => live == Some(false),
             // What is refused is not half there.
             ("create", false) if failed => live.is_none(),
-            ("start" | "restart", true) if failed => live == Some(true),
+            ("start" | "restart" | "reset", true) if failed => live == Some(true),
             ("stop", true) => live == Some(false),
             ("rm" | "run", true) => live.is_none(),
             _ => true,
@@ -206,9 +206,21 @@ impl Case<'_> {
             }
             Ok(())
         };
+        // Whatever became of its maker, a template that is there is whole.
+        must(&["template", "ls"])?;
+        for id in templates(place)? {
+            must(&["template", "inspect", &id])?;
+        }
         match found.machines.first() {
             Some(view) => {
-                let starts = ["start", "start-adoptable", "gc", "take-over"];
+                let starts = [
+                    "start",
+                    "start-adoptable",
+                    "gc",
+                    "take-over",
+                    "clone",
+                    "reset",
+                ];
                 if view.state.may_start() && starts.contains(&self.scenario.name) {
                     must(&["start", VM])?;
                 }
@@ -228,6 +240,14 @@ impl Case<'_> {
         wrong.extend(left.iter().map(|one| format!("after rm, {one} is left")));
         Ok(wrong)
     }
+}
+
+/// Ids of the templates there are.
+fn templates(place: &Place) -> Result<Vec<String>> {
+    let given = place.must(&["template", "ls", "--json"])?;
+    let all: Vec<serde_json::Value> = serde_json::from_slice(&given)?;
+    let ids = all.iter().filter_map(|one| one["id"].as_str());
+    Ok(ids.map(str::to_owned).collect())
 }
 
 /// Waits for who fails. A supervisor may get there when the verb is over.

@@ -47,12 +47,13 @@ const ADOPT: &[&str] = &[
     "adopt",
 ];
 const START: &[&str] = &["start", VM];
+const TEMPLATE: &[&str] = &["template", "build", "--memory", "256M", "--cpus", "1"];
 const CREATED: Step = Step::Verb(CREATE);
 const ADOPTABLE: Step = Step::Verb(ADOPT);
 const STARTED: Step = Step::Verb(START);
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 14] = {
+pub(super) const SCENARIOS: [Scenario; 18] = {
     const fn of(
         name: &'static str,
         before: &'static [Step],
@@ -97,6 +98,14 @@ pub(super) const SCENARIOS: [Scenario; 14] = {
             ],
         ),
         of("restart", &[CREATED, STARTED], &["restart", VM]),
+        of("template", &[], TEMPLATE),
+        of(
+            "template-rm",
+            &[Step::Verb(TEMPLATE)],
+            &["template", "rm", "--all"],
+        ),
+        of("clone", &[Step::Verb(TEMPLATE), CREATED], START),
+        of("reset", &[CREATED, STARTED], &["reset", VM]),
     ]
 };
 

@@ -49,9 +49,21 @@ impl Place {
             dirs.state.join("images"),
             dirs.state.join("kernels"),
             dirs.state.join("cache"),
+            dirs.state.join("templates"),
         ];
         let places = [&dirs.runtime, &dirs.state, &dirs.runs()].map(|dir| entries(dir));
-        let places = places.into_iter().flatten().chain(self.used_by());
+        // A whole template is nobody's leftover.
+        let half = entries(&dirs.state.join("templates"))
+            .into_iter()
+            .filter(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with('.') && name != ".lock"
+            });
+        let places = places
+            .into_iter()
+            .flatten()
+            .chain(self.used_by())
+            .chain(half);
         let more = places.filter(|path| !allowed.contains(path));
         left.extend(more.map(|path| path.display().to_string()));
         match self.networks() {

@@ -14,6 +14,7 @@ use self::session::{End, Session};
 pub(crate) use self::stream::Stream;
 use self::wire::{Reader, Writer};
 use crate::channel::{Channel, Connections, Source};
+use crate::clone::Lives;
 use crate::console::complain;
 use crate::emergency;
 use crate::exec::cgroup::Cgroups;
@@ -45,6 +46,7 @@ pub(crate) struct Server {
     pub(crate) role: Role,
     pub(crate) cgroups: Cgroups,
     pub(crate) tracked: Tracked,
+    pub(crate) lives: Lives,
     /// The disk that takes everything written, where there is one.
     pub(crate) scratch: Option<Arc<Scratch>>,
     /// Soft and hard limit of open files for commands.
@@ -70,6 +72,7 @@ pub(crate) fn main(source: Source, role: Role, scratch: Option<Arc<Scratch>>) ->
         role,
         cgroups: Cgroups::detect(),
         tracked: Tracked::default(),
+        lives: Lives::default(),
         scratch,
         command_files,
     });

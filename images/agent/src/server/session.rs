@@ -5,13 +5,16 @@ use std::fs;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_agent::{Control, Exit, Header, Hello, Kind, MAX_STREAMS, Reply, Request, VERSION};
+use bulkhead_agent::{
+    Control, Exit, Header, Hello, Kind, Life, MAX_STREAMS, Reply, Request, VERSION,
+};
 
 use super::outbox::Outbox;
 use super::stream::{Stream, Violation};
 use super::wire::Reader;
 use super::{Role, Server};
 use crate::channel::Channel;
+use crate::clone::Lives;
 use crate::console::complain;
 use crate::exec::{self, Command};
 use crate::failure::{Result, invalid};
@@ -191,6 +194,18 @@ impl Session {
 
     /// Starts the work; a failure here refuses the request.
     fn dispatch(&mut self, stream: &Arc<Stream>, request: Request) -> Result<Option<End>> {
+        let at_rest = matches!(
+            request,
+            Request::Ping
+                | Request::Quiesce
+                | Request::Restored { .. }
+                | Request::Clock { .. }
+                | Request::Info
+                | Request::PowerOff
+        );
+        if !at_rest {
+            self.server.lives.awake()?;
+        }
         match request {
             Request::Ping => answer(stream, &Reply::Done),
             Request::Exec(request) => {
@@ -245,6 +260,15 @@ impl Session {
                 });
                 self.follow(stream, None, work);
             }
+            Request::Quiesce => self.live(stream, Lives::quiesce),
+            Request::Restored {
+                generation,
+                identity,
+            } => self.live(stream, move |lives| lives.restored(generation, &identity)),
+            Request::Clock { unix_ns } => {
+                let life = self.server.lives.set_clock(unix_ns)?;
+                answer(stream, &Reply::Life(life));
+            }
             Request::Configure(configure) => {
                 identity::apply(&configure)?;
                 answer(stream, &Reply::Done);
@@ -252,6 +276,20 @@ impl Session {
             Request::Info => answer(stream, &Reply::Info(info::collect())),
         }
         Ok(None)
+    }
+
+    /// A step from one life to the next; it may wait for disks and programs.
+    fn live(
+        &self,
+        stream: &Arc<Stream>,
+        step: impl FnOnce(&Lives) -> Result<Life> + Send + 'static,
+    ) {
+        let (server, own) = (Arc::clone(&self.server), Arc::clone(stream));
+        let work = files::work(Arc::clone(stream), move || {
+            own.reply(&Reply::Life(step(&server.lives)?));
+            Ok(())
+        });
+        self.follow(stream, None, work);
     }
 
     /// Runs `work` to its end, which is the end of the stream.

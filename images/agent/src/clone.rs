@@ -1,0 +1,150 @@
+//! From one machine to many: coming to rest before it is saved, and becoming
+//! another after it was restored.
+
+mod hooks;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_agent::{Configure, FailureKind, HOOKS, Life};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::sync;
+
+use crate::failure::{Context, Result, failure, invalid};
+use crate::identity;
+
+/// Where this machine is in its lives.
+#[derive(Debug, Default)]
+pub(crate) struct Lives(Mutex<Now>);
+
+#[derive(Debug, Default)]
+struct Now {
+    generation: u64,
+    session: String,
+    /// About to be saved, or restored and not yet another: nothing is served.
+    rests: bool,
+}
+
+impl Lives {
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses what must not run in a machine that is like its siblings.
+    ///
+    /// # Errors
+    /// It rests.
+    pub(crate) fn awake(&self) -> Result<()> {
+        match self.now().rests {
+            true => Err(failure(
+                FailureKind::System,
+                "this machine was saved to be cloned, and is not a clone of its own yet",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Brings the machine to rest.
+    ///
+    /// # Errors
+    /// It has no random pool to name this life by.
+    pub(crate) fn quiesce(&self) -> Result<Life> {
+        sync();
+        let mut now = self.now();
+        if now.session.is_empty() {
+            now.session = draw()?;
+        }
+        now.rests = true;
+        Ok(life(&now))
+    }
+
+    /// Makes this clone unlike its siblings: entropy first, for all that
+    /// follows draws on it, then clock and names, then the image's own hooks.
+    ///
+    /// # Errors
+    /// It does not rest, is of another generation, or one of the steps failed:
+    /// then it rests on.
+    pub(crate) fn restored(&self, generation: u64, identity: &Configure) -> Result<Life> {
+        let mut now = self.now();
+        if !now.rests || generation != now.generation + 1 {
+            return Err(invalid(format!(
+                "generation {generation} does not follow {}{}",
+                now.generation,
+                if now.rests { "" } else { ", which runs" }
+            )));
+        }
+        if identity.seed.is_none() || identity.unix_ns.is_none() || identity.hostname.is_none() {
+            return Err(invalid("a clone needs a seed, a clock and a name"));
+        }
+        identity::apply(identity)?;
+        hooks::run(Path::new(HOOKS), generation)?;
+        now.session = draw()?;
+        now.generation = generation;
+        now.rests = false;
+        Ok(life(&now))
+    }
+
+    /// Sets the clock.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub(crate) fn set_clock(&self, unix_ns: u64) -> Result<Life> {
+        identity::set_clock(unix_ns)?;
+        Ok(life(&self.now()))
+    }
+}
+
+fn life(now: &Now) -> Life {
+    let clock = |id| clock_gettime(id).map_or(Duration::ZERO, Duration::from);
+    Life {
+        boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .into(),
+        generation: now.generation,
+        session: now.session.clone(),
+        uptime_ms: clock(ClockId::CLOCK_BOOTTIME).as_millis() as u64,
+        unix_ns: clock(ClockId::CLOCK_REALTIME).as_nanos() as u64,
+    }
+}
+
+/// The name of a life.
+fn draw() -> Result<String> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")
+        .and_then(|mut pool| pool.read_exact(&mut bytes))
+        .context(|| "cannot read /dev/urandom".into())?;
+    Ok(bytes.map(|byte| format!("{byte:02x}")).concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rests_serves_nothing_until_it_is_another() {
+        let lives = Lives::default();
+        lives.awake().unwrap();
+        let saved = lives.quiesce().unwrap();
+        assert_eq!((saved.generation, saved.session.len()), (0, 32));
+        assert!(lives.awake().is_err());
+        // Neither another generation nor half an identity makes it one.
+        let named = Configure {
+            hostname: Some("clone".into()),
+            ..Configure::default()
+        };
+        for (generation, identity) in [(0, &named), (2, &named), (1, &named)] {
+            assert!(lives.restored(generation, identity).is_err());
+            assert!(lives.awake().is_err(), "{generation}");
+        }
+    }
+
+    #[test]
+    fn what_runs_is_no_clone() {
+        let error = Lives::default().restored(1, &Configure::default());
+        assert!(error.unwrap_err().message.contains("which runs"));
+    }
+}

@@ -1,0 +1,189 @@
+//! `bulkhead template`: build, show and remove templates.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde_json::json;
+
+use super::Global;
+use super::machine_args::MachineArgs;
+use super::message::{Failure, print_json, print_report, print_text, visible};
+use super::run::signals;
+use crate::error::Report;
+use crate::run::{Build, FAILED, Io, build};
+use crate::spec::{Request, Timeout};
+use crate::template::Summary;
+
+/// Digits of an id that tell templates apart.
+const SHORT: usize = 12;
+/// Besides the command of a run, which a template has none of.
+const NO_COMMAND: &str = "true";
+
+/// Options of `bulkhead template`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Verb {
+    /// Boot a machine once and save it: machines of the same kind start from it
+    Build(Box<BuildArgs>),
+    /// List templates
+    Ls,
+    /// Show a template, its files checked
+    Inspect {
+        /// Id, or how it begins
+        template: String,
+    },
+    /// Remove templates; machines cloned from them are not affected
+    Rm {
+        /// Ids, or how they begin
+        #[arg(required_unless_present = "all")]
+        templates: Vec<String>,
+        /// All of them
+        #[arg(long, conflicts_with = "templates")]
+        all: bool,
+    },
+}
+
+/// Options of `bulkhead template build`.
+#[derive(Debug, clap::Args)]
+struct BuildArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// Command for a shell to run before the machine is saved
+    #[arg(long, value_name = "COMMAND")]
+    warm: Option<String>,
+    /// For machines with a workspace in mode `share`
+    #[arg(long)]
+    share: bool,
+    /// Build it again, although there is one
+    #[arg(long)]
+    rebuild: bool,
+}
+
+/// Runs the verb.
+pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
+    let store = global.host()?.templates();
+    match args.verb {
+        Verb::Build(args) => return make(*args, global).await,
+        Verb::Ls => return list(global),
+        Verb::Inspect { template } => {
+            // Its files are checked by opening it.
+            let id = store.get(&template)?.id;
+            inspect(&store.summary(&id)?, global.json);
+        }
+        Verb::Rm { mut templates, all } => {
+            if all {
+                templates = store.ids()?;
+            }
+            let mut removed = Vec::new();
+            for template in &templates {
+                removed.push(store.rm(template)?);
+            }
+            match global.json {
+                true => print_json(&json!({ "removed": removed })),
+                false => removed.iter().for_each(|id| print_text(&format!("{id}\n"))),
+            }
+        }
+    }
+    Ok(0)
+}
+
+async fn make(args: BuildArgs, global: &Global) -> Result<i32, Failure> {
+    let settings = global.settings()?;
+    let file = args.machine.spec.clone();
+    let wish = Build {
+        warm: args.warm,
+        share: args.share,
+        rebuild: args.rebuild,
+    };
+    let request = Request {
+        command: vec![NO_COMMAND.into()],
+        ..args.machine.request()
+    };
+    let spec = settings.spec(request, file.as_deref())?;
+    let host = settings.host();
+    // Every start clears away what dead ones left; failing at that stops nobody.
+    if let Err(error) = crate::run::recover(&host.dirs, false) {
+        tracing::debug!("recovery: {error}");
+    }
+    let io = Io {
+        // The result is all that belongs on stdout.
+        stdout: Some(Box::new(tokio::io::stderr())),
+        stderr: Some(Box::new(tokio::io::stderr())),
+        signals: signals()?,
+        ..Io::collecting(host.dirs.state.join("output"))
+    };
+    let built = build(&host, &spec, &wish, io).await?;
+    match global.json {
+        true => print_json(&json!({
+            "id": built.template.id,
+            "kept": built.kept,
+            "manifest": built.template.manifest,
+        })),
+        false => print_text(&format!("{}\n", built.template.id)),
+    }
+    Ok(0)
+}
+
+fn list(global: &Global) -> Result<i32, Failure> {
+    let (all, errors) = global.host()?.templates().list()?;
+    match global.json {
+        true => print_json(&all),
+        false => table(&all),
+    }
+    for error in &errors {
+        print_report(&Report::of(error), global.json);
+    }
+    Ok(if errors.is_empty() { 0 } else { FAILED })
+}
+
+fn table(all: &[Summary]) {
+    print_text(&format!(
+        "{:SHORT$}  {:16} {:10} {:>7} {:>9} {:>9} {}\n",
+        "ID", "IMAGE", "DOMAIN", "MEMORY", "ON DISK", "AGE", "WARM-UP"
+    ));
+    for one in all {
+        let manifest = &one.manifest;
+        let created = UNIX_EPOCH + Duration::from_millis(manifest.created_ms);
+        let age = SystemTime::now()
+            .duration_since(created)
+            .unwrap_or_default();
+        let line = format!(
+            "{:SHORT$}  {:16} {:10} {:>7} {:>5} MiB {:>9} {}",
+            &one.id[..SHORT],
+            manifest.image,
+            manifest.key.part("domain"),
+            manifest.key.part("memory"),
+            one.allocated.div_ceil(1 << 20),
+            Timeout::secs(age.as_secs()).to_string(),
+            manifest.warm.as_deref().unwrap_or("-"),
+        );
+        print_text(&format!("{}\n", visible(&line)));
+    }
+}
+
+fn inspect(one: &Summary, json: bool) {
+    if json {
+        return print_json(one);
+    }
+    let manifest = &one.manifest;
+    let mut lines = vec![
+        ("id", one.id.clone()),
+        ("image", manifest.image.clone()),
+        ("profile", manifest.profile.to_string()),
+        ("qemu version", manifest.qemu.to_string()),
+        ("on disk", format!("{} bytes", one.allocated)),
+        ("boot", manifest.life.boot_id.clone()),
+    ];
+    if let Some(warm) = &manifest.warm {
+        lines.push(("warm-up", warm.clone()));
+    }
+    let parts = manifest.key.parts();
+    lines.extend(parts.map(|(name, value)| (name, value.to_owned())));
+    for (name, value) in lines {
+        print_text(&format!("{}\n", visible(&format!("{name:13} {value}"))));
+    }
+}

@@ -1,0 +1,285 @@
+//! From a template to a machine that nobody takes for its sibling.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_agent::{Configure, Life, Reply, Request};
+use qapi::qmp::{
+    MigrationCapability, MigrationCapabilityStatus, migrate_incoming, migrate_set_capabilities,
+};
+use serde_json::Value;
+
+use super::MachineError;
+use super::machine::Live;
+use crate::error::Explain;
+use crate::guest::GuestError;
+use crate::host::fault;
+use crate::qmp::Monitor;
+use crate::template::Template;
+
+/// How far a clone's clock may be off.
+const CLOCK: Duration = Duration::from_millis(100);
+/// How often it is set again while the host is too busy to tell.
+const TRIES: u32 = 20;
+/// How long the guest may take for its hooks and the rest.
+const PATIENCE: Duration = Duration::from_secs(45);
+
+/// What a machine is cloned from, and whom it becomes.
+#[derive(Debug)]
+pub struct Origin {
+    /// The template.
+    pub template: Template,
+    /// Host name and machine id; entropy and clock are taken when it is time.
+    pub identity: Configure,
+}
+
+/// A clone that was not handed out.
+#[derive(Debug, thiserror::Error)]
+pub enum CloneError {
+    /// QEMU could not take in the saved state.
+    #[error("the state of template {template} could not be restored: {reason}")]
+    State {
+        /// The template.
+        template: String,
+        /// What QEMU said.
+        reason: String,
+    },
+    /// Its agent is not the one that was saved.
+    #[error("what answers is not template {template} restored: {why}")]
+    Stranger {
+        /// The template.
+        template: String,
+        /// What tells.
+        why: String,
+    },
+    /// It could not be made unlike its siblings.
+    #[error("the clone of template {template} is not unlike its siblings")]
+    Same {
+        /// The template.
+        template: String,
+        /// What failed.
+        #[source]
+        source: GuestError,
+    },
+    /// Its clock could not be set right.
+    #[error("the clock of the clone of template {template} may be {off_ms} ms off")]
+    Clock {
+        /// The template.
+        template: String,
+        /// How much.
+        off_ms: u128,
+    },
+}
+
+impl Explain for CloneError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::State { .. } => "restore-failed",
+            Self::Stranger { .. } => "clone-unproven",
+            Self::Same { .. } => "clone-not-unique",
+            Self::Clock { .. } => "clone-clock",
+        }
+    }
+
+    fn remedy(&self) -> String {
+        match self {
+            Self::State { template, .. } | Self::Stranger { template, .. } => format!(
+                "Nothing ran in it. Boot with --cold, and remove the template with \
+                 `bulkhead template rm {template}`."
+            ),
+            Self::Same { .. } => format!(
+                "Nothing ran in it. Look at the reason, and at the image's programs in {}; \
+                 --cold does without the template.",
+                bulkhead_agent::HOOKS
+            ),
+            Self::Clock { .. } => {
+                "The host is too busy: try again later, or boot with --cold.".into()
+            }
+        }
+    }
+}
+
+/// What a template's or a clone's QEMU has to be told of its memory: it is
+/// not in the stream.
+pub(super) async fn ignore_memory(monitor: &Monitor) -> Result<(), MachineError> {
+    let on = |capability| MigrationCapabilityStatus {
+        capability,
+        state: true,
+    };
+    let capabilities = vec![
+        on(MigrationCapability::x_ignore_shared),
+        on(MigrationCapability::events),
+    ];
+    monitor
+        .execute(migrate_set_capabilities { capabilities })
+        .await?;
+    Ok(())
+}
+
+/// Waits for the end of a save or a restore; gives what it was.
+pub(super) async fn migrated(
+    events: &mut crate::qmp::Events,
+    within: Duration,
+) -> Result<String, MachineError> {
+    let over = |data: &Value| {
+        let status = data["status"].as_str().unwrap_or_default();
+        ["completed", "failed", "cancelled"].contains(&status)
+    };
+    let event = events.wait_for("MIGRATION", within, over).await?;
+    Ok(event.data["status"].as_str().unwrap_or_default().to_owned())
+}
+
+/// Takes the saved state in; the machine goes on from there.
+pub(super) async fn restore(
+    monitor: &Monitor,
+    template: &Template,
+    within: Duration,
+) -> Result<(), MachineError> {
+    let mut events = monitor.events();
+    let failed = |reason: String| CloneError::State {
+        template: template.id.clone(),
+        reason,
+    };
+    let (ours, theirs) = fault::at("restore state")
+        .and_then(|()| UnixStream::pair())
+        .map_err(|error| failed(error.to_string()))?;
+    let feed = feed(template, ours);
+    let name = "state".to_owned();
+    let incoming = migrate_incoming {
+        uri: Some(format!("fd:{name}")),
+        channels: None,
+        exit_on_error: None,
+    };
+    // QEMU takes them in this order, and nobody waits in between.
+    let ready = async {
+        tokio::try_join!(
+            async { Ok::<_, MachineError>(monitor.send_fd(&name, theirs.into()).await?) },
+            ignore_memory(monitor),
+            async { Ok(monitor.execute(incoming).await?) },
+        )
+    };
+    ready.await?;
+    let status = migrated(&mut events, within).await?;
+    let fed = feed.await;
+    match (status.as_str(), fed) {
+        ("completed", Ok(Ok(()))) => {}
+        ("completed", Ok(Err(error))) => return Err(failed(error.to_string()).into()),
+        (status, _) => return Err(failed(format!("it {status}")).into()),
+    }
+    fault::at("restored state").map_err(|error| failed(error.to_string()))?;
+    Ok(())
+}
+
+/// Writes the saved state to QEMU.
+fn feed(template: &Template, mut to: UnixStream) -> tokio::task::JoinHandle<io::Result<()>> {
+    let file = template.state.try_clone();
+    let size = template.manifest.state.size;
+    tokio::task::spawn_blocking(move || {
+        use std::os::unix::fs::FileExt;
+        // Never through the position that all copies of the descriptor share.
+        let (file, mut at, mut part) = (file?, 0, vec![0; 64 << 10]);
+        while at < size {
+            let count = file.read_at(&mut part, at)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            to.write_all(&part[..count])?;
+            at += count as u64;
+        }
+        Ok(())
+    })
+}
+
+/// Makes a restored machine unlike its siblings, and has it prove that it was
+/// restored and not booted.
+///
+/// # Errors
+/// One of the steps failed; the machine must not be handed out.
+pub(super) async fn settle(live: &Live, origin: &Origin) -> Result<Life, MachineError> {
+    let template = &origin.template;
+    let same = |source| CloneError::Same {
+        template: template.id.clone(),
+        source,
+    };
+    let saved = &template.manifest.life;
+    fault::at("make clone unique").map_err(|source| {
+        same(GuestError::Io {
+            action: "making a clone unique",
+            source: source.into(),
+        })
+    })?;
+    let request = Request::Restored {
+        generation: saved.generation + 1,
+        identity: super::runner::fresh(&origin.identity),
+    };
+    let what = "become unlike its siblings";
+    let reply = live.channel.ask(what, &request, PATIENCE).await;
+    let life = told(reply.map_err(same)?).map_err(same)?;
+    prove(template, saved, &life)?;
+    let mut off = Duration::MAX;
+    for _ in 0..TRIES {
+        let (now, read) = set_clock(live).await.map_err(same)?;
+        off = now;
+        if off <= CLOCK {
+            tracing::debug!(?off, session = read.session, "a clone is its own");
+            return Ok(read);
+        }
+    }
+    let template = template.id.clone();
+    let off_ms = off.as_millis();
+    Err(CloneError::Clock { template, off_ms }.into())
+}
+
+fn told(reply: Reply) -> Result<Life, GuestError> {
+    match reply {
+        Reply::Life(life) => Ok(life),
+        other => Err(GuestError::Protocol(format!(
+            "{other:?} instead of its life"
+        ))),
+    }
+}
+
+fn prove(template: &Template, saved: &Life, life: &Life) -> Result<(), CloneError> {
+    let stranger = |why: String| CloneError::Stranger {
+        template: template.id.clone(),
+        why,
+    };
+    if life.boot_id != saved.boot_id {
+        let why = format!("its boot is {}, not {}", life.boot_id, saved.boot_id);
+        return Err(stranger(why));
+    }
+    if life.generation != saved.generation + 1 || life.uptime_ms < saved.uptime_ms {
+        return Err(stranger(format!(
+            "generation {} after {} ms, and it was saved in {} after {} ms",
+            life.generation, life.uptime_ms, saved.generation, saved.uptime_ms
+        )));
+    }
+    if life.session == saved.session || life.session.len() != 32 {
+        return Err(stranger("its session is the one that was saved".into()));
+    }
+    Ok(())
+}
+
+/// Sets the guest's clock, and gives the most that it can be off: what the
+/// guest read lies between the sending and the answer.
+async fn set_clock(live: &Live) -> Result<(Duration, Life), GuestError> {
+    let sent = now();
+    let request = Request::Clock {
+        unix_ns: u64::try_from(sent.as_nanos()).unwrap_or(u64::MAX),
+    };
+    let reply = live
+        .channel
+        .ask("set its clock", &request, PATIENCE)
+        .await?;
+    let received = now();
+    let life = told(reply)?;
+    let read = Duration::from_nanos(life.unix_ns);
+    let off = received.abs_diff(read).max(read.abs_diff(sent));
+    Ok((off, life))
+}
+
+fn now() -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default()
+}

@@ -1,0 +1,310 @@
+//! Booting a machine once, to be saved as a template.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bulkhead_agent::{Configure, Exec, FailureKind, Life, Reply, Request, UNKNOWN_REQUEST};
+use qapi::qmp::migrate;
+
+use super::clone::{ignore_memory, migrated};
+use super::command::command;
+use super::host::Host;
+use super::machine::{Machine, Memory, StartOptions, io_error};
+use super::record::{Record, RecordError};
+use super::runner::{ANSWER, Io, fresh, unless_interrupted};
+use super::transfer::joined;
+use super::{MachineError, RunError, now_ms};
+use crate::guest::GuestError;
+use crate::host::fault;
+use crate::host::lease::Lease;
+use crate::plan::Ram;
+use crate::spec::{Spec, VmId, Workspace, WorkspaceMode};
+use crate::template::{DISK, Described, RAM, STATE, Staged, Store, Template};
+
+/// Host name of a machine that is to be saved. No clone keeps it.
+const NAME: &str = "template";
+/// How long the guest may take to write everything to its disk.
+const REST: Duration = Duration::from_secs(60);
+/// How long QEMU may take for the state of its devices.
+const SAVE: Duration = Duration::from_secs(60);
+/// Most bytes of that state: a hundred times what is usual.
+const LARGEST: u64 = 32 << 20;
+
+/// What a template is to be like besides the machine in it.
+#[derive(Debug, Clone, Default)]
+pub struct Build {
+    /// Run by a shell before the machine is saved.
+    pub warm: Option<String>,
+    /// For machines with a shared workspace.
+    pub share: bool,
+    /// Also where there is one already.
+    pub rebuild: bool,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Built {
+    /// The template.
+    pub template: Template,
+    /// It was there already.
+    pub kept: bool,
+}
+
+/// Makes a template for machines of `spec`: boots one, warms it up, brings it
+/// to rest and saves it.
+///
+/// # Errors
+/// Everything a start can give, a warm-up that fails, a full disk. An older
+/// template with the same key stays as it is then, and nothing else is left.
+pub async fn build(host: &Host, spec: &Spec, wish: &Build, mut io: Io) -> Result<Built, RunError> {
+    let spec = &machine(host, spec, wish)?;
+    let store = host.templates();
+    let ram = |file| Ram::Saved { file };
+    let (_, _, key) = host.plan_with(spec, ram(RAM.into()))?;
+    if !wish.rebuild
+        && let Ok(Some(template)) = store.find(&key)
+        && template.manifest.warm == wish.warm
+    {
+        return Ok(Built {
+            template,
+            kept: true,
+        });
+    }
+    let staged = store.stage()?;
+    let file = staged.path().join(RAM);
+    let (image, plan, key) = host.plan_with(spec, ram(file.clone()))?;
+    host.prove(spec, &image, &plan).await?;
+    let lock = image.lock()?;
+    let memory = empty(&file, plan.memory.0).map_err(io_error("make", &file))?;
+    let mut record = Record::create(&host.dirs, spec, &plan)?;
+    let path = staged.path().to_owned();
+    record
+        .lease(Lease::Dir { path })
+        .map_err(|error| MachineError::from(RecordError::from(error)))?;
+    let options = StartOptions {
+        disk: Some(staged.path().join(DISK)),
+        memory: Memory::Saved(Arc::new(memory)),
+        ..host.options(&plan, &record)
+    };
+    let start = async { Ok(Machine::start(plan, record, &options).await?) };
+    let started = unless_interrupted(&mut io.signals, start).await;
+    if matches!(started, Err(RunError::Interrupted { .. })) {
+        // What it had written down is cleared away like that of any dead run.
+        if let Err(error) = super::recover(&host.dirs, false) {
+            tracing::warn!("{error}");
+        }
+    }
+    let mut machine = started?;
+    machine.hold(lock);
+    let work = async {
+        warm_up(&machine, spec, wish, &mut io).await?;
+        let life = rest(&machine).await?;
+        save(&machine, staged.path()).await?;
+        let of = Described {
+            key,
+            life,
+            created_ms: now_ms(),
+            image: spec.image.clone(),
+            profile: spec.profile.clone(),
+            warm: wish.warm.clone(),
+            qemu: machine.monitor().version().clone(),
+        };
+        keep(&machine, &store, staged, of).await
+    };
+    let built = work.await;
+    if let Err(errors) = machine.kill().await {
+        for error in errors {
+            tracing::warn!("left behind, `bulkhead gc` will try again: {error}");
+        }
+    }
+    Ok(Built {
+        template: built?,
+        kept: false,
+    })
+}
+
+/// The machine that is booted: a run's, with a share of nothing where its
+/// clones are to have one.
+fn machine(host: &Host, spec: &Spec, wish: &Build) -> Result<Spec, RunError> {
+    let mut workspace = Workspace {
+        mode: WorkspaceMode::None,
+        ..Workspace::default()
+    };
+    if wish.share {
+        let dir = host.dirs.cache().join("empty");
+        super::dirs::make_private(&dir).map_err(io_error("make", &dir))?;
+        workspace = Workspace {
+            dir: Some(dir),
+            mode: WorkspaceMode::Share,
+            read_only: true,
+            ..workspace
+        };
+    }
+    Ok(Spec {
+        // Its VMM's name, and that of its record; no clone sees it.
+        id: format!("{NAME}-{}", VmId::random())
+            .parse()
+            .unwrap_or_else(|_| VmId::random()),
+        workspace,
+        detached: false,
+        balloon: false,
+        ..spec.clone()
+    })
+}
+
+/// A file of zeroes for the guest's memory.
+fn empty(path: &Path, size: u64) -> io::Result<File> {
+    fault::at("make memory")?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.set_len(size)?;
+    Ok(file)
+}
+
+async fn warm_up(
+    machine: &Machine,
+    spec: &Spec,
+    wish: &Build,
+    io: &mut Io,
+) -> Result<(), RunError> {
+    let identity = fresh(&Configure {
+        hostname: Some(NAME.into()),
+        ..Configure::default()
+    });
+    let channel = machine.channel();
+    channel
+        .ask("take its identity", &Request::Configure(identity), ANSWER)
+        .await?;
+    let Some(warm) = &wish.warm else {
+        return Ok(());
+    };
+    let exec = Exec {
+        argv: ["sh", "-c", warm].map(str::to_owned).into(),
+        env: spec.command.env.clone(),
+        cwd: Some(
+            spec.command
+                .workdir
+                .clone()
+                .unwrap_or_else(|| super::exchange::WORK.into()),
+        ),
+        user: spec.command.user.clone(),
+        ..Exec::default()
+    };
+    let stream = channel.open(&Request::Exec(exec)).await?;
+    let what = "run the warm-up".to_owned();
+    let done = command(
+        stream,
+        what,
+        io,
+        spec.id.as_str(),
+        Some(spec.limits.timeout.0),
+    )
+    .await?;
+    match done.exit_code {
+        0 => Ok(()),
+        code => Err(RunError::WarmUp {
+            code,
+            timed_out: done.timed_out,
+        }),
+    }
+}
+
+/// Has the guest write everything down and run nothing any more.
+async fn rest(machine: &Machine) -> Result<Life, MachineError> {
+    let asked = machine
+        .channel()
+        .ask("come to rest", &Request::Quiesce, REST)
+        .await;
+    match asked {
+        Ok(Reply::Life(life)) => Ok(life),
+        Err(GuestError::Refused { failure, .. })
+            if failure.kind == FailureKind::Invalid
+                && failure.message.contains(UNKNOWN_REQUEST) =>
+        {
+            let what = "be cloned";
+            Err(MachineError::OldAgent { what })
+        }
+        Ok(other) => {
+            let what = format!("{other:?} instead of its life");
+            Err(GuestError::Protocol(what).into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes the state of the devices to a file; the machine stands still then,
+/// and its memory file and its disk are as that state has them.
+async fn save(machine: &Machine, dir: &Path) -> Result<(), MachineError> {
+    let path = dir.join(STATE);
+    let monitor = machine.monitor();
+    let mut events = monitor.events();
+    let (ours, theirs) = fault::at("save state")
+        .and_then(|()| UnixStream::pair())
+        .map_err(io_error("make a socket for", &path))?;
+    let write = {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut file = File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)?;
+            let count = io::copy(&mut ours.take(LARGEST), &mut file)?;
+            file.flush()?;
+            match count {
+                LARGEST => Err(io::ErrorKind::FileTooLarge.into()),
+                _ => Ok(()),
+            }
+        })
+    };
+    let name = "state".to_owned();
+    ignore_memory(monitor).await?;
+    monitor.send_fd(&name, theirs.into()).await?;
+    // The machine runs on until QEMU stops it: so will its clones.
+    let go = migrate {
+        uri: Some(format!("fd:{name}")),
+        channels: None,
+        detach: None,
+        resume: None,
+    };
+    monitor.execute(go).await?;
+    let status = migrated(&mut events, SAVE).await?;
+    let written = tokio::time::timeout(SAVE, write).await;
+    let written = joined(written.unwrap_or_else(|_| Ok(Err(io::ErrorKind::TimedOut.into()))));
+    written.map_err(io_error("write", &path))?;
+    match status.as_str() {
+        "completed" => Ok(()),
+        other => {
+            let told = io::Error::other(format!("QEMU says that it {other}"));
+            Err(io_error("save a machine to", &path)(told))
+        }
+    }
+}
+
+/// Puts the template in its place, once nobody writes to its files any more.
+async fn keep(
+    machine: &Machine,
+    store: &Store,
+    staged: Staged,
+    of: Described,
+) -> Result<Template, RunError> {
+    let qemu = &machine.plan().qemu;
+    let ended = async {
+        fault::at("end saved VMM")?;
+        machine.process().kill()?;
+        machine.process().wait().await
+    };
+    ended.await.map_err(io_error("end", qemu))?;
+    let store = store.clone();
+    let commit = tokio::task::spawn_blocking(move || store.commit(staged, of));
+    Ok(joined(commit.await)?)
+}

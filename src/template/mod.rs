@@ -1,0 +1,13 @@
+//! Booted machines on disk, from which others start: what they are keyed by,
+//! and how they are kept. What makes and clones them is in [`crate::run`].
+
+mod digest;
+mod error;
+mod key;
+mod store;
+
+pub use error::TemplateError;
+pub use key::{Difference, Key};
+pub use store::{Manifest, Piece, Store, Summary, Template};
+
+pub(crate) use store::{DISK, Described, RAM, STATE, Staged};

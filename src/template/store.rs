@@ -1,0 +1,533 @@
+//! Where templates are kept: one directory each, named by its key.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use bulkhead_agent::Life;
+use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::{Mode, OFlags, RenameFlags, openat, renameat_with};
+use serde::{Deserialize, Serialize};
+
+use super::digest;
+use super::error::TemplateError;
+use super::key::{ID, Key};
+use crate::host::fault;
+use crate::host::lease::write_durably;
+use crate::host::stamp::Stamp;
+use crate::image::staging::Staging;
+use crate::qmp::Version;
+use crate::spec::ProfileName;
+
+/// The guest's memory.
+pub(crate) const RAM: &str = "ram";
+/// Everything else of the machine's state, as QEMU writes it.
+pub(crate) const STATE: &str = "state";
+/// The writable disk.
+pub(crate) const DISK: &str = "disk";
+const MANIFEST: &str = "template.json";
+const SEEN: &str = "seen.json";
+/// Format of the manifest.
+const SCHEMA: u32 = 1;
+
+/// A file of a template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    /// Size in bytes.
+    pub size: u64,
+    /// Digest of its size and of every 4 KiB that are not zero, with their place.
+    pub sha256: String,
+}
+
+/// `template.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of this format: 1.
+    pub schema: u32,
+    /// What a machine must have in common with it.
+    pub key: Key,
+    /// What the guest was when it was saved.
+    pub life: Life,
+    /// The guest's memory.
+    pub ram: Piece,
+    /// The state of its devices.
+    pub state: Piece,
+    /// Its writable disk.
+    pub disk: Piece,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// Name of the image, as it was asked for.
+    pub image: String,
+    /// Profile it was built with.
+    pub profile: ProfileName,
+    /// What was run in it before it was saved.
+    pub warm: Option<String>,
+    /// Version of its QEMU.
+    pub qemu: Version,
+}
+
+/// What is known of a template before its files are there.
+#[derive(Debug)]
+pub(crate) struct Described {
+    pub(crate) key: Key,
+    pub(crate) life: Life,
+    pub(crate) created_ms: u64,
+    pub(crate) image: String,
+    pub(crate) profile: ProfileName,
+    pub(crate) warm: Option<String>,
+    pub(crate) qemu: Version,
+}
+
+/// A template, its files open: what becomes of their names does not matter.
+#[derive(Debug)]
+pub struct Template {
+    /// Its id, which its key gives.
+    pub id: String,
+    /// What is in it.
+    pub manifest: Manifest,
+    pub(crate) ram: File,
+    /// Device and inode of that.
+    pub(crate) inode: (u64, u64),
+    pub(crate) state: File,
+    pub(crate) disk: File,
+}
+
+/// A template as it is listed; its files are not checked.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Its id.
+    pub id: String,
+    /// Bytes that its files take of the disk.
+    pub allocated: u64,
+    /// What is in it.
+    pub manifest: Manifest,
+}
+
+/// The templates of one state directory.
+#[derive(Debug, Clone)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// A directory in which a template is made; gone when dropped.
+#[derive(Debug)]
+pub(crate) struct Staged(Staging);
+
+impl Staged {
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Store {
+    /// Those below a state directory; nothing is made yet.
+    pub fn new(state_dir: &Path) -> Self {
+        Self {
+            dir: state_dir.join("templates"),
+        }
+    }
+
+    /// Whether there may be any.
+    pub fn is_empty(&self) -> bool {
+        self.ids().map_or(true, |ids| ids.is_empty())
+    }
+
+    /// File with the memory of a template.
+    pub(crate) fn ram(&self, id: &str) -> PathBuf {
+        self.dir.join(id).join(RAM)
+    }
+
+    /// The template with this key; none where there is none.
+    ///
+    /// # Errors
+    /// Its files are damaged or cannot be read.
+    pub fn find(&self, key: &Key) -> Result<Option<Template>, TemplateError> {
+        match self.open(&key.id()) {
+            Err(TemplateError::NotFound { .. }) => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// The template with this id, or whose id begins so; every file is checked.
+    ///
+    /// # Errors
+    /// There is none, or it is damaged.
+    pub fn get(&self, id: &str) -> Result<Template, TemplateError> {
+        self.open(&self.resolve(id)?)
+    }
+
+    /// What is known of one.
+    ///
+    /// # Errors
+    /// There is none, or its manifest cannot be read.
+    pub fn summary(&self, id: &str) -> Result<Summary, TemplateError> {
+        let id = self.resolve(id)?;
+        let dir = self.dir.join(&id);
+        let manifest = manifest(&self.open_dir(&id)?, &id)?;
+        let blocks = |name: &&str| fs::metadata(dir.join(name)).map_or(0, |meta| meta.blocks());
+        let allocated = 512 * [RAM, STATE, DISK].iter().map(blocks).sum::<u64>();
+        Ok(Summary {
+            id,
+            allocated,
+            manifest,
+        })
+    }
+
+    /// All of them, oldest first, and what cannot be read.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn list(&self) -> Result<(Vec<Summary>, Vec<TemplateError>), TemplateError> {
+        let (mut all, mut errors) = (Vec::new(), Vec::new());
+        for id in self.ids()? {
+            match self.summary(&id) {
+                Ok(one) => all.push(one),
+                // Removed meanwhile.
+                Err(TemplateError::NotFound { .. }) => {}
+                Err(error) => errors.push(error),
+            }
+        }
+        all.sort_by_key(|one| one.manifest.created_ms);
+        Ok((all, errors))
+    }
+
+    /// Removes one; gives its id. Machines cloned from it are not affected.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be removed.
+    pub fn rm(&self, id: &str) -> Result<String, TemplateError> {
+        let id = self.resolve(id)?;
+        let _guard = self.guard()?;
+        let path = self.dir.join(&id);
+        let doomed = Staging::doomed(&self.dir, &id);
+        // Renamed first: one that is half removed must not be found.
+        fault::at("remove template")
+            .and_then(|()| fs::rename(&path, &doomed))
+            .and_then(|()| fs::remove_dir_all(&doomed))
+            .map_err(TemplateError::io("remove", path))?;
+        Ok(id)
+    }
+
+    /// A directory to make one in; what interrupted makers left is removed.
+    pub(crate) fn stage(&self) -> Result<Staged, TemplateError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.dir)
+            .map_err(TemplateError::io("make", &self.dir))?;
+        let _guard = self.guard()?;
+        Staging::sweep(&self.dir)?;
+        fault::at("make template").map_err(TemplateError::io("make", &self.dir))?;
+        Ok(Staged(Staging::new(&self.dir)?))
+    }
+
+    /// Removes what interrupted makers left.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn sweep(&self) -> Result<(), TemplateError> {
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        let _guard = self.guard()?;
+        Ok(Staging::sweep(&self.dir)?)
+    }
+
+    /// Puts a template whose files are in `staged` in its place, in that of an
+    /// older one with the same key where there is one: a crash leaves the old
+    /// or the new.
+    pub(crate) fn commit(&self, staged: Staged, of: Described) -> Result<Template, TemplateError> {
+        let dir = staged.path().to_owned();
+        let piece = |name: &str| {
+            let path = dir.join(name);
+            let make = || {
+                fault::at(&format!("keep template {name}"))?;
+                let file = File::open(&path)?;
+                // Whoever can write to it now is root.
+                file.set_permissions(fs::Permissions::from_mode(0o400))?;
+                file.sync_all()?;
+                Ok(Piece {
+                    size: file.metadata()?.len(),
+                    sha256: digest::of_sparse(&file)?,
+                })
+            };
+            make().map_err(TemplateError::io("read", &path))
+        };
+        let manifest = Manifest {
+            schema: SCHEMA,
+            key: of.key,
+            life: of.life,
+            ram: piece(RAM)?,
+            state: piece(STATE)?,
+            disk: piece(DISK)?,
+            created_ms: of.created_ms,
+            image: of.image,
+            profile: of.profile,
+            warm: of.warm,
+            qemu: of.qemu,
+        };
+        let path = dir.join(MANIFEST);
+        serde_json::to_vec_pretty(&manifest)
+            .map_err(io::Error::from)
+            .and_then(|text| write_durably(&path, &text))
+            .map_err(TemplateError::io("write", path))?;
+        remember(&dir);
+        let id = manifest.key.id();
+        let place = self.dir.join(&id);
+        let _guard = self.guard()?;
+        let swapped = || match place.exists() {
+            // The old one goes with what was staged.
+            true => {
+                let cwd = rustix::fs::CWD;
+                renameat_with(cwd, &dir, cwd, &place, RenameFlags::EXCHANGE)?;
+                Ok(())
+            }
+            false => fs::rename(&dir, &place),
+        };
+        fault::at("publish template")
+            .and_then(|()| swapped())
+            .and_then(|()| File::open(&self.dir)?.sync_all())
+            .map_err(TemplateError::io("make", &place))?;
+        self.open(&id)
+    }
+
+    fn guard(&self) -> Result<Flock<File>, TemplateError> {
+        let path = self.dir.join(".lock");
+        let file = File::create(&path).map_err(TemplateError::io("open", &path))?;
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| TemplateError::io("lock", &path)(errno.into()))
+    }
+
+    /// Ids of all of them.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn ids(&self) -> Result<Vec<String>, TemplateError> {
+        let fail = |error| TemplateError::io("list", &self.dir)(error);
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(fail)?,
+        };
+        let names = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok());
+        let mut ids: Vec<String> = names
+            .filter(|name| name.len() == ID && is_hex(name))
+            .collect();
+        ids.sort();
+        Ok(ids)
+    }
+
+    fn resolve(&self, id: &str) -> Result<String, TemplateError> {
+        let mut found = self.ids()?;
+        found.retain(|one| !id.is_empty() && one.starts_with(id));
+        let id = id.to_owned();
+        match found.len() {
+            0 => Err(TemplateError::NotFound { id }),
+            1 => Ok(found.remove(0)),
+            _ => Err(TemplateError::Ambiguous { id }),
+        }
+    }
+
+    fn open_dir(&self, id: &str) -> Result<File, TemplateError> {
+        let path = self.dir.join(id);
+        File::open(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => TemplateError::NotFound { id: id.to_owned() },
+            _ => TemplateError::io("open", path)(error),
+        })
+    }
+
+    fn open(&self, id: &str) -> Result<Template, TemplateError> {
+        // All by the directory: its name may be another's in the next moment.
+        let dir = self.open_dir(id)?;
+        let manifest = manifest(&dir, id)?;
+        let corrupt = |what: String| TemplateError::Corrupt {
+            id: id.to_owned(),
+            what,
+        };
+        if manifest.key.id() != id {
+            return Err(corrupt("its manifest is another's".into()));
+        }
+        let seen = seen(&dir);
+        let mut changed = false;
+        let mut piece = |name: &str, piece: &Piece| {
+            let file = open_in(&dir, name).map_err(|error| corrupt(format!("{name}: {error}")))?;
+            let meta = file.metadata();
+            let meta = meta.map_err(TemplateError::io("read", self.dir.join(id)))?;
+            if meta.len() != piece.size {
+                let (found, wanted) = (meta.len(), piece.size);
+                return Err(corrupt(format!("{name} has {found} bytes, not {wanted}")));
+            }
+            if !seen.contains(&(name.to_owned(), Stamp::from(&meta))) {
+                changed = true;
+                let found = digest::of_sparse(&file)
+                    .map_err(TemplateError::io("read", self.dir.join(id).join(name)))?;
+                if found != piece.sha256 {
+                    return Err(corrupt(format!("{name} is not what was saved")));
+                }
+            }
+            Ok(file)
+        };
+        let ram = piece(RAM, &manifest.ram)?;
+        let state = piece(STATE, &manifest.state)?;
+        let disk = piece(DISK, &manifest.disk)?;
+        if changed {
+            remember(&self.dir.join(id));
+        }
+        let meta = ram.metadata();
+        let meta = meta.map_err(TemplateError::io("read", self.dir.join(id)))?;
+        Ok(Template {
+            id: id.to_owned(),
+            manifest,
+            inode: (meta.dev(), meta.ino()),
+            ram,
+            state,
+            disk,
+        })
+    }
+}
+
+fn is_hex(text: &str) -> bool {
+    text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+fn open_in(dir: &File, name: &str) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    Ok(openat(dir.as_fd(), name, flags, Mode::empty())?.into())
+}
+
+/// Largest manifest, in bytes.
+const LONGEST: u64 = 1 << 20;
+
+fn read(dir: &File, name: &str) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_in(dir, name)?.take(LONGEST).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn manifest(dir: &File, id: &str) -> Result<Manifest, TemplateError> {
+    let corrupt = |what: String| TemplateError::Corrupt {
+        id: id.to_owned(),
+        what: format!("{MANIFEST}: {what}"),
+    };
+    let bytes = read(dir, MANIFEST).map_err(|error| corrupt(error.to_string()))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|error| corrupt(error.to_string()))?;
+    match manifest.schema {
+        SCHEMA => Ok(manifest),
+        other => Err(corrupt(format!("format {other}, and {SCHEMA} is known"))),
+    }
+}
+
+/// What the files were like when they were last what was saved.
+type Seen = Vec<(String, Stamp)>;
+
+fn seen(dir: &File) -> Seen {
+    let bytes = read(dir, SEEN).ok();
+    bytes
+        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+        .unwrap_or_default()
+}
+
+/// Best effort: without it the files are read again.
+fn remember(dir: &Path) {
+    let stamp = |name: &str| Ok((name.to_owned(), Stamp::of(&dir.join(name))?));
+    let seen: io::Result<Seen> = [RAM, STATE, DISK].into_iter().map(stamp).collect();
+    let kept = seen.and_then(|seen| write_durably(&dir.join(SEEN), &serde_json::to_vec(&seen)?));
+    if let Err(error) = kept {
+        tracing::debug!(%error, "what was checked is not remembered");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(key: &str, warm: &str) -> Described {
+        Described {
+            key: serde_json::from_str(&format!("{{\"image\": \"{key}\"}}")).unwrap(),
+            life: Life::default(),
+            created_ms: 1,
+            image: "base".into(),
+            profile: ProfileName::default(),
+            warm: Some(warm.into()),
+            qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
+        }
+    }
+
+    fn keep(store: &Store, key: &str, warm: &str) -> Template {
+        let staged = store.stage().unwrap();
+        for (name, text) in [(RAM, "memory"), (STATE, "devices"), (DISK, "files")] {
+            fs::write(staged.path().join(name), text).unwrap();
+        }
+        store.commit(staged, described(key, warm)).unwrap()
+    }
+
+    fn entries(store: &Store) -> usize {
+        let entries = fs::read_dir(&store.dir).unwrap().flatten();
+        entries.filter(|entry| entry.file_name() != ".lock").count()
+    }
+
+    #[test]
+    fn a_template_is_found_by_its_key_and_replaced_as_a_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        assert!(store.is_empty());
+        let first = keep(&store, "a", "one");
+        keep(&store, "b", "two");
+        let found = store.find(&first.manifest.key).unwrap().unwrap();
+        assert_eq!(
+            (found.id, found.manifest.warm),
+            (first.id.clone(), Some("one".into()))
+        );
+        let again = keep(&store, "a", "three");
+        assert_eq!(again.id, first.id);
+        assert_eq!(entries(&store), 2, "the old one is gone");
+        assert_eq!(
+            store.get(&first.id[..10]).unwrap().manifest.warm.unwrap(),
+            "three"
+        );
+        assert!(matches!(store.get(""), Err(TemplateError::NotFound { .. })));
+        store.rm(&first.id).unwrap();
+        assert!(store.find(&again.manifest.key).unwrap().is_none());
+        assert_eq!(entries(&store), 1);
+    }
+
+    #[test]
+    fn what_changed_is_read_again_and_damage_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let id = keep(&store, "a", "one").id;
+        let ram = store.ram(&id);
+        let write = |text: &str| {
+            fs::set_permissions(&ram, fs::Permissions::from_mode(0o600)).unwrap();
+            fs::write(&ram, text).unwrap();
+        };
+        write("memory");
+        store.get(&id).unwrap();
+        for damage in ["MEMORY", "memory and more"] {
+            write(damage);
+            assert!(matches!(store.get(&id), Err(TemplateError::Corrupt { .. })));
+        }
+        fs::remove_file(&ram).unwrap();
+        assert!(matches!(store.get(&id), Err(TemplateError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn what_was_not_finished_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let staged = store.stage().unwrap();
+        store.sweep().unwrap();
+        assert!(staged.path().exists(), "its maker lives");
+        let left = store.dir.join(".staging-dead");
+        fs::create_dir(&left).unwrap();
+        store.sweep().unwrap();
+        assert!(!left.exists());
+    }
+}
