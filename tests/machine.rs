@@ -245,10 +245,8 @@ fn doctor_tells_each_ability_with_reason_and_cure() {
         );
     }
     assert_eq!(find("qemu").unwrap()["status"], "ok");
-    // Asked again, the verdict on KVM comes from the cache, and is the same.
-    let begin = Instant::now();
+    // Asked again, the verdict on KVM is the same: a bad one is proved again.
     let again = bulkhead.raw(&["--json", "doctor"]);
-    assert!(begin.elapsed() < Duration::from_secs(10));
     let again: serde_json::Value = serde_json::from_str(&again.stdout).unwrap();
     let kvm = |checks: &serde_json::Value| {
         let kvm = checks

@@ -398,10 +398,10 @@ async fn limits_hold_and_change_while_it_runs() {
     policy.limits.upload = Some(Bytes(128 << 10));
     let live = Live::with_site(world.site());
     let machine = live.start_from(wish("own"), &catalog(policy.clone())).await;
-    // The kernel's counter now and then lets one more through.
-    let held = tries(&machine, &["hold 203.0.113.1 80 8"]).await;
-    let right = ["5 open, 3 refused", "6 open, 2 refused"].contains(&held[0].as_str());
-    assert!(right, "{held:?}");
+    // Where the other end stays open, too: a connection that one end has closed
+    // and that closes again, because the answer was late, is not counted.
+    let held = tries(&machine, &["hold 203.0.113.1 22 8"]).await;
+    assert_eq!(held, ["5 open, 3 refused"]);
     let change = |policy: &NetworkPolicy| machine.set_network(policy, false).unwrap();
     let timed = async |line: &str, expected: &str| {
         let begin = std::time::Instant::now();

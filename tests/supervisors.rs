@@ -90,7 +90,7 @@ fn a_dead_supervisor_takes_its_machine_along_and_the_state_says_so() {
     kill(vm.vmm(), Signal::SIGKILL).unwrap();
     let view = vm.becomes("failed");
     assert!(
-        view["reason"].as_str().unwrap().contains("signal 9"),
+        view["reason"].as_str().unwrap().contains("SIGKILL"),
         "{view}"
     );
     let begin = Instant::now();

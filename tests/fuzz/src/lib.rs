@@ -44,10 +44,12 @@ pub fn check_error(error: &dyn Explain) {
         what,
         cause,
         remedy,
+        system_call,
     } = Report::of(error);
     for text in [&code, &what, &cause, &remedy] {
         check_text(text);
     }
+    system_call.iter().for_each(|call| check_text(call));
     assert!(!code.is_empty() && !remedy.is_empty());
 }
 

@@ -241,6 +241,7 @@ fn kind(key: &Value, schema: &Value) -> String {
             "Bytes" => "size".into(),
             "Timeout" => "time".into(),
             "NetworkName" | "ProfileName" => "name".into(),
+            "LsmLabel" => "text".into(),
             "Cidr" => "range of addresses".into(),
             "UidRange" => "range of user ids".into(),
             "Waived" => "list of layers".into(),

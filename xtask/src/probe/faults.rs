@@ -134,8 +134,10 @@ fn all(args: &Args, kit: &Kit) -> Result<Vec<Work>> {
         };
     let mut work = Vec::new();
     // What is only done once on a host, and kept, is no step of a verb.
-    let first = SCENARIOS.iter().find(|scenario| scenario.name == "run");
-    first.map(|run| run.points(kit)).transpose()?;
+    let makes_caches = |scenario: &&Scenario| ["run", "template"].contains(&scenario.name);
+    for scenario in SCENARIOS.iter().filter(makes_caches) {
+        scenario.points(kit)?;
+    }
     for scenario in SCENARIOS.iter().filter(meant) {
         let points = scenario.points(kit);
         for point in points.with_context(|| format!("cannot record {}", scenario.name))? {
