@@ -434,6 +434,36 @@ async fn a_run_says_what_it_reached_and_what_was_refused() {
     );
 }
 
+/// What QEMU itself would send after a restore must not be told as the guest's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clone_reaches_and_is_refused_what_a_booted_machine_is() {
+    let internet = Internet::new();
+    let bulkhead = internet.bulkhead();
+    let accel = support::accel();
+    let machine = ["--accel", &accel, "--image", "base", "--kernel", "tuned"];
+    let machine = [&machine[..], &["--network", "offline"]].concat();
+    let id = bulkhead.must(&[&["template", "build"], &machine[..]].concat());
+    let tries = script(&["web good.org 80 good.org", "name evil.org"]) + "\nsleep 1";
+    let policy = ["--allow-host", "*.org", "--deny-host", "evil.org"];
+    let command = ["--", "sh", "-c", &tries];
+    let words = [&["--json", "run"], &machine[..], &policy, &command].concat();
+    let ran = bulkhead.raw(&words);
+    let outcome: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(outcome["template"], id.trim_end(), "{outcome}");
+    assert_eq!(
+        outcome["stdout"]["text"], "200 93.184.215.14\ntry again\n",
+        "{outcome}"
+    );
+    let of = |what: &str| {
+        let table = outcome["traffic"][what].as_object().unwrap();
+        table.keys().map(String::as_str).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (of("hosts"), of("refused")),
+        (vec!["good.org"], vec!["evil.org"])
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     let internet = Internet::new();

@@ -8,7 +8,7 @@ use bulkhead_agent::{Configure, Life, Reply, Request};
 use qapi::qmp::{
     MigrationCapability, MigrationCapabilityStatus, migrate_incoming, migrate_set_capabilities,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::MachineError;
 use super::machine::Live;
@@ -117,6 +117,16 @@ pub(super) async fn ignore_memory(monitor: &Monitor) -> Result<(), MachineError>
     Ok(())
 }
 
+/// Has QEMU not announce a restored guest's address (RARP): its network knows
+/// it, and would have these frames as ones that the guest may not send.
+async fn announce_nothing(monitor: &Monitor) -> Result<(), MachineError> {
+    let arguments = json!({ "announce-rounds": 0 });
+    monitor
+        .execute_raw("migrate-set-parameters", arguments)
+        .await?;
+    Ok(())
+}
+
 /// Waits for the end of a save or a restore; gives what it was.
 pub(super) async fn migrated(
     events: &mut crate::qmp::Events,
@@ -156,6 +166,7 @@ pub(super) async fn restore(
         tokio::try_join!(
             async { Ok::<_, MachineError>(monitor.send_fd(&name, theirs.into()).await?) },
             ignore_memory(monitor),
+            announce_nothing(monitor),
             async { Ok(monitor.execute(incoming).await?) },
         )
     };
