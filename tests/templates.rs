@@ -447,30 +447,23 @@ fn a_builder_that_dies_leaves_nothing() {
 #[test]
 #[ignore = "needs a KVM host: cargo xtask lab test a_template_is_cloned_under_kvm"]
 fn a_template_is_cloned_under_kvm() {
-    let bulkhead = Bulkhead::new().with_own_state();
-    let build = [&["template", "build"], &SMALL[..]].concat();
-    let id = bulkhead.must(&build).trim_end().to_owned();
+    let bulkhead = bulkhead();
+    let id = build(&bulkhead, &[]);
     let script = "hostname; head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id";
     let told = ["one", "two"].map(|name| {
-        let fixed = [&["--json", "run"], &SMALL[..]].concat();
-        let words = ["--name", name, "--", "sh", "-c", script];
-        let ran = bulkhead.raw(&[&fixed, &words[..]].concat());
-        let outcome = serde_json::from_str::<Value>(&ran.stdout);
-        let outcome = outcome.unwrap_or_else(|_| panic!("{ran:?}"));
+        let outcome = outcome(&bulkhead, &["--name", name], script);
         assert_eq!(outcome["template"], id.as_str(), "{outcome}");
         // Although this host has vsock: decision 0040.
         assert_eq!(outcome["channel"], "serial");
         assert_eq!(outcome["hardware_isolation"], true);
-        outcome["stdout"]["text"].as_str().unwrap().to_owned()
+        stdout(&outcome).to_owned()
     });
     for (one, two) in told[0].lines().zip(told[1].lines()) {
         assert_ne!(one, two);
     }
     assert_eq!(told[0].lines().next(), Some("one"));
     // Who asks for vsock boots.
-    let fixed = [&["--json", "run"], &SMALL[..], &["--channel", "vsock"]].concat();
-    let ran = bulkhead.raw(&[&fixed, &["--", "true"][..]].concat());
-    let outcome: Value = serde_json::from_str(&ran.stdout).unwrap();
+    let outcome = outcome(&bulkhead, &["--channel", "vsock"], "true");
     assert_eq!(outcome["template"], Value::Null);
     assert_eq!(outcome["channel"], "vsock");
 }

@@ -3,7 +3,7 @@
 //! cgroup v2 has one hierarchy for everything, v1 one for each controller; a
 //! machine has a group in each that is needed. All of them are below a group
 //! `bulkhead` of ours, which goes with the last of them. Mounts are never
-//! touched. The controllers for memory, processes take a line in
+//! touched. The controllers for CPU, memory and processes take a line in
 //! `Controller` each; reads and writes are limited where the host can.
 
 mod blkio;

@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::Path;
 
-use crate::plan::{LsmFacts, LsmKind};
-
-/// Name of the profile we bring (src/vmm/apparmor.profile).
 use crate::plan::jail::PROFILE;
+use crate::plan::{LsmFacts, LsmKind};
 
 /// The active module; none where neither AppArmor nor SELinux is.
 pub fn active() -> Option<LsmFacts> {

@@ -201,7 +201,7 @@ pub struct Status {
     pub deadline_ms: Option<u64>,
     /// Its image.
     pub image: ImageUse,
-    /// Whether the workspace was sent already.
+    /// Whether it came up with the disk it has: the workspace was sent then.
     pub provisioned: bool,
     /// Who is responsible for it, while it is live.
     pub supervisor: Option<Owner>,

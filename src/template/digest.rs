@@ -33,12 +33,13 @@ pub(super) fn of_sparse(file: &File) -> io::Result<String> {
     loop {
         at = match lseek64(file, at, Whence::SeekData) {
             // From the block it is in: extents need not begin with one.
-            Ok(data) => data / BLOCK as i64 * BLOCK as i64,
-            Err(Errno::ENXIO) => return Ok(hex(hash.finalize())),
+            Ok(data) if data.unsigned_abs() < size => data / BLOCK as i64 * BLOCK as i64,
+            // The end, or what came after it meanwhile.
+            Ok(_) | Err(Errno::ENXIO) => return Ok(hex(hash.finalize())),
             Err(errno) => return Err(errno.into()),
         };
         let end = lseek64(file, at, Whence::SeekHole)?;
-        while at < end {
+        while at < end && at.unsigned_abs() < size {
             at += i64::try_from(blocks(file, at, size, &mut hash)?).map_err(io::Error::other)?;
         }
     }

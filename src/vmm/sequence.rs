@@ -270,7 +270,7 @@ pub(super) fn confine(
     ask(Step::Session, Op::SetUmask, 0)?;
     // 11. Nothing it executes gains privileges; only now may we filter.
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
-    // 11. Who has its memory in a file gets that from us, whatever it may open.
+    // 12. Who has its memory in a file gets that from us, whatever it may open.
     if jail.ram {
         ask(Step::Ram, Op::AskForRam, 0)?;
     }
