@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,6 +77,31 @@ pub fn is_same(pid: i32, start: u64) -> bool {
     start_time(pid) == Some(start) && !is_zombie(pid)
 }
 
+/// Whether somebody who has a lock (flock(2)) on a file is on its way out: killed,
+/// but a thread of it is still inside the kernel, and the lock goes with the last.
+///
+/// # Errors
+/// The file is gone, or /proc/locks cannot be read.
+pub fn is_lock_of_dying(file: &Path) -> io::Result<bool> {
+    let inode = fs::metadata(file)?.ino();
+    let locks = fs::read_to_string("/proc/locks")?;
+    Ok(lock_holders(&locks, inode).any(is_zombie))
+}
+
+/// Who has a flock on the file with this inode number, by /proc/locks (proc(5)):
+/// `1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF`. Those of another pid
+/// namespace have no number. Devices are not compared: some file systems give
+/// stat(2) another one.
+fn lock_holders(locks: &str, inode: u64) -> impl Iterator<Item = i32> {
+    locks.lines().filter_map(move |line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let (kind, pid) = (fields.next()?, fields.nth(2)?);
+        let file = fields.next()?.rsplit_once(':')?.1;
+        let pid = pid.parse().ok().filter(|pid| *pid > 0)?;
+        (kind == "FLOCK" && file.parse::<u64>() == Ok(inode)).then_some(pid)
+    })
+}
+
 /// Kills a process if it is the one that started at `start_time`, and waits up
 /// to five seconds until it has ended.
 pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
@@ -119,5 +145,35 @@ mod tests {
         if fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n") {
             assert!(is_kernel_thread(2));
         }
+    }
+    #[test]
+    fn a_lock_tells_who_has_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let holders = || {
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            let inode = file.as_file().metadata().unwrap().ino();
+            lock_holders(&locks, inode).collect::<Vec<i32>>()
+        };
+        assert!(holders().is_empty());
+        let lock = nix::fcntl::Flock::lock(
+            file.reopen().unwrap(),
+            nix::fcntl::FlockArg::LockExclusiveNonblock,
+        )
+        .unwrap();
+        assert_eq!(holders(), [std::process::id().cast_signed()]);
+        // We live.
+        assert!(!is_lock_of_dying(file.path()).unwrap());
+        drop(lock);
+        assert!(holders().is_empty());
+    }
+
+    #[test]
+    fn only_who_has_a_flock_on_this_file_counts() {
+        let locks = "1: POSIX  ADVISORY  WRITE 10 fe:00:77 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 11 fe:00:77 0 EOF\n\
+                     2: -> FLOCK  ADVISORY  WRITE 12 fe:00:77 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 13 fe:00:78 0 EOF\n\
+                     4: FLOCK  ADVISORY  WRITE 0 fe:00:77 0 EOF\n";
+        assert_eq!(lock_holders(locks, 77).collect::<Vec<i32>>(), [11]);
     }
 }

@@ -11,8 +11,8 @@ use super::dirs::{Dirs, make_private};
 use super::recovery::{self, Found};
 use super::state::{ImageUse, StateError, StateFile};
 use crate::error::Explain;
-use crate::host::fault;
 use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
+use crate::host::{fault, process};
 use crate::image::Image;
 use crate::plan::Plan;
 use crate::spec::{Spec, Survivors, VmId};
@@ -485,6 +485,18 @@ pub(super) fn lock_run(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, errno)) => Err(io_error("lock", &path)(errno.into())),
+    }
+}
+
+/// As [`lock_run`], where an owner who was killed may take a moment to let go.
+pub(super) fn lock_of_living(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
+    if let Some(lock) = lock_run(dir)? {
+        return Ok(Some(lock));
+    }
+    match process::is_lock_of_dying(&dir.join("lock")) {
+        Ok(true) => lock_soon(dir),
+        // It may have let go since.
+        _ => lock_run(dir),
     }
 }
 

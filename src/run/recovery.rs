@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use super::dirs::Dirs;
 use super::record::{
-    KEPT, LEASES, RecordError, SPEC, io_error, lock_run, lock_runs, lock_soon, read_json,
-    remove_state,
+    KEPT, LEASES, RecordError, SPEC, io_error, lock_of_living, lock_run, lock_runs, lock_soon,
+    read_json, remove_state,
 };
 use super::share;
 use super::state::{Ended, State, StateFile, Status, now_ms};
@@ -83,7 +83,7 @@ fn name(dir: &Path) -> String {
 
 fn look(dir: &Path) -> Found {
     let id = name(dir);
-    match lock_run(dir) {
+    match lock_of_living(dir) {
         Ok(None) => Found::Alive { id },
         Ok(Some(_lock)) => examine(dir, id).map_or_else(|found| found, |kept| kept.found()),
         Err(error) => dead(id, Vec::new(), &[&error]),
@@ -265,7 +265,7 @@ pub(crate) fn abandon(dirs: &Dirs, id: &VmId) -> Result<Vec<Report>, RecordError
 pub(super) fn recover_one(dir: &Path) -> Found {
     let id = name(dir);
     // Held until the directory is gone.
-    let _lock = match lock_run(dir) {
+    let _lock = match lock_of_living(dir) {
         Ok(Some(lock)) => lock,
         Ok(None) => return Found::Alive { id },
         Err(error) => return dead(id, Vec::new(), &[&error]),
