@@ -22,8 +22,6 @@ use crate::template::Template;
 const CLOCK: Duration = Duration::from_millis(100);
 /// How often it is set again while the host is too busy to tell.
 const TRIES: u32 = 20;
-/// How long the guest may take for its hooks and the rest.
-const PATIENCE: Duration = Duration::from_secs(45);
 
 /// What a machine is cloned from, and whom it becomes.
 #[derive(Debug)]
@@ -203,11 +201,15 @@ fn feed(template: &Template, mut to: UnixStream) -> tokio::task::JoinHandle<io::
 }
 
 /// Makes a restored machine unlike its siblings, and has it prove that it was
-/// restored and not booted.
+/// restored and not booted. For each step the guest may take as long as for a boot.
 ///
 /// # Errors
 /// One of the steps failed; the machine must not be handed out.
-pub(super) async fn settle(live: &Live, origin: &Origin) -> Result<Life, MachineError> {
+pub(super) async fn settle(
+    live: &Live,
+    origin: &Origin,
+    within: Duration,
+) -> Result<Life, MachineError> {
     let template = &origin.template;
     let same = |source| CloneError::Same {
         template: template.id.clone(),
@@ -225,12 +227,12 @@ pub(super) async fn settle(live: &Live, origin: &Origin) -> Result<Life, Machine
         identity: super::runner::fresh(&origin.identity),
     };
     let what = "become unlike its siblings";
-    let reply = live.channel.ask(what, &request, PATIENCE).await;
+    let reply = live.channel.ask(what, &request, within).await;
     let life = told(reply.map_err(same)?).map_err(same)?;
     prove(template, saved, &life)?;
     let mut off = Duration::MAX;
     for _ in 0..TRIES {
-        let (now, read) = set_clock(live).await.map_err(same)?;
+        let (now, read) = set_clock(live, within).await.map_err(same)?;
         off = now;
         if off <= CLOCK {
             tracing::debug!(?off, session = read.session, "a clone is its own");
@@ -274,15 +276,12 @@ fn prove(template: &Template, saved: &Life, life: &Life) -> Result<(), CloneErro
 
 /// Sets the guest's clock, and gives the most that it can be off: what the
 /// guest read lies between the sending and the answer.
-async fn set_clock(live: &Live) -> Result<(Duration, Life), GuestError> {
+async fn set_clock(live: &Live, within: Duration) -> Result<(Duration, Life), GuestError> {
     let sent = now();
     let request = Request::Clock {
         unix_ns: u64::try_from(sent.as_nanos()).unwrap_or(u64::MAX),
     };
-    let reply = live
-        .channel
-        .ask("set its clock", &request, PATIENCE)
-        .await?;
+    let reply = live.channel.ask("set its clock", &request, within).await?;
     let received = now();
     let life = told(reply)?;
     let read = Duration::from_nanos(life.unix_ns);

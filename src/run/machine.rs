@@ -275,7 +275,7 @@ impl Machine {
             .await?;
         let mut live = proven(live, record).await?;
         if let Some(origin) = options.memory.origin() {
-            clone::settle(&live, origin).await?;
+            clone::settle(&live, origin, options.boot_timeout).await?;
             // Before that it was nobody's to use.
             live.phases.agent_us = since(begin);
         }
