@@ -79,8 +79,10 @@ struct Kept {
     sha256: String,
 }
 
-/// Digest of a file that is kept in `cache` for as long as the file is the same.
+/// Digest of a file that is kept in `cache` for as long as the file is the same,
+/// whatever links lead to it.
 pub(super) fn cached(path: &Path, cache: &Path) -> io::Result<String> {
+    let path = &path.canonicalize()?;
     let stamp = Stamp::of(path)?;
     let name = hex(Sha256::digest(path.as_os_str().as_encoded_bytes()));
     let place = cache.join(format!("sha256-{}.json", &name[..16]));
@@ -131,6 +133,12 @@ mod tests {
         for _ in 0..2 {
             assert_eq!(cached(&path, dir.path()).unwrap(), abc);
         }
+        // By another name it is the same file.
+        let other = dir.path().join("link");
+        std::os::unix::fs::symlink(&path, &other).unwrap();
+        assert_eq!(cached(&other, dir.path()).unwrap(), abc);
+        let kept = || std::fs::read_dir(dir.path()).unwrap().count() - 2;
+        assert_eq!(kept(), 1);
         std::fs::write(&path, b"abcd").unwrap();
         assert_ne!(cached(&path, dir.path()).unwrap(), abc);
     }

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -81,8 +80,9 @@ const RECORD: Gauge = gauge("machine's record, KiB", 3, 1024);
 const LOGS: Gauge = gauge("machine's logs, KiB", 0, 100 * 4);
 const STATE: Gauge = gauge("state directory, KiB", 3, 4096);
 const RUNTIME: Gauge = gauge("runtime directory, entries", 0, 4);
-const LINKS: Gauge = gauge("network interfaces", 0, 0);
-const TABLES: Gauge = gauge("nft tables", 0, 0);
+/// One more for each run that is under way.
+const LINKS: Gauge = gauge("network links on the host", 0, 2);
+const MEMBERS: Gauge = gauge("machines in the host's rules", 0, 2);
 
 /// Samples of each gauge, of each thing it measures.
 type Samples = BTreeMap<(Gauge, String), Vec<f64>>;
@@ -117,7 +117,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         state_dir: args.state_dir.clone(),
         accel: args.accel.clone(),
         kernel: Some(args.kernel.clone()),
-        networks: false,
+        networks: nix::unistd::geteuid().is_root(),
     };
     let (rows, json) = (Rows::default(), args.json);
     let soak = Soak {
@@ -326,15 +326,14 @@ impl Soak {
             let own = entries(&dirs.state).iter().map(|path| kib(path)).sum();
             self.sample(STATE, "all", own);
             self.sample(RUNTIME, "all", entries(&dirs.runtime).len() as f64);
-            self.sample(
-                LINKS,
-                "host",
-                entries(Path::new("/sys/class/net")).len() as f64,
-            );
-            // Machines have no network yet; where the tool is, it is looked at.
-            if let Ok(output) = Command::new("nft").args(["list", "tables"]).output() {
-                let lines = output.stdout.iter().filter(|byte| **byte == b'\n').count();
-                self.sample(TABLES, "host", lines as f64);
+            match self.place.networks() {
+                Ok((links, members)) => {
+                    self.sample(LINKS, "all", links as f64);
+                    self.sample(MEMBERS, "all", members as f64);
+                }
+                Err(error) => {
+                    lock(&self.failures).push(format!("cannot look at the network: {error:#}"));
+                }
             }
             std::thread::sleep(pause);
         }
@@ -474,7 +473,7 @@ mod tests {
         let mut samples = Samples::new();
         samples.insert((TEN, "steady".into()), vec![5.0; 40]);
         samples.insert((TEN, "growing".into()), (0..40).map(f64::from).collect());
-        samples.insert((LINKS, "host".into()), vec![1.0; 40]);
+        samples.insert((LINKS, "all".into()), vec![1.0; 40]);
         let worst = worst(&samples);
         assert_eq!(worst[&TEN].of, "growing");
         assert!(!worst[&TEN].flat && worst[&LINKS].flat);
