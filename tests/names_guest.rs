@@ -91,7 +91,7 @@ fn serve(listener: TcpListener) {
                 let own = stream.local_addr().unwrap().ip();
                 let body = format!("I am {own}\n");
                 let head = format!(
-                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    "HTTP/1.1 200 OK\r\nLocation: http://169.254.169.254/latest/\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
                     body.len()
                 );
                 let mut request = [0; 4096];
@@ -194,6 +194,8 @@ async fn a_closed_policy_lets_through_what_its_names_stand_for() {
             ("name lan.org", GOOD),
             ("tcp 169.254.169.254 80", "refused"),
             ("tcp 10.77.0.9 80", "refused"),
+            // An allowed host sends it there.
+            ("follow good.org 80", "refused"),
             // No other resolver.
             ("udp 8.8.8.8 53", "prohibited"),
         ],
@@ -356,6 +358,10 @@ async fn strict_mode_reads_the_name_at_a_shared_address() {
             // The same address by another name, and by none.
             ("web shared.org 80 other.org", "403 host-not-allowed"),
             ("web shared.org 80 93.184.215.16", "403 host-missing"),
+            // Through an allowed host, to another.
+            ("relay shared.org 80 evil.org:443", "403 request-kind"),
+            ("relay shared.org 80 shared.org:443", "403 request-kind"),
+            ("follow shared.org 80", "refused"),
             // An allowed name leads to its own address.
             ("web x 80 shared.org 93.184.215.15", "200 93.184.215.16"),
             ("web x 80 evil.org 93.184.215.15", "403 host-not-allowed"),
@@ -512,6 +518,14 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     assert!(refused.iter().all(|what| what.refusal().is_some()));
     assert!(refused.len() >= 3, "{refused:#?}");
 
+    // What it tried is enough to go on, and nothing else.
+    let learned = bulkhead.must(&["net", "learn", "named"]);
+    for host in ["good.org", "evil.org"] {
+        assert!(learned.contains(&format!("    \"{host}\",")), "{learned}");
+    }
+    assert!(learned.contains("preset = \"offline\""), "{learned}");
+    bulkhead.must_fail(&["net", "learn", "nobody"], "machine-not-found");
+
     // Nobody resolves, and nothing more is open, while nobody watches.
     kill(vm.supervisor(), Signal::SIGKILL).unwrap();
     vm.becomes("lost");
@@ -519,6 +533,7 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     let inside = inside.unwrap();
     let sockets = sh_in(&inside, "cat /proc/self/net/udp /proc/self/net/tcp");
     assert!(!sockets.contains(":0035 "), "{sockets}");
+    drop(inside);
     assert!(bulkhead.must(&["gc"]).contains("took over named"));
     // What was let through before is not: its name is not known any more.
     tries(&[
@@ -543,6 +558,7 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         .to_owned();
     assert!(line.starts_with("1 host, 1 refused"), "{line}");
     bulkhead.must(&["rm", "named"]);
+    internet.world.settle();
     let after = sh_in(
         host,
         "ip -o link | sed 's/^[0-9]*//'; ip route; nft list tables",

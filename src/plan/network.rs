@@ -36,6 +36,8 @@ pub const OUT: &str = "out";
 pub const PROXY: u16 = 8443;
 /// Group of the host's ends of all machines' links (ip-link(8)): "bh".
 pub const GROUP: u32 = 0x6268;
+/// Group of those whose machine has ended, until the kernel has taken them away.
+pub const RETIRED: u32 = 0x6269;
 
 /// The network of a planned machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -24,7 +24,7 @@ use super::netns::{self, Netns};
 use super::{fault, nft, sys};
 use crate::plan::firewall::{self, Names};
 use crate::plan::network::{
-    GATEWAY_MAC, GATEWAY4, GATEWAY6, GROUP, GUEST4, GUEST6, OUT, PREFIX4, PREFIX6, TAP,
+    GATEWAY_MAC, GATEWAY4, GATEWAY6, GROUP, GUEST4, GUEST6, OUT, PREFIX4, PREFIX6, RETIRED, TAP,
 };
 use crate::spec::{Cidr, NetworkLimits, NetworkPolicy, fill_random};
 
@@ -324,8 +324,10 @@ fn link_name(token: &str) -> String {
     format!("bh{token}")
 }
 
-/// Takes a machine's link, connections and place at the gate away; only those
-/// of this very machine.
+/// Shuts a machine's link and takes its connections and its place at the gate
+/// away; only those of this very machine. The link goes with the machine's
+/// namespace: the kernel takes both away once nobody has that any more, which
+/// takes it a while that nobody has to wait for.
 pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<()> {
     let netns = match uplink {
         // With its namespace, everything of it is gone.
@@ -336,10 +338,7 @@ pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<(
     netns.run_in(|| {
         talk(async |handle| {
             let found = route::find(handle, &link_name(token)).await?;
-            // A name can be had by chance, the address after it hardly.
-            let Some(link) =
-                found.filter(|link| link.mac.get(1..).map(hex).as_deref() == Some(token))
-            else {
+            let Some(link) = found.filter(|link| is_ours(link, token)) else {
                 return Ok(());
             };
             for v6 in [false, true] {
@@ -351,13 +350,41 @@ pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<(
                     tracked::forget(route.to.first())?;
                 }
             }
-            match route::delete(handle, link.index).await {
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-                deleted => deleted,
-            }
+            route::retire(handle, link.index, RETIRED).await
         })?;
         nft::leave_gate(token)
     })?
+}
+
+/// Takes away the links of machines that were released and whose namespace
+/// somebody has still open, and waits until they are gone; gives how many there
+/// were.
+///
+/// # Errors
+/// Not root, or the kernel refuses.
+pub fn clear(site: &Site) -> Result<usize, NetworkError> {
+    let uplink = site
+        .netns()
+        .map_err(kernel("open the network namespace", place(site)))?;
+    inside(&uplink, "remove links", || {
+        talk(async |handle| {
+            let mut links = route::in_group(handle, RETIRED).await?;
+            links.retain(|link| {
+                link.mac
+                    .get(1..)
+                    .is_some_and(|own| is_ours(link, &hex(own)))
+            });
+            for link in &links {
+                route::delete(handle, link.index).await?;
+            }
+            Ok(links.len())
+        })
+    })
+}
+
+/// A name can be had by chance, the address after it hardly.
+fn is_ours(link: &route::Link, token: &str) -> bool {
+    link.name == link_name(token) && link.mac.get(1..).map(hex).as_deref() == Some(token)
 }
 
 fn hex(bytes: &[u8]) -> String {

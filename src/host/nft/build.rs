@@ -114,14 +114,24 @@ pub(super) fn let_through(batch: &mut Batch, entries: &[Entry], only: bool) {
             for entry in entries {
                 raw::add_element(&made, &entry.element());
             }
-            if !only {
-                // Kernels before 6.12 keep the old time of one that is there:
-                // it has to go first, and to be there to go.
+            if !only && !times_begin_anew() {
+                // It has to go first, and to be there to go.
                 batch.add(&raw::Elements(&made), MsgType::Add);
                 batch.add(&raw::Elements(&made), MsgType::Del);
             }
             batch.add(&raw::Elements(&made), MsgType::Add);
         }
+    }
+}
+
+/// Whether the time of an element that is added again begins anew: kernels
+/// before 6.12 keep the old one.
+fn times_begin_anew() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 12),
+        _ => false,
     }
 }
 

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use crate::spec::{Cidr, Port, Protocol};
 
 pub use changes::{Changes, Names, changes};
-pub use gate::{gate, gate_member};
+pub use gate::{gate, gate_mark, gate_member};
 pub use machine::machine;
 pub use never::{Never, never};
 
