@@ -179,6 +179,9 @@ fn text(view: &NetworkView) -> String {
     if policy.mode == crate::spec::NetworkMode::Isolated {
         return text;
     }
+    if let Some(bridge) = &policy.bridge {
+        text += &format!("bridge       {bridge}\n");
+    }
     text += &format!(
         "preset       {}\nallowed      {}\ndenied       {}\nstrict       {}\nipv6         {}\nports        {}\nexceptions   {}\nupload       {}\ndownload     {}\nconnections  {} at a time, {} new a second\ntotal        {}\n",
         policy.preset,

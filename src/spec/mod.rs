@@ -1,5 +1,6 @@
 //! What is asked for.
 
+mod bridge;
 mod config;
 mod domain;
 mod error;
@@ -26,6 +27,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use bridge::Bridge;
 pub use config::{Config, MACHINE_KEYS, Merged, Setting, merge};
 pub use domain::{Domain, NotADomain};
 pub use error::SpecError;

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::bridge::Bridge;
 use super::error::SpecError;
 use super::host::{HostPattern, Hosts};
 use super::preset::Preset;
@@ -23,6 +24,9 @@ pub enum NetworkMode {
     NatFiltered,
     /// No network device at all.
     Isolated,
+    /// On a bridge of the host's: whatever can be reached there, held to nothing
+    /// but addresses of its own.
+    Bridge,
 }
 
 impl NetworkMode {
@@ -31,6 +35,7 @@ impl NetworkMode {
         match self {
             Self::NatFiltered => "nat-filtered",
             Self::Isolated => "isolated",
+            Self::Bridge => "bridge",
         }
     }
 }
@@ -45,7 +50,7 @@ name_type! {
 /// means the same everywhere.
 const MODES: [NetworkMode; 2] = [NetworkMode::Isolated, NetworkMode::NatFiltered];
 
-/// A mode of a later version: a network of that name would mislead.
+/// A mode that has to be told which bridge: a network of that name would mislead.
 const RESERVED: &str = "bridge";
 
 impl NetworkName {
@@ -323,6 +328,11 @@ as_text!(Exception);
 pub struct NetworkPolicy {
     /// How its machines are connected.
     pub mode: NetworkMode,
+    /// The bridge with mode `bridge`, and the machine's address and gateway
+    /// there, such as `br0:192.0.2.50/24@192.0.2.1`. Of the other keys, only
+    /// limits of bandwidth go with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<Bridge>,
     /// Which hosts may be reached, by the name of a preset: `dev` (any public
     /// host; the default), `llm-only`, `packages`, `offline` (none but
     /// `allow_hosts`) or `open`.
@@ -365,6 +375,7 @@ impl NetworkPolicy {
     pub fn of_mode(mode: NetworkMode) -> Self {
         Self {
             mode,
+            bridge: None,
             preset: Preset::default(),
             allow_hosts: BTreeSet::new(),
             deny_hosts: BTreeSet::new(),
@@ -384,6 +395,14 @@ impl NetworkPolicy {
         }
     }
 
+    /// A bridge with everything else as usual.
+    pub fn of_bridge(bridge: Bridge) -> Self {
+        Self {
+            bridge: Some(bridge),
+            ..Self::of_mode(NetworkMode::Bridge)
+        }
+    }
+
     /// Ports at which hosts may be reached whose rule names none.
     pub fn ports(&self) -> BTreeSet<Port> {
         self.ports.clone().unwrap_or_else(|| self.preset.ports())
@@ -399,8 +418,10 @@ impl NetworkPolicy {
     /// Says whether it can be.
     ///
     /// # Errors
-    /// A limit is out of range, or a host is denied at a port only.
+    /// A limit is out of range, a host is denied at a port only, or something
+    /// is asked for that does not go with a bridge.
     pub fn check(&self) -> Result<(), SpecError> {
+        self.check_bridge()?;
         if let Some(host) = self.deny_hosts.iter().find(|host| host.port().is_some()) {
             return Err(SpecError::Value {
                 what: "deny_hosts",
@@ -409,6 +430,33 @@ impl NetworkPolicy {
             });
         }
         self.limits.check()
+    }
+}
+
+impl NetworkPolicy {
+    /// Nothing is asked for on a bridge that is not enforced there.
+    fn check_bridge(&self) -> Result<(), SpecError> {
+        let value = |why| {
+            Err(SpecError::Value {
+                what: "mode",
+                value: self.mode.as_str().into(),
+                why,
+            })
+        };
+        match &self.bridge {
+            None if self.mode == NetworkMode::Bridge => value("`bridge` does not say which"),
+            None => Ok(()),
+            Some(_) if self.mode != NetworkMode::Bridge => value("`bridge` goes with mode bridge"),
+            Some(bridge) => {
+                let mut enforced = Self::of_bridge(bridge.clone());
+                enforced.limits.upload = self.limits.upload;
+                enforced.limits.download = self.limits.download;
+                match *self == enforced {
+                    true => Ok(()),
+                    false => value("on a bridge, only limits of bandwidth are enforced"),
+                }
+            }
+        }
     }
 }
 
@@ -525,6 +573,29 @@ mod tests {
             "x:1",
         ] {
             assert!(bad.parse::<Exception>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bridge_goes_with_limits_of_bandwidth_alone() {
+        let policy = |text: &str| {
+            let policy: NetworkPolicy = toml::from_str(text).unwrap();
+            policy.check()
+        };
+        let bridge = "bridge = \"br0:192.0.2.50/24@192.0.2.1\"";
+        policy(&format!("mode = \"bridge\"\n{bridge}")).unwrap();
+        policy(&format!(
+            "mode = \"bridge\"\n{bridge}\nlimits = {{ upload = \"1M\" }}"
+        ))
+        .unwrap();
+        for bad in [
+            "mode = \"bridge\"".to_owned(),
+            format!("mode = \"nat-filtered\"\n{bridge}"),
+            format!("mode = \"bridge\"\n{bridge}\nipv6 = true"),
+            format!("mode = \"bridge\"\n{bridge}\nports = [\"80\"]"),
+            format!("mode = \"bridge\"\n{bridge}\nlimits = {{ connections = 5 }}"),
+        ] {
+            assert!(policy(&bad).is_err(), "{bad}");
         }
     }
 

@@ -53,10 +53,15 @@ impl NetworkChange {
         if *self == Self::default() {
             return Ok(());
         }
-        if policy.mode == NetworkMode::Isolated {
+        let second = match policy.mode {
+            NetworkMode::NatFiltered => None,
+            NetworkMode::Isolated => Some("a machine without one"),
+            NetworkMode::Bridge => Some("a machine on a bridge"),
+        };
+        if let Some(second) = second {
             return Err(SpecError::Clash {
                 first: "a change of the network",
-                second: "a machine without one",
+                second,
             });
         }
         if let Some(unknown) = self.deny_cidrs.difference(&policy.exceptions).next() {

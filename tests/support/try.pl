@@ -2,9 +2,9 @@
 # each line of input is one try, each line of output what came of it.
 use strict; use warnings; use Socket; use Errno; $| = 1;
 my ($index) = map { chomp; $_ } do { open my $f, '<', '/sys/class/net/eth0/ifindex' or die; <$f> };
-my $mac = pack 'H12', '026268000002';
+my $mac = pack 'H12', join '', split /:/, do { open my $f, '<', '/sys/class/net/eth0/address' or die; <$f> };
 my $gate = pack 'H12', '026268000001';
-my $me = inet_aton('198.18.0.2');
+my $me = do { socket(my $s, PF_INET, SOCK_DGRAM, 17); connect $s, pack_sockaddr_in(9, inet_aton '192.0.2.77'); (unpack_sockaddr_in(getsockname $s))[1] };
 my @held;
 
 sub said { # the error by name
@@ -74,6 +74,7 @@ my %frames = (
     stp => sub { pack('H12', '0180c2000000') . $mac . pack('n', 38) . "\x42\x42\x03" . "\0" x 35 },
     multicast => sub { pack('H12', '01005e0000fb') . $mac . pack('n', 0x800) . ip($me, inet_aton('224.0.0.251'), 17, $udp) },
     'dhcp-offer' => sub { "\xff" x 6 . $mac . pack('n', 0x800) . ip($me, inet_aton('255.255.255.255'), 17, pack('nnnn', 67, 68, 8, 0)) },
+    'dhcp-unicast' => sub { $gate . $mac . pack('n', 0x800) . ip($me, inet_aton('203.0.113.9'), 17, pack('nnnn', 67, 68, 8, 0)) },
     ra => sub { pack('H12', '333300000001') . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnCCnNN', 134, 0, 0, 64, 0, 1800, 0, 0)) },
     ipv6 => sub { $gate . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnnn', 128, 0, 0, 1, 1)) },
 );

@@ -5,6 +5,7 @@
 //! caller's namespace unless another is given; there the host's routing and
 //! masquerade take over.
 
+mod bridge;
 mod error;
 mod route;
 mod sysctl;
@@ -79,7 +80,7 @@ pub struct Wired {
     pub netns: Netns,
     /// The guest's end, for QEMU.
     pub tap: OwnedFd,
-    /// Its address on the host's side.
+    /// Its address on the host's side; on a bridge, the guest's own.
     pub outer: Ipv4Addr,
 }
 
@@ -129,11 +130,19 @@ impl Wires {
             .netns()
             .map_err(kernel("open the network namespace", place(&self.site)))?;
         let at = |point| fault::at(point).map_err(kernel("make", "a network"));
+        if let Some(bridge) = &policy.bridge {
+            bridge::exists(&uplink, bridge)?;
+        }
         at("make netns")?;
         let netns = Netns::make(&self.path).map_err(kernel(
             "make the network namespace",
             self.path.display().to_string(),
         ))?;
+        if let Some(bridge) = &policy.bridge {
+            let tap = self.make_bridged(&uplink, &netns, policy, bridge)?;
+            let outer = bridge.address;
+            return Ok(Wired { netns, tap, outer });
+        }
         let host = inside(&uplink, "read the host's addresses", || {
             talk(async |handle| route::addresses(handle).await)
         })?;
@@ -183,6 +192,26 @@ impl Wires {
             Ok(())
         })?;
         Ok(tap)
+    }
+
+    /// The link, one end on the host's side, the other in the machine's namespace.
+    async fn link(&self, handle: &rtnetlink::Handle, netns: &Netns, group: u32) -> io::Result<u32> {
+        let name = link_name(&self.token());
+        let (here, there) = self.ends();
+        if route::find(handle, &name).await?.is_none() {
+            let ends = (
+                End {
+                    name: &name,
+                    mac: here,
+                },
+                End {
+                    name: OUT,
+                    mac: there,
+                },
+            );
+            route::add_veth(handle, ends.0, group, ends.1, netns.as_fd().as_raw_fd()).await?;
+        }
+        route::index(handle, &name).await
     }
 
     /// An address nobody has, as far as routes tell.
@@ -245,23 +274,9 @@ impl Wires {
             sysctl::forwards6()?;
         }
         nft::enter_gate(&self.token())?;
-        let name = link_name(&self.token());
-        let (here, there) = self.ends();
+        let (_, there) = self.ends();
         talk(async |handle| {
-            if route::find(handle, &name).await?.is_none() {
-                let ends = (
-                    End {
-                        name: &name,
-                        mac: here,
-                    },
-                    End {
-                        name: OUT,
-                        mac: there,
-                    },
-                );
-                route::add_veth(handle, ends.0, GROUP, ends.1, netns.as_fd().as_raw_fd()).await?;
-            }
-            let index = route::index(handle, &name).await?;
+            let index = self.link(handle, netns, GROUP).await?;
             // This is what claims the address.
             route::add_host_route(handle, index, outer.into()).await?;
             route::add_neighbour(handle, index, outer.into(), there).await?;

@@ -10,12 +10,16 @@ use netlink_packet_core::{
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
-use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope,
 };
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
 
 use crate::spec::Cidr;
 
@@ -50,6 +54,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mac: Vec<u8>,
+    /// Whether others can be put on it.
+    pub(super) bridge: bool,
 }
 
 /// The link of this name, if there is one.
@@ -73,11 +79,15 @@ fn link(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         mac: Vec::new(),
+        bridge: false,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(mac) => link.mac.clone_from(mac),
+            LinkAttribute::LinkInfo(infos) => {
+                link.bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
+            }
             _ => {}
         }
     }
@@ -119,6 +129,21 @@ pub(super) async fn add_veth(
         .up()
         .build();
     handle.link().add(message).execute().await.map_err(told)
+}
+
+/// Makes a bridge of this name; it is up.
+pub(super) async fn add_bridge(handle: &Handle, name: &str) -> io::Result<()> {
+    let message = LinkBridge::new(name).up().build();
+    handle.link().add(message).execute().await.map_err(told)
+}
+
+/// Puts a link on a bridge, and up.
+pub(super) async fn join_bridge(handle: &Handle, index: u32, bridge: u32) -> io::Result<()> {
+    let message = LinkUnspec::new_with_index(index)
+        .controller(bridge)
+        .up()
+        .build();
+    handle.link().set(message).execute().await.map_err(told)
 }
 
 /// Shuts a link, where it is there, and gives it to another group: nothing

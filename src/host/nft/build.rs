@@ -344,6 +344,7 @@ fn payload(field: Field, register: u32) -> Raw {
         Field::Ip4Dest => (network, 16, 4),
         Field::Ip6Source => (network, 8, 16),
         Field::Ip6Dest => (network, 24, 16),
+        Field::SourcePort => (transport, 0, 2),
         Field::Port => (transport, 2, 2),
         Field::IcmpType | Field::Icmp6Type => (transport, 0, 1),
     };
@@ -478,6 +479,7 @@ fn raws(expr: &Expr) -> Vec<Raw> {
         }
         // PACKET_HOST (linux/if_packet.h).
         Expr::NotForHost => vec![meta(libc::NFT_META_PKTTYPE), cmp([0], false)],
+        Expr::Cast(kind) => vec![meta(libc::NFT_META_PKTTYPE), cmp([*kind], true)],
         Expr::Nfproto(family) => vec![meta(libc::NFT_META_NFPROTO), cmp([*family], true)],
         Expr::L4(number) => vec![meta(libc::NFT_META_L4PROTO), cmp([*number], true)],
         Expr::Is(field, bytes, equal) => vec![payload(*field, REG), cmp(&bytes[..], *equal)],
