@@ -526,6 +526,19 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     assert!(learned.contains("preset = \"offline\""), "{learned}");
     bulkhead.must_fail(&["net", "learn", "nobody"], "machine-not-found");
 
+    // Its rules are read back.
+    let verify = || bulkhead.raw(&["verify", "named"]);
+    let held = verify();
+    assert_eq!(held.code, 0, "{held:?}");
+    for what in ["filter", "host's gate"] {
+        let said = format!(" {what}: ");
+        let line = held.stdout.lines().find(|line| line.contains(&said));
+        assert!(
+            line.is_some_and(|line| line.contains("rules in")),
+            "{held:?}"
+        );
+    }
+
     // Nobody resolves, and nothing more is open, while nobody watches.
     kill(vm.supervisor(), Signal::SIGKILL).unwrap();
     vm.becomes("lost");
@@ -542,10 +555,21 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         ("name good.org", "try again"),
     ]);
 
+    // Somebody changes its rules, until it is started again.
+    let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
+    let flush = "nft flush chain inet bulkhead refuse-cgnat";
+    sh_in(&inside.unwrap(), flush);
+    let open = verify();
+    assert!(
+        open.code != 0 && open.stdout.contains("other than planned in refuse-cgnat"),
+        "{open:?}"
+    );
+
     let follow = ["--json", "net", "log", "-f", "named"];
     let mut follow = bulkhead.command(&follow);
     let follow = follow.stdout(std::process::Stdio::piped()).spawn().unwrap();
     bulkhead.must(&["restart", "named"]);
+    assert_eq!(verify().code, 0);
     tries(&[evil, ("name good.org", "try again")]);
     bulkhead.must(&["stop", "--force", "named"]);
     let followed = follow.wait_with_output().unwrap();

@@ -40,8 +40,16 @@ fn the_kernel_has_the_rules_that_were_planned() {
         "sysctl -qw net.ipv6.conf.all.forwarding=1",
     );
     let wiring = world.wire("vm", &everything());
-    let rules = sh_in(wiring.netns(), "nft -nn list ruleset");
+    // Without what was counted: the kernel says something over IPv6 by itself.
+    let rules = sh_in(wiring.netns(), "nft -s -nn list ruleset");
     insta::assert_snapshot!("machine", rules);
+    for names in [Names::Any, Names::Fed, Names::Strict(8443)] {
+        let other = world.wire_with("other", &everything(), names);
+        for table in firewall::machine(&everything(), names, &[]).tables {
+            let seen = other.netns().run_in(|| nft::rules(table.family));
+            assert_eq!(seen.unwrap().unwrap(), nft::planned(&table));
+        }
+    }
     let gate = sh_in(&world.host.netns, "nft -nn list table inet bulkhead");
     let gate: Vec<_> = gate
         .lines()

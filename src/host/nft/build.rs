@@ -466,6 +466,13 @@ fn device(name: &str) -> Vec<u8> {
 }
 
 /// The kernel's expressions for one of ours.
+/// The names of a rule's expressions, as the kernel has them.
+pub(super) fn names(rule: &Rule) -> String {
+    let raws = rule.iter().flat_map(raws);
+    let names = raws.map(|raw| raw.name.to_string_lossy().into_owned());
+    names.collect::<Vec<_>>().join(" ")
+}
+
 fn raws(expr: &Expr) -> Vec<Raw> {
     match expr {
         Expr::In(name) => vec![meta(libc::NFT_META_IIFNAME), cmp(device(name), true)],

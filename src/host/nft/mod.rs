@@ -4,6 +4,7 @@
 mod build;
 mod counters;
 mod raw;
+mod readback;
 
 use std::io;
 use std::net::IpAddr;
@@ -21,6 +22,7 @@ use nix::sys::socket::{
 use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_mark, gate_member};
 
 pub use counters::{Counted, counters};
+pub use readback::{Shape, planned, rules};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who
 /// changes rules.
@@ -31,6 +33,8 @@ const LINGER: Duration = Duration::from_millis(100);
 const BATCH: usize = 8 << 20;
 /// Part of the error that the kernel answers with (linux/netlink.h).
 const NLMSG_ERROR: u16 = 2;
+/// Marks attributes that have others in them (linux/netlink.h).
+pub(super) const NESTED: u16 = 1 << 15;
 /// Length of a netlink header.
 pub(super) const HEADER: usize = 16;
 
@@ -270,5 +274,15 @@ pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8
         let seq = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, seq, &message[HEADER..]))
+    })
+}
+
+/// Attributes in a message: type, and all of its bytes with its header.
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let whole = bytes.get(..length).filter(|whole| whole.len() >= 4)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([whole[2], whole[3]]) & !NESTED, whole))
     })
 }
