@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::address::{Exception, Port};
 use super::error::SpecError;
 use super::host::HostPattern;
-use super::network::{Exception, NetworkMode, NetworkPolicy, Port};
+use super::network::{NetworkMode, NetworkPolicy};
 use super::units::Bytes;
 
 /// Changes to a network; what is absent stays as it is.

@@ -3,6 +3,7 @@
 
 mod build;
 mod counters;
+mod expr;
 mod raw;
 mod readback;
 

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use nix::libc;
 use nix::sys::socket::{MsgFlags, NetlinkAddr, sendto};
 
-use super::{HEADER, NLMSG_ERROR, attributes, build, connect, messages, receive};
+use super::{HEADER, NLMSG_ERROR, attributes, connect, expr, messages, receive};
 use crate::plan::firewall::{Family, TABLE, Table};
 
 /// linux/netlink.h and linux/netfilter/nf_tables.h.
@@ -28,7 +28,7 @@ pub type Shape = BTreeMap<String, Vec<String>>;
 pub fn planned(table: &Table) -> Shape {
     let chains = table.chains.iter().filter(|chain| !chain.rules.is_empty());
     let shape = chains.map(|chain| {
-        let rules = chain.rules.iter().map(build::names);
+        let rules = chain.rules.iter().map(expr::names);
         (chain.name.clone(), rules.collect())
     });
     shape.collect()
