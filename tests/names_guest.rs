@@ -5,102 +5,19 @@ mod support;
 
 #[path = "support/dns.rs"]
 mod dns;
+#[path = "support/internet.rs"]
+mod internet;
 
-use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use bulkhead::host::network::Site;
 use bulkhead::net::{Code, Event, QueryResult, Summary, What};
 use bulkhead::run::Machine;
 use bulkhead::spec::{Bytes, Catalog, NetworkPolicy, Preset, Request as Wish};
-use dns::{Says, Upstream, a, cname};
-use hickory_proto::rr::RecordType;
+use internet::{GOOD, Internet, serve};
 use nix::sys::signal::{Signal, kill};
-use support::Bulkhead;
 use support::live::{Live, sh};
-use support::net::{World, note, sh_in};
-
-const RESOLVER: &str = "8.8.8.8:53";
-/// Hosts of the internet that is made here: names, and where they are.
-const GOOD: &str = "93.184.215.14";
-const EVIL: &str = "93.184.215.15";
-/// Two names are here: shared.org and other.org.
-const SHARED: &str = "93.184.215.16";
-
-/// An internet with hosts and a name server.
-struct Internet {
-    world: World,
-    dns: Upstream,
-}
-
-impl Internet {
-    fn new() -> Self {
-        let world = World::new();
-        let netns = &world.internet.netns;
-        for address in [GOOD, EVIL, SHARED] {
-            sh_in(netns, &format!("ip addr add {address}/32 dev lo"));
-            for port in [22, 80, 8443] {
-                let address = format!("{address}:{port}");
-                serve(
-                    netns
-                        .run_in(|| TcpListener::bind(address))
-                        .unwrap()
-                        .unwrap(),
-                );
-            }
-        }
-        let sockets = netns.run_in(|| dns::sockets(RESOLVER)).unwrap();
-        let dns = Upstream::on(sockets, |name, kind, _| match (name, kind) {
-            ("good.org", RecordType::A) => Says::Records(vec![a(name, GOOD, 60)]),
-            ("alias.org", RecordType::A) => {
-                Says::Records(vec![cname(name, "cdn.net"), a("cdn.net", GOOD, 60)])
-            }
-            ("six.org", RecordType::AAAA) => Says::Records(vec![a(name, "2a00:1234::1", 60)]),
-            ("evil.org", RecordType::A) => Says::Records(vec![a(name, EVIL, 60)]),
-            ("shared.org" | "other.org", RecordType::A) => Says::Records(vec![a(name, SHARED, 60)]),
-            ("rebind.org", RecordType::A) => Says::Records(vec![a(name, "169.254.169.254", 0)]),
-            ("lan.org", RecordType::A) => {
-                Says::Records(vec![a(name, "10.77.0.9", 0), a(name, GOOD, 60)])
-            }
-            _ => Says::Records(vec![]),
-        });
-        Self { world, dns }
-    }
-
-    fn site(&self) -> Site {
-        Site {
-            resolvers: vec![RESOLVER.parse().unwrap()],
-            ..self.world.site()
-        }
-    }
-
-    fn bulkhead(&self) -> Bulkhead {
-        Bulkhead::new()
-            .with_own_state()
-            .inside(&self.world.host.path, RESOLVER)
-    }
-}
-
-/// Answers each request with the address it came to.
-fn serve(listener: TcpListener) {
-    thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            thread::spawn(move || {
-                let own = stream.local_addr().unwrap().ip();
-                let body = format!("I am {own}\n");
-                let head = format!(
-                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
-                    body.len()
-                );
-                let mut request = [0; 4096];
-                let _ = stream.read(&mut request);
-                let _ = stream.write_all(format!("{head}{body}").as_bytes());
-            });
-        }
-    });
-}
+use support::net::{note, sh_in};
 
 fn script(lines: &[&str]) -> String {
     let script = include_str!("support/try.pl");
@@ -194,6 +111,8 @@ async fn a_closed_policy_lets_through_what_its_names_stand_for() {
             ("name lan.org", GOOD),
             ("tcp 169.254.169.254 80", "refused"),
             ("tcp 10.77.0.9 80", "refused"),
+            // An allowed host sends it there.
+            ("follow good.org 80", "refused"),
             // No other resolver.
             ("udp 8.8.8.8 53", "prohibited"),
         ],
@@ -356,6 +275,10 @@ async fn strict_mode_reads_the_name_at_a_shared_address() {
             // The same address by another name, and by none.
             ("web shared.org 80 other.org", "403 host-not-allowed"),
             ("web shared.org 80 93.184.215.16", "403 host-missing"),
+            // Through an allowed host, to another.
+            ("relay shared.org 80 evil.org:443", "403 request-kind"),
+            ("relay shared.org 80 shared.org:443", "403 request-kind"),
+            ("follow shared.org 80", "refused"),
             // An allowed name leads to its own address.
             ("web x 80 shared.org 93.184.215.15", "200 93.184.215.16"),
             ("web x 80 evil.org 93.184.215.15", "403 host-not-allowed"),
@@ -512,6 +435,27 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     assert!(refused.iter().all(|what| what.refusal().is_some()));
     assert!(refused.len() >= 3, "{refused:#?}");
 
+    // What it tried is enough to go on, and nothing else.
+    let learned = bulkhead.must(&["net", "learn", "named"]);
+    for host in ["good.org", "evil.org"] {
+        assert!(learned.contains(&format!("    \"{host}\",")), "{learned}");
+    }
+    assert!(learned.contains("preset = \"offline\""), "{learned}");
+    bulkhead.must_fail(&["net", "learn", "nobody"], "machine-not-found");
+
+    // Its rules are read back.
+    let verify = || bulkhead.raw(&["verify", "named"]);
+    let held = verify();
+    assert_eq!(held.code, 0, "{held:?}");
+    for what in ["filter", "host's gate"] {
+        let said = format!(" {what}: ");
+        let line = held.stdout.lines().find(|line| line.contains(&said));
+        assert!(
+            line.is_some_and(|line| line.contains("rules in")),
+            "{held:?}"
+        );
+    }
+
     // Nobody resolves, and nothing more is open, while nobody watches.
     kill(vm.supervisor(), Signal::SIGKILL).unwrap();
     vm.becomes("lost");
@@ -519,6 +463,7 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     let inside = inside.unwrap();
     let sockets = sh_in(&inside, "cat /proc/self/net/udp /proc/self/net/tcp");
     assert!(!sockets.contains(":0035 "), "{sockets}");
+    drop(inside);
     assert!(bulkhead.must(&["gc"]).contains("took over named"));
     // What was let through before is not: its name is not known any more.
     tries(&[
@@ -527,10 +472,21 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         ("name good.org", "try again"),
     ]);
 
+    // Somebody changes its rules, until it is started again.
+    let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
+    let flush = "nft flush chain inet bulkhead refuse-cgnat";
+    sh_in(&inside.unwrap(), flush);
+    let open = verify();
+    assert!(
+        open.code != 0 && open.stdout.contains("other than planned in refuse-cgnat"),
+        "{open:?}"
+    );
+
     let follow = ["--json", "net", "log", "-f", "named"];
     let mut follow = bulkhead.command(&follow);
     let follow = follow.stdout(std::process::Stdio::piped()).spawn().unwrap();
     bulkhead.must(&["restart", "named"]);
+    assert_eq!(verify().code, 0);
     tries(&[evil, ("name good.org", "try again")]);
     bulkhead.must(&["stop", "--force", "named"]);
     let followed = follow.wait_with_output().unwrap();
@@ -543,6 +499,7 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         .to_owned();
     assert!(line.starts_with("1 host, 1 refused"), "{line}");
     bulkhead.must(&["rm", "named"]);
+    internet.world.settle();
     let after = sh_in(
         host,
         "ip -o link | sed 's/^[0-9]*//'; ip route; nft list tables",

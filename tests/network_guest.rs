@@ -2,97 +2,21 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+#[path = "support/matrix.rs"]
+mod matrix;
+
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::sync::{Arc, Mutex};
+use std::net::TcpListener;
 use std::thread;
 use std::time::Duration;
 
 use bulkhead::host::netns::Netns;
-use bulkhead::host::nft;
+use bulkhead::host::network;
 use bulkhead::plan::firewall::Family;
-use bulkhead::run::Machine;
 use bulkhead::spec::{Bytes, Catalog, NetworkMode, NetworkName, NetworkPolicy, Request as Wish};
+use matrix::{Seen, counted, echo, greet, matrix, tries};
 use support::live::{Live, sh};
 use support::net::{World, note, sh_in};
-
-/// Who came, to which address.
-type Seen = Arc<Mutex<Vec<(SocketAddr, SocketAddr)>>>;
-
-/// Answers every TCP connection in a namespace with who it is from.
-fn greet(netns: &Netns, address: &str, seen: &Seen) {
-    let listener = netns
-        .run_in(|| TcpListener::bind(address))
-        .unwrap()
-        .unwrap();
-    let seen = seen.clone();
-    thread::spawn(move || {
-        for stream in listener.incoming() {
-            let Ok(mut stream) = stream else { continue };
-            let (Ok(peer), Ok(own)) = (stream.peer_addr(), stream.local_addr()) else {
-                continue;
-            };
-            seen.lock().unwrap().push((peer, own));
-            let _ = writeln!(stream, "{}", peer.ip());
-        }
-    });
-}
-
-/// Sends every datagram in a namespace back.
-fn echo(netns: &Netns, address: &str, seen: &Seen) {
-    let socket = netns.run_in(|| UdpSocket::bind(address)).unwrap().unwrap();
-    let seen = seen.clone();
-    thread::spawn(move || {
-        let mut buffer = [0; 2000];
-        while let Ok((length, peer)) = socket.recv_from(&mut buffer) {
-            seen.lock()
-                .unwrap()
-                .push((peer, socket.local_addr().unwrap()));
-            let _ = socket.send_to(&buffer[..length], peer);
-        }
-    });
-}
-
-/// Tries in a guest, one a line.
-async fn tries(machine: &Machine, lines: &[&str]) -> Vec<String> {
-    let script = include_str!("support/try.pl");
-    let lines = lines.join("\n");
-    let output = sh(
-        machine,
-        &format!(
-            "cat > /tmp/try.pl <<'PERL'\n{script}\nPERL\nperl /tmp/try.pl <<'TRIES'\n{lines}\nTRIES"
-        ),
-    )
-    .await;
-    output.lines().map(str::to_owned).collect()
-}
-
-/// Rows: what is tried, what must come of it. All that differ are shown.
-async fn matrix(machine: &Machine, rows: &[(&str, &str)]) {
-    let lines: Vec<_> = rows.iter().map(|(line, _)| *line).collect();
-    let seen = tries(machine, &lines).await;
-    assert_eq!(seen.len(), rows.len(), "{seen:?}");
-    for ((line, expected), seen) in rows.iter().zip(&seen) {
-        note(line, expected, seen);
-    }
-    let wrong: Vec<_> = rows
-        .iter()
-        .zip(&seen)
-        .filter(|((_, expected), seen)| expected != seen)
-        .map(|((line, expected), seen)| format!("{line}: expected {expected}, seen {seen}"))
-        .collect();
-    assert!(wrong.is_empty(), "{wrong:#?}");
-}
-
-fn counted(machine: &Machine, family: Family) -> BTreeMap<String, u64> {
-    let netns = machine.netns().unwrap();
-    let counters = netns.run_in(|| nft::counters(family)).unwrap().unwrap();
-    counters
-        .into_iter()
-        .map(|(name, counted)| (name, counted.packets))
-        .collect()
-}
 
 fn wish(network: &str) -> Wish {
     Wish {
@@ -182,6 +106,15 @@ async fn nothing_gets_through_that_should_not() {
             ("udp 255.255.255.255 67", "silence"),
             ("tcp 2001:db8:2::1 80", "no route"),
             ("tcp 2001:db8:1::1 80", "no route"),
+            // In pieces: what is whole again is looked at; what overlaps is none.
+            ("pieces 203.0.113.1 80", "open"),
+            ("pieces 203.0.113.1 81", "refused"),
+            ("pieces 169.254.169.254 80", "refused"),
+            ("overlap 203.0.113.1 80 81", "silence"),
+            // Options that nobody knows, and a route of the sender's own.
+            ("options 203.0.113.1 80", "open"),
+            ("options 203.0.113.1 81", "refused"),
+            ("detour 203.0.113.1 80 10.77.0.9", "silence"),
             // All ports there are at once.
             ("scan 203.0.113.1 1 500", "22 80 443"),
         ],
@@ -280,6 +213,9 @@ async fn nothing_gets_through_that_should_not() {
         world.own_rules().replace(char::is_numeric, ""),
         rules.replace(char::is_numeric, "")
     );
+    // Who listens for the neighbour has its namespace still open.
+    assert!(network::clear(&world.site()).unwrap() > 0);
+    world.settle();
     let left = sh_in(&world.host.netns, "ip -o link; ip route; nft list tables");
     assert!(
         !left.contains("bh") && !left.contains(&address) && !left.contains("bulkhead"),

@@ -3,6 +3,7 @@
 use super::Global;
 use super::message::{Failure, print_json, print_report, print_text};
 use crate::error::Report;
+use crate::host::network;
 use crate::run::{FAILED, Found, recover};
 use crate::supervise::Machines;
 
@@ -22,6 +23,9 @@ pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
     let found = recover(&host.dirs, args.dry_run)?;
     if !args.dry_run {
         host.templates().sweep()?;
+        if nix::unistd::geteuid().is_root() {
+            network::clear(&host.site)?;
+        }
     }
     if global.json {
         print_json(&found);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::de::DeserializeOwned;
 
 use crate::spec::{
-    Accel, Bytes, ChannelKind, DomainName, Exception, HostPattern, LabelName, LsmLabel,
+    Accel, Bridge, Bytes, ChannelKind, DomainName, Exception, HostPattern, LabelName, LsmLabel,
     MachineType, NetworkName, Port, ProfileName, Publish, Request, Survivors, Timeout, Waived,
     WorkspaceMode,
 };
@@ -39,6 +39,15 @@ pub(super) struct MachineArgs {
     /// isolated (no network at all), or a network of the configuration [default: nat-filtered, which is dev].
     #[arg(long, value_name = "NAME")]
     network: Option<NetworkName>,
+    /// Instead, a bridge of this host, and the machine's address and gateway there:
+    /// br0:192.0.2.50/24@192.0.2.1. Advanced: what can be reached there is not filtered, it only
+    /// cannot take another's address.
+    #[arg(
+        long,
+        value_name = "BRIDGE:ADDRESS/PREFIX@GATEWAY",
+        conflicts_with = "network"
+    )]
+    bridge: Option<Bridge>,
     /// A host that may be reached besides those of the network: example.org, *.example.org,
     /// example.org:8443. To allow only some, begin with --network offline.
     #[arg(long = "allow-host", value_name = "HOST[:PORT]")]
@@ -121,6 +130,7 @@ impl MachineArgs {
             disk: self.disk,
             timeout: self.timeout,
             network: self.network,
+            bridge: self.bridge,
             allow_hosts: self.allow_hosts.into_iter().collect(),
             deny_hosts: self.deny_hosts.into_iter().collect(),
             strict: self.strict.then_some(true),

@@ -18,6 +18,7 @@ mod machine_args;
 mod man;
 mod message;
 mod net;
+mod net_learn;
 mod net_log;
 mod run;
 mod set;

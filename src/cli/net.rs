@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::Global;
 use super::each::each;
 use super::message::{Failure, print_json, print_text};
+use super::net_learn;
 use super::net_log::{self, Log};
 use crate::host::netns::Netns;
 use crate::host::network::NetworkError;
@@ -37,6 +38,11 @@ enum Verb {
     /// Show what a machine's network did: each question for a name, each new, refused and finished
     /// connection; with --json one event a line.
     Log(Log),
+    /// Propose a network that lets through what a machine tried up to now, and no more.
+    Learn {
+        /// Its name.
+        vm: VmId,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -74,6 +80,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         Verb::Allow(change) => (change, true),
         Verb::Deny(change) => (change, false),
         Verb::Log(log) => return net_log::run(log, global).await,
+        Verb::Learn { vm } => return net_learn::run(&vm, global),
     };
     let (hosts, ports, cidrs) = (
         change.hosts.into_iter().collect(),
@@ -171,6 +178,9 @@ fn text(view: &NetworkView) -> String {
     let mut text = format!("mode         {}\n", policy.mode.as_str());
     if policy.mode == crate::spec::NetworkMode::Isolated {
         return text;
+    }
+    if let Some(bridge) = &policy.bridge {
+        text += &format!("bridge       {bridge}\n");
     }
     text += &format!(
         "preset       {}\nallowed      {}\ndenied       {}\nstrict       {}\nipv6         {}\nports        {}\nexceptions   {}\nupload       {}\ndownload     {}\nconnections  {} at a time, {} new a second\ntotal        {}\n",

@@ -69,11 +69,16 @@ mod tun {
         nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
         nix::libc::ifreq
     );
+    nix::ioctl_write_int_bad!(
+        set_persist,
+        nix::request_code_write!(b'T', 203, size_of::<nix::libc::c_int>())
+    );
 }
 
 /// Makes a tap of this name in the thread's network namespace; it is there for
-/// as long as the descriptor is open. Packets have a virtio-net header, as QEMU
-/// wants them (linux/if_tun.h).
+/// as long as that, so that nobody who closes it waits until the kernel has
+/// taken it away. Packets have a virtio-net header, as QEMU wants them
+/// (linux/if_tun.h).
 ///
 /// # Errors
 /// No /dev/net/tun, not allowed, or the name is taken.
@@ -97,6 +102,8 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: a valid descriptor, and the kernel reads and writes one `ifreq`.
     unsafe { tun::set_iff(tap.as_raw_fd(), &raw const request) }?;
+    // SAFETY: a valid descriptor, and the argument is a number.
+    unsafe { tun::set_persist(tap.as_raw_fd(), 1) }?;
     Ok(tap.into())
 }
 

@@ -401,6 +401,10 @@ fn nic(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
     let Some(fd) = plan.fd(Descriptor::Tap) else {
         return;
     };
+    let mac = plan
+        .network
+        .as_ref()
+        .map_or(network::GUEST_MAC, network::Network::mac);
     let netdev = Options::new("tap")
         .set("id", "net")
         .set("fd", fd)
@@ -409,7 +413,7 @@ fn nic(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
     let mut options = vec![
         ("id", "nic".to_owned()),
         ("netdev", "net".to_owned()),
-        ("mac", network::mac(network::GUEST_MAC)),
+        ("mac", network::mac(mac)),
     ];
     match plan.machine {
         MachineType::Microvm => options.extend(slot(plan, 0)),

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{NetworkMode, NetworkPolicy};
+use crate::spec::{Bridge, NetworkMode, NetworkPolicy};
 
 /// The guest's hardware address.
 pub const GUEST_MAC: [u8; 6] = [0x02, 0x62, 0x68, 0, 0, 0x02];
@@ -32,10 +32,14 @@ pub const LINK_LOCAL6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x62, 0x68ff, 0
 pub const TAP: &str = "tap";
 /// The device towards the host.
 pub const OUT: &str = "out";
+/// What joins both where the machine is on a bridge of the host's.
+pub const SWITCH: &str = "switch";
 /// Where the proxy of strict mode listens, at the gateway.
 pub const PROXY: u16 = 8443;
 /// Group of the host's ends of all machines' links (ip-link(8)): "bh".
 pub const GROUP: u32 = 0x6268;
+/// Group of those whose machine has ended, until the kernel has taken them away.
+pub const RETIRED: u32 = 0x6269;
 
 /// The network of a planned machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,8 +56,22 @@ impl Network {
         })
     }
 
+    /// The guest's hardware address.
+    pub(super) fn mac(&self) -> [u8; 6] {
+        self.policy.bridge.as_ref().map_or(GUEST_MAC, Bridge::mac)
+    }
+
     /// What the guest agent is told of it, on the kernel's command line.
     pub(super) fn options(&self) -> Vec<String> {
+        if let Some(bridge) = &self.policy.bridge {
+            let Bridge {
+                address,
+                prefix,
+                gateway,
+                ..
+            } = bridge;
+            return vec![format!("bulkhead.ip={address}/{prefix}@{gateway}")];
+        }
         let mut options = vec![format!("bulkhead.ip={GUEST4}/{PREFIX4}@{GATEWAY4}")];
         if self.policy.ipv6 {
             options.push(format!("bulkhead.ip6={GUEST6}/{PREFIX6}@{GATEWAY6}"));

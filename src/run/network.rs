@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -65,6 +65,10 @@ impl Net {
             record.lease(lease).map_err(RecordError::from)?;
         }
         let policy = &network.policy;
+        if let Some(bridge) = &policy.bridge {
+            let device = &bridge.device;
+            tracing::warn!("what this machine reaches on the bridge {device} is not filtered");
+        }
         let wired = wires.make(policy, Names::of(policy))?;
         let net = Self::watch(wired.netns, policy, plan, record, options)?;
         Ok((net, wired.tap))
@@ -80,7 +84,9 @@ impl Net {
     ) -> Result<Self, MachineError> {
         let netns = Netns::open(&options.netns).map_err(io_error("open", &options.netns))?;
         let policy = &network.policy;
-        network::change(&netns, policy, Names::of(policy), false, Some(&[]))?;
+        if policy.bridge.is_none() {
+            network::change(&netns, policy, Names::of(policy), false, Some(&[]))?;
+        }
         Self::watch(netns, policy, plan, record, options)
     }
 
@@ -164,7 +170,11 @@ impl Net {
 
 /// Opens the filter's sockets in the namespace of the calling thread.
 fn open(policy: &NetworkPolicy) -> io::Result<Inside> {
-    let gateways = [IpAddr::V4(GATEWAY4), IpAddr::V6(GATEWAY6)];
+    let gateways = match policy.bridge {
+        None => [IpAddr::V4(GATEWAY4), IpAddr::V6(GATEWAY6)],
+        // Where no guest comes: there is one only because a record is kept.
+        Some(_) => [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+    };
     let gateways = &gateways[..1 + usize::from(policy.ipv6)];
     let proxy = match Names::of(policy) {
         Names::Strict(port) => Some(port),

@@ -1,6 +1,7 @@
 //! Reads every layer of a running machine back, from the kernel and from QEMU:
 //! what is planned is one thing, what holds is another.
 
+mod network;
 mod process;
 
 use std::collections::BTreeMap;
@@ -74,6 +75,12 @@ impl Subject {
             path: self.plan.qemu.clone(),
             source,
         })?;
+        let network = network::look(self).map_err(|source| MachineError::Io {
+            action: "read back the rules of",
+            path: self.dir.clone(),
+            source,
+        })?;
+        findings.extend(network);
         findings.extend(self.machine().await?);
         Ok(findings)
     }

@@ -237,7 +237,12 @@ fn unknown_keys_are_named_with_file_line_and_key() {
     // What nothing enforces must not look as if it were.
     let report = refused("[network.lan]\nmode = \"isolated\"\nallow = [\"10.0.0.0/8\"]\n");
     assert_says(&report, "config-invalid", &[SYSTEM, "line 3", "allow"]);
+    let report = refused("[network.lan]\nmode = \"bridged\"\n");
+    assert_says(&report, "config-invalid", &[SYSTEM, "line 2", "bridged"]);
     let report = refused("[network.lan]\nmode = \"bridge\"\n");
+    assert_says(&report, "value-invalid", &[SYSTEM, "bridge"]);
+    // An address is one machine's.
+    let report = refused("[machine]\nbridge = \"br0:192.0.2.50/24@192.0.2.1\"\n");
     assert_says(&report, "config-invalid", &[SYSTEM, "line 2", "bridge"]);
 }
 

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Accel, Bytes, Catalog, ChannelKind, Command, DomainName, Exception, HostPattern, LabelName,
-    Lifetime, LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port, Profile,
-    ProfileName, Publish, Script, Spec, SpecError, Survivors, Templates, Timeout, Tuning, VmId,
-    Waived, Workspace, WorkspaceMode,
+    Accel, Bridge, Bytes, Catalog, ChannelKind, Command, DomainName, Exception, HostPattern,
+    LabelName, Lifetime, LsmLabel, MachineType, NetworkMode, NetworkName, NetworkPolicy, Port,
+    Profile, ProfileName, Publish, Script, Spec, SpecError, Survivors, Templates, Timeout, Tuning,
+    VmId, Waived, Workspace, WorkspaceMode,
 };
 
 /// A run as asked for: what is absent takes the profile's or the built-in
@@ -68,6 +68,10 @@ pub struct Request {
     /// layers below the profile's asked for. Not part of files.
     #[serde(skip)]
     pub network_below: Option<NetworkName>,
+    /// In the place of a network, an existing bridge, and the machine's address
+    /// and gateway there, such as `br0:192.0.2.50/24@192.0.2.1`. Advanced: what
+    /// can be reached there is not filtered.
+    pub bridge: Option<Bridge>,
     /// Hosts that may be reached besides those of the network, such as
     /// `example.org`, `*.example.org` or `example.org:8443`.
     pub allow_hosts: BTreeSet<HostPattern>,
@@ -196,6 +200,7 @@ impl Request {
             labels,
             network: self.network.or(below.network),
             network_below: self.network_below.or(below.network_below),
+            bridge: self.bridge.or(below.bridge),
             allow_hosts,
             deny_hosts,
             strict: self.strict.or(below.strict),
@@ -249,6 +254,8 @@ impl Request {
             || !self.allow_cidrs.is_empty()
             || self.ipv6 == Some(true)
             || self.strict == Some(true);
+        let bridged = self.bridge.clone().map(NetworkPolicy::of_bridge);
+        let network = bridged.as_ref().unwrap_or(network);
         if asked && network.mode != NetworkMode::NatFiltered {
             return Err(SpecError::Clash {
                 first: "--allow-host, --deny-host, --strict, --allow-port, --allow-cidr or --ipv6",

@@ -1,5 +1,7 @@
 //! What is asked for.
 
+mod address;
+mod bridge;
 mod config;
 mod domain;
 mod error;
@@ -26,6 +28,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use address::{Cidr, Exception, Port, Protocol};
+pub use bridge::Bridge;
 pub use config::{Config, MACHINE_KEYS, Merged, Setting, merge};
 pub use domain::{Domain, NotADomain};
 pub use error::SpecError;
@@ -36,9 +40,7 @@ pub use layer::Layer;
 pub use lifetime::{LabelName, Lifetime, Survivors};
 pub use load::Request;
 pub use lsm::LsmLabel;
-pub use network::{
-    Cidr, Exception, NetworkLimits, NetworkMode, NetworkName, NetworkPolicy, Port, Protocol,
-};
+pub use network::{NetworkLimits, NetworkMode, NetworkName, NetworkPolicy};
 pub use network_change::NetworkChange;
 pub use origin::Origin;
 pub use preset::{Preset, PresetData, presets};

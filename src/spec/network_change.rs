@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use super::address::{Exception, Port};
 use super::error::SpecError;
 use super::host::HostPattern;
-use super::network::{Exception, NetworkMode, NetworkPolicy, Port};
+use super::network::{NetworkMode, NetworkPolicy};
 use super::units::Bytes;
 
 /// Changes to a network; what is absent stays as it is.
@@ -53,10 +54,15 @@ impl NetworkChange {
         if *self == Self::default() {
             return Ok(());
         }
-        if policy.mode == NetworkMode::Isolated {
+        let second = match policy.mode {
+            NetworkMode::NatFiltered => None,
+            NetworkMode::Isolated => Some("a machine without one"),
+            NetworkMode::Bridge => Some("a machine on a bridge"),
+        };
+        if let Some(second) = second {
             return Err(SpecError::Clash {
                 first: "a change of the network",
-                second: "a machine without one",
+                second,
             });
         }
         if let Some(unknown) = self.deny_cidrs.difference(&policy.exceptions).next() {

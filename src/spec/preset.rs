@@ -5,8 +5,8 @@ use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
+use super::address::{Port, Protocol};
 use super::host::{HostPattern, Hosts};
-use super::network::{Port, Protocol};
 
 /// A policy by name.
 #[derive(

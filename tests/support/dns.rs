@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bulkhead::net::{
-    Event, Feed, Grant, Journal, Names, Outgoing, Policy, Reach, Resolver, ResolverConfig,
-    ResolverLimits, Serving, Sockets, What,
+    Code, Event, Feed, Grant, Journal, Names, Outgoing, Policy, QueryResult, Reach, Resolver,
+    ResolverConfig, ResolverLimits, Serving, Sockets, What,
 };
 use bulkhead::spec::{Cidr, NetworkPolicy, Preset};
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
@@ -338,3 +338,21 @@ pub(crate) fn told_why(message: &Message) -> String {
 }
 
 pub(crate) const PUBLIC: Ipv4Addr = Ipv4Addr::new(93, 184, 215, 14);
+
+/// A name server that knows one address for everything.
+pub(crate) async fn one_for_all() -> Upstream {
+    Upstream::new(|name, kind, _| match kind {
+        RecordType::A => Says::Records(vec![a(name, &PUBLIC.to_string(), 300)]),
+        _ => Says::Records(vec![]),
+    })
+    .await
+}
+
+pub(crate) fn refused(event: &What) -> Option<Code> {
+    match event {
+        What::Query(query) if query.result == QueryResult::Refused => {
+            Some(query.refusal.as_ref().expect("a refusal says why").code)
+        }
+        _ => None,
+    }
+}

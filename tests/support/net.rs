@@ -5,11 +5,13 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use bulkhead::host::lease::Lease;
 use bulkhead::host::netns::{self, Netns};
 use bulkhead::host::network::{Site, Wired, Wires};
 use bulkhead::plan::firewall::Names;
+use bulkhead::plan::network::RETIRED;
 use bulkhead::spec::NetworkPolicy;
 
 /// Runs a shell script in a namespace; it must succeed.
@@ -112,6 +114,16 @@ impl World {
         Wiring {
             leases,
             wired: Some(wired),
+        }
+    }
+
+    /// Waits until the kernel has taken away what was released.
+    pub(crate) fn settle(&self) {
+        let retired = format!("ip -o link show group {RETIRED}");
+        let begin = Instant::now();
+        while !sh_in(&self.host.netns, &retired).is_empty() {
+            assert!(begin.elapsed() < Duration::from_secs(20), "links stay");
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

@@ -2,9 +2,9 @@
 # each line of input is one try, each line of output what came of it.
 use strict; use warnings; use Socket; use Errno; $| = 1;
 my ($index) = map { chomp; $_ } do { open my $f, '<', '/sys/class/net/eth0/ifindex' or die; <$f> };
-my $mac = pack 'H12', '026268000002';
+my $mac = pack 'H12', join '', split /:/, do { open my $f, '<', '/sys/class/net/eth0/address' or die; <$f> };
 my $gate = pack 'H12', '026268000001';
-my $me = inet_aton('198.18.0.2');
+my $me = do { socket(my $s, PF_INET, SOCK_DGRAM, 17); connect $s, pack_sockaddr_in(9, inet_aton '192.0.2.77'); (unpack_sockaddr_in(getsockname $s))[1] };
 my @held;
 
 sub said { # the error by name
@@ -74,6 +74,7 @@ my %frames = (
     stp => sub { pack('H12', '0180c2000000') . $mac . pack('n', 38) . "\x42\x42\x03" . "\0" x 35 },
     multicast => sub { pack('H12', '01005e0000fb') . $mac . pack('n', 0x800) . ip($me, inet_aton('224.0.0.251'), 17, $udp) },
     'dhcp-offer' => sub { "\xff" x 6 . $mac . pack('n', 0x800) . ip($me, inet_aton('255.255.255.255'), 17, pack('nnnn', 67, 68, 8, 0)) },
+    'dhcp-unicast' => sub { $gate . $mac . pack('n', 0x800) . ip($me, inet_aton('203.0.113.9'), 17, pack('nnnn', 67, 68, 8, 0)) },
     ra => sub { pack('H12', '333300000001') . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnCCnNN', 134, 0, 0, 64, 0, 1800, 0, 0)) },
     ipv6 => sub { $gate . $mac . pack('n', 0x86dd) . icmp6($six, pack('CCnnn', 128, 0, 0, 1, 1)) },
 );
@@ -82,6 +83,45 @@ sub frame { my ($name) = @_;
     my $to = pack 'SnlSCCa8', 17, 3, $index, 0, 0, 6, "\0" x 8;
     my $frame = $frames{$name}->(); $frame .= "\0" x (60 - length $frame) if length $frame < 60;
     return defined send($s, $frame, 0, $to) ? 'sent' : said($!); }
+# SYNs of no socket of the guest's kernel, which resets what answers them.
+sub whole { my ($to, $id, $field, $data, $options) = @_; my $words = 5 + length($options) / 4;
+    return pack('CCnnnCCna4a4', 0x40 | $words, 0, 4 * $words + length $data, $id, $field, 64, 6, 0, $me, $to) . $options . $data; }
+sub syn { my ($to, $from, $port, $options) = @_; my $words = 5 + length($options) / 4;
+    my $t = pack('nnNNCCnnn', $from, $port, 7, 0, $words << 4, 2, 64000, 0, 0) . $options;
+    substr($t, 16, 2) = pack 'n', sum(pack('a4a4CCn', $me, $to, 0, 6, length $t) . $t); return $t; }
+my $odd = 40000;
+sub odd { my ($host, $port, $make) = @_; # what answers the packets that $make gives
+    my ($to, $from, $end) = (inet_aton($host), $odd++, time + 3);
+    socket(my $out, PF_INET, SOCK_RAW, 255) or return said($!);
+    socket(my $in, PF_INET, SOCK_RAW, 6) or return said($!);
+    for my $packet ($make->($to, $from)) { defined send $out, $packet, 0, pack_sockaddr_in(0, $to) or return said($!) }
+    while (time < $end && ready($in, 0, 1)) {
+        recv $in, my $got, 200, 0; my $head = 4 * (15 & ord $got);
+        my ($there, $here, $flags) = unpack 'nnx9C', substr $got, $head;
+        next unless substr($got, 12, 4) eq $to && $there == $port && $here == $from;
+        return $flags & 4 ? 'refused' : 'open'; }
+    return 'silence'; }
+sub pieces { my ($host, $port) = @_; return odd($host, $port, sub { my ($to, $from) = @_; my $t = syn($to, $from, $port, "\1" x 20);
+    return (whole($to, $from, 0x2000, substr($t, 0, 8), ''), whole($to, $from, 1, substr($t, 8), '')); }); }
+sub overlap { my ($host, $port, $other) = @_; return odd($host, $other, sub { my ($to, $from) = @_;
+    my ($a, $b) = map { syn($to, $from, $_, "\1" x 20) } $port, $other;
+    return (whole($to, $from, 0x2000, substr($a, 0, 8), ''), whole($to, $from, 0x2000, substr($b, 0, 16), ''), whole($to, $from, 2, substr($b, 16), '')); }); }
+sub options { my ($host, $port) = @_; return odd($host, $port, sub { my ($to, $from) = @_;
+    return whole($to, $from, 0, syn($to, $from, $port, "\x02\x04\0\1\xfd\x04\xde\xad\x22\x02\1\1"), ''); }); }
+sub detour { my ($host, $port, $over) = @_; return odd($host, $port, sub { my ($to, $from) = @_;
+    return whole($to, $from, 0, syn($to, $from, $port, ''), pack('CCCa4C', 131, 7, 4, inet_aton($over), 1)); }); }
+sub flood { my ($host, $port, $count) = @_; my ($to, $sent) = (inet_aton($host), 0);
+    socket(my $out, PF_INET, SOCK_RAW, 255) or return said($!);
+    for my $n (1 .. $count) { $sent++ if defined send $out, whole($to, $n & 0xffff, 0, syn($to, 1024 + $n % 60000, $port, ''), ''), 0, pack_sockaddr_in(0, $to) }
+    return "$sent sent"; }
+sub sniff { my ($seconds) = @_; # frames of others, while own ones are seen
+    socket(my $s, 17, SOCK_RAW, unpack 'S', pack 'n', 3) or return said($!);
+    setsockopt $s, 263, 1, pack 'iSSa8', $index, 1, 0, '' or return said($!);
+    my ($own, $others, $end) = (0, 0, time + $seconds); ping('198.18.0.1');
+    while (time < $end) { next unless ready($s, 0, 1); recv $s, my $frame, 200, 0;
+        next unless unpack('x12n', $frame) == 0x800;
+        (grep { $_ eq $me } unpack 'x26a4a4', $frame) ? $own++ : $others++ }
+    return $others ? "$others of others" : $own ? 'own only' : 'deaf'; }
 sub scan { my ($host, $first, $last) = @_;
     my @open = grep { tcp($host, $_, 0) =~ /^open/ } $first .. $last; return "@open"; }
 sub get { my ($host, $port) = @_; # bytes until the end
@@ -103,15 +143,26 @@ sub name { my ($host) = @_; # its addresses, or why there are none
     return 'no address' if !@all; return join ' ', sort map { inet_ntoa $_ } @all[4 .. $#all]; }
 sub name6 { my ($host) = @_; my ($e, @all) = Socket::getaddrinfo($host, 80, { family => AF_INET6, socktype => SOCK_STREAM });
     return $e ? 'none' : Socket::inet_ntop(AF_INET6, (unpack_sockaddr_in6($all[0]{addr}))[1]); }
-sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a refusal's code
-    my $address = defined $at ? inet_aton $at : gethostbyname $host; return 'no address' unless $address;
+sub asked { my ($address, $port, $request) = @_; # all of the answer, or why there is none
     socket(my $s, PF_INET, SOCK_STREAM, 6) or return said($!);
     connect $s, pack_sockaddr_in($port, $address) or return said($!);
-    syswrite $s, "GET / HTTP/1.1\r\nHost: $asked\r\nConnection: close\r\n\r\n";
+    syswrite $s, $request;
     my ($all, $x) = ('', ''); while (ready($s, 0, 10) && sysread $s, $x, 65536) { $all .= $x }
-    my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return 'no answer';
+    return $all; }
+sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a refusal's code
+    my $address = defined $at ? inet_aton $at : gethostbyname $host; return 'no address' unless $address;
+    my $all = asked($address, $port, "GET / HTTP/1.1\r\nHost: $asked\r\nConnection: close\r\n\r\n");
+    my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return $all || 'no answer';
     my ($code) = $all =~ /"code":\s*"([a-z-]+)"/; my ($server) = $all =~ /^I am (\S+)/m;
     return join ' ', $status, grep { defined } $code, $server; }
-my %tries = (name => \&name, name6 => \&name6, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, put => \&put,
+sub follow { my ($host, $port) = @_; # where a redirection leads
+    my $all = asked(scalar gethostbyname($host), $port, "GET / HTTP/1.1\r\nHost: $host\r\nConnection: close\r\n\r\n");
+    my ($next) = $all =~ m{^Location: http://([0-9.]+)/}m or return 'nowhere'; return tcp($next, 80, 0); }
+sub relay { my ($host, $port, $to) = @_; # a tunnel to somebody else
+    my $all = asked(scalar gethostbyname($host), $port, "CONNECT $to HTTP/1.1\r\nHost: $to\r\n\r\n");
+    my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return 'no answer'; my ($code) = $all =~ /"code":\s*"([a-z-]+)"/;
+    return join ' ', $status, grep { defined } $code; }
+my %tries = (name => \&name, name6 => \&name6, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, pieces => \&pieces, overlap => \&overlap, options => \&options, detour => \&detour, flood => \&flood, sniff => \&sniff,
+    follow => \&follow, relay => \&relay, put => \&put,
     hold => sub { my ($h, $p, $n) = @_; my %r; $r{tcp($h, $p, 1)}++ for 1 .. $n; join ', ', map { "$r{$_} $_" } sort keys %r });
 while (<STDIN>) { chomp; my ($kind, @rest) = split; print $tries{$kind}->(@rest), "\n" }

@@ -195,12 +195,26 @@ type Brief = (&'static str, &'static [&'static str], usize);
 
 /// That each measures every phase and that the results are read back, not how
 /// long anything takes.
-const BRIEF: [Brief; 5] = [
+const BRIEF: [Brief; 6] = [
     ("boot", &["-n", "1"], 17),
     ("exec", &["-n", "1"], 10),
     ("files", &["-n", "1", "--files", "50"], 8),
     ("memory", &["-n", "1", "--settle", "0"], 7),
     ("density", &["--most", "2"], 2),
+    (
+        "net",
+        &[
+            "-n",
+            "1",
+            "--present",
+            "1,2",
+            "--cycles",
+            "10",
+            "--mib",
+            "1",
+        ],
+        18,
+    ),
 ];
 
 fn bench(state: &Path) -> Result<()> {

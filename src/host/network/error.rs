@@ -36,6 +36,12 @@ pub enum NetworkError {
         /// The pool.
         pool: Cidr,
     },
+    /// No bridge has the name.
+    #[error("this host has no bridge {device}")]
+    NoBridge {
+        /// The name.
+        device: String,
+    },
     /// The host does not forward IPv6.
     #[error("this host does not forward IPv6")]
     NoForwarding6,
@@ -48,6 +54,7 @@ impl Explain for NetworkError {
             Self::NotRoot => "network-not-root",
             Self::Clash { .. } => "network-clash",
             Self::Full { .. } => "network-full",
+            Self::NoBridge { .. } => "network-no-bridge",
             Self::NoForwarding6 => "network-no-ipv6",
         }
     }
@@ -60,6 +67,7 @@ impl Explain for NetworkError {
             Self::NotRoot => "Run as root, or take --network isolated.".into(),
             Self::Clash { .. } => "Give machines other addresses with `network_pool`.".into(),
             Self::Full { .. } => "Stop a machine, or give a larger `network_pool`.".into(),
+            Self::NoBridge { .. } => "`ip link show type bridge` lists bridges.".into(),
             Self::NoForwarding6 => {
                 "Set net.ipv6.conf.all.forwarding=1, and accept_ra=2 on links that get their addresses by router advertisement; or leave --ipv6 out.".into()
             }

@@ -5,6 +5,7 @@
 //! caller's namespace unless another is given; there the host's routing and
 //! masquerade take over.
 
+mod bridge;
 mod error;
 mod route;
 mod sysctl;
@@ -24,7 +25,7 @@ use super::netns::{self, Netns};
 use super::{fault, nft, sys};
 use crate::plan::firewall::{self, Names};
 use crate::plan::network::{
-    GATEWAY_MAC, GATEWAY4, GATEWAY6, GROUP, GUEST4, GUEST6, OUT, PREFIX4, PREFIX6, TAP,
+    GATEWAY_MAC, GATEWAY4, GATEWAY6, GROUP, GUEST4, GUEST6, OUT, PREFIX4, PREFIX6, RETIRED, TAP,
 };
 use crate::spec::{Cidr, NetworkLimits, NetworkPolicy, fill_random};
 
@@ -79,7 +80,7 @@ pub struct Wired {
     pub netns: Netns,
     /// The guest's end, for QEMU.
     pub tap: OwnedFd,
-    /// Its address on the host's side.
+    /// Its address on the host's side; on a bridge, the guest's own.
     pub outer: Ipv4Addr,
 }
 
@@ -129,11 +130,19 @@ impl Wires {
             .netns()
             .map_err(kernel("open the network namespace", place(&self.site)))?;
         let at = |point| fault::at(point).map_err(kernel("make", "a network"));
+        if let Some(bridge) = &policy.bridge {
+            bridge::exists(&uplink, bridge)?;
+        }
         at("make netns")?;
         let netns = Netns::make(&self.path).map_err(kernel(
             "make the network namespace",
             self.path.display().to_string(),
         ))?;
+        if let Some(bridge) = &policy.bridge {
+            let tap = self.make_bridged(&uplink, &netns, policy, bridge)?;
+            let outer = bridge.address;
+            return Ok(Wired { netns, tap, outer });
+        }
         let host = inside(&uplink, "read the host's addresses", || {
             talk(async |handle| route::addresses(handle).await)
         })?;
@@ -183,6 +192,26 @@ impl Wires {
             Ok(())
         })?;
         Ok(tap)
+    }
+
+    /// The link, one end on the host's side, the other in the machine's namespace.
+    async fn link(&self, handle: &rtnetlink::Handle, netns: &Netns, group: u32) -> io::Result<u32> {
+        let name = link_name(&self.token());
+        let (here, there) = self.ends();
+        if route::find(handle, &name).await?.is_none() {
+            let ends = (
+                End {
+                    name: &name,
+                    mac: here,
+                },
+                End {
+                    name: OUT,
+                    mac: there,
+                },
+            );
+            route::add_veth(handle, ends.0, group, ends.1, netns.as_fd().as_raw_fd()).await?;
+        }
+        route::index(handle, &name).await
     }
 
     /// An address nobody has, as far as routes tell.
@@ -245,23 +274,9 @@ impl Wires {
             sysctl::forwards6()?;
         }
         nft::enter_gate(&self.token())?;
-        let name = link_name(&self.token());
-        let (here, there) = self.ends();
+        let (_, there) = self.ends();
         talk(async |handle| {
-            if route::find(handle, &name).await?.is_none() {
-                let ends = (
-                    End {
-                        name: &name,
-                        mac: here,
-                    },
-                    End {
-                        name: OUT,
-                        mac: there,
-                    },
-                );
-                route::add_veth(handle, ends.0, GROUP, ends.1, netns.as_fd().as_raw_fd()).await?;
-            }
-            let index = route::index(handle, &name).await?;
+            let index = self.link(handle, netns, GROUP).await?;
             // This is what claims the address.
             route::add_host_route(handle, index, outer.into()).await?;
             route::add_neighbour(handle, index, outer.into(), there).await?;
@@ -324,8 +339,10 @@ fn link_name(token: &str) -> String {
     format!("bh{token}")
 }
 
-/// Takes a machine's link, connections and place at the gate away; only those
-/// of this very machine.
+/// Shuts a machine's link and takes its connections and its place at the gate
+/// away; only those of this very machine. The link goes with the machine's
+/// namespace: the kernel takes both away once nobody has that any more, which
+/// takes it a while that nobody has to wait for.
 pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<()> {
     let netns = match uplink {
         // With its namespace, everything of it is gone.
@@ -336,10 +353,7 @@ pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<(
     netns.run_in(|| {
         talk(async |handle| {
             let found = route::find(handle, &link_name(token)).await?;
-            // A name can be had by chance, the address after it hardly.
-            let Some(link) =
-                found.filter(|link| link.mac.get(1..).map(hex).as_deref() == Some(token))
-            else {
+            let Some(link) = found.filter(|link| is_ours(link, token)) else {
                 return Ok(());
             };
             for v6 in [false, true] {
@@ -351,13 +365,41 @@ pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<(
                     tracked::forget(route.to.first())?;
                 }
             }
-            match route::delete(handle, link.index).await {
-                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
-                deleted => deleted,
-            }
+            route::retire(handle, link.index, RETIRED).await
         })?;
         nft::leave_gate(token)
     })?
+}
+
+/// Takes away the links of machines that were released and whose namespace
+/// somebody has still open, and waits until they are gone; gives how many there
+/// were.
+///
+/// # Errors
+/// Not root, or the kernel refuses.
+pub fn clear(site: &Site) -> Result<usize, NetworkError> {
+    let uplink = site
+        .netns()
+        .map_err(kernel("open the network namespace", place(site)))?;
+    inside(&uplink, "remove links", || {
+        talk(async |handle| {
+            let mut links = route::in_group(handle, RETIRED).await?;
+            links.retain(|link| {
+                link.mac
+                    .get(1..)
+                    .is_some_and(|own| is_ours(link, &hex(own)))
+            });
+            for link in &links {
+                route::delete(handle, link.index).await?;
+            }
+            Ok(links.len())
+        })
+    })
+}
+
+/// A name can be had by chance, the address after it hardly.
+fn is_ours(link: &route::Link, token: &str) -> bool {
+    link.name == link_name(token) && link.mac.get(1..).map(hex).as_deref() == Some(token)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -10,12 +10,16 @@ use netlink_packet_core::{
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
-use rtnetlink::packet_route::link::{InfoData, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope,
 };
 use rtnetlink::packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::{
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
 
 use crate::spec::Cidr;
 
@@ -48,7 +52,10 @@ fn told(error: rtnetlink::Error) -> io::Error {
 #[derive(Debug, Clone)]
 pub(super) struct Link {
     pub(super) index: u32,
+    pub(super) name: String,
     pub(super) mac: Vec<u8>,
+    /// Whether others can be put on it.
+    pub(super) bridge: bool,
 }
 
 /// The link of this name, if there is one.
@@ -68,17 +75,23 @@ pub(super) async fn find(handle: &Handle, name: &str) -> io::Result<Option<Link>
 }
 
 fn link(message: &LinkMessage) -> Link {
-    let mac = message
-        .attributes
-        .iter()
-        .find_map(|attribute| match attribute {
-            LinkAttribute::Address(mac) => Some(mac.clone()),
-            _ => None,
-        });
-    Link {
+    let mut link = Link {
         index: message.header.index,
-        mac: mac.unwrap_or_default(),
+        name: String::new(),
+        mac: Vec::new(),
+        bridge: false,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(mac) => link.mac.clone_from(mac),
+            LinkAttribute::LinkInfo(infos) => {
+                link.bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
+            }
+            _ => {}
+        }
     }
+    link
 }
 
 /// As [`find`], and it must be there.
@@ -118,9 +131,53 @@ pub(super) async fn add_veth(
     handle.link().add(message).execute().await.map_err(told)
 }
 
-/// Removes a link with everything on it.
+/// Makes a bridge of this name; it is up.
+pub(super) async fn add_bridge(handle: &Handle, name: &str) -> io::Result<()> {
+    let message = LinkBridge::new(name).up().build();
+    handle.link().add(message).execute().await.map_err(told)
+}
+
+/// Puts a link on a bridge, and up.
+pub(super) async fn join_bridge(handle: &Handle, index: u32, bridge: u32) -> io::Result<()> {
+    let message = LinkUnspec::new_with_index(index)
+        .controller(bridge)
+        .up()
+        .build();
+    handle.link().set(message).execute().await.map_err(told)
+}
+
+/// Shuts a link, where it is there, and gives it to another group: nothing
+/// passes it any more.
+pub(super) async fn retire(handle: &Handle, index: u32, group: u32) -> io::Result<()> {
+    let message = LinkUnspec::new_with_index(index)
+        .down()
+        .link_group(group)
+        .build();
+    unless_gone(handle.link().set(message).execute().await)
+}
+
+/// All links of a group.
+pub(super) async fn in_group(handle: &Handle, group: u32) -> io::Result<Vec<Link>> {
+    let mut found = handle.link().get().execute();
+    let mut links = Vec::new();
+    while let Some(message) = found.try_next().await.map_err(told)? {
+        if message.attributes.contains(&LinkAttribute::Group(group)) {
+            links.push(link(&message));
+        }
+    }
+    Ok(links)
+}
+
+/// Removes a link with everything on it, where it is there.
 pub(super) async fn delete(handle: &Handle, index: u32) -> io::Result<()> {
-    handle.link().del(index).execute().await.map_err(told)
+    unless_gone(handle.link().del(index).execute().await)
+}
+
+fn unless_gone(done: Result<(), rtnetlink::Error>) -> io::Result<()> {
+    match done.map_err(told) {
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENODEV) => Ok(()),
+        done => done,
+    }
 }
 
 /// Puts a link up.

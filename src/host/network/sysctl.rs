@@ -18,18 +18,28 @@ pub(super) fn router(ipv6: bool) -> io::Result<()> {
     set("ipv4.ip_forward", "1")?;
     // Every refusal is told: there is one guest to tell it to.
     set("ipv4.icmp_ratelimit", "0")?;
-    // An older kernel, or one without IPv6, has nothing to switch off.
     match ipv6 {
         true => {
             set("ipv6.conf.all.forwarding", "1")?;
             set("ipv6.icmp.ratelimit", "0")
         }
-        false if fs::exists(path("ipv6.conf.default.disable_ipv6"))? => {
-            set("ipv6.conf.all.disable_ipv6", "1")?;
-            set("ipv6.conf.default.disable_ipv6", "1")
-        }
-        false => Ok(()),
+        false => without6(),
     }
+}
+
+/// Makes the namespace a switch: it has no addresses of its own.
+pub(super) fn switch() -> io::Result<()> {
+    without6()
+}
+
+/// Switches IPv6 off, for devices to come, too.
+fn without6() -> io::Result<()> {
+    // An older kernel, or one without IPv6, has nothing to switch off.
+    if !fs::exists(path("ipv6.conf.default.disable_ipv6"))? {
+        return Ok(());
+    }
+    set("ipv6.conf.all.disable_ipv6", "1")?;
+    set("ipv6.conf.default.disable_ipv6", "1")
 }
 
 /// Counts the bytes of each connection. Exists once rules ask for connections.

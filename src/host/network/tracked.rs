@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use nix::libc;
 use nix::sys::socket::{MsgFlags, NetlinkAddr, sendto};
 
-use crate::host::nft::{HEADER, connect, messages, receive};
+use crate::host::nft::{HEADER, NESTED, attributes, connect, messages, receive};
 
 // linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h.
 const SUBSYSTEM: u16 = 1 << 8;
@@ -24,7 +24,6 @@ const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// Only the source address of what is asked for counts.
 const BY_SOURCE: u32 = 1;
-const NESTED: u16 = 1 << 15;
 /// Length of `struct nfgenmsg`.
 const GENERAL: usize = 4;
 const NLMSG_ERROR: u16 = 2;
@@ -114,16 +113,6 @@ fn of(content: &[u8], address: IpAddr) -> Option<Vec<u8>> {
         bytes.iter().copied().chain(std::iter::repeat_n(0, padding))
     });
     (source == address).then(|| parts.collect())
-}
-
-/// Attributes in a message: type, and all of its bytes with its header.
-fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
-        let whole = bytes.get(..length).filter(|whole| whole.len() >= 4)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((u16::from_ne_bytes([whole[2], whole[3]]) & !NESTED, whole))
-    })
 }
 
 fn attribute(kind: u16, content: &[u8]) -> Vec<u8> {

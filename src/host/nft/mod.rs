@@ -3,11 +3,13 @@
 
 mod build;
 mod counters;
+mod expr;
 mod raw;
+mod readback;
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use nftnl::{Batch, MsgType};
@@ -18,17 +20,22 @@ use nix::sys::socket::{
     setsockopt, socket, sockopt,
 };
 
-use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_member};
+use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_mark, gate_member};
 
 pub use counters::{Counted, counters};
+pub use readback::{Shape, planned, rules};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who
 /// changes rules.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Some periods after which the kernel has let go of what was deleted.
+const LINGER: Duration = Duration::from_millis(100);
 /// Bytes of the largest batch: some thousand names.
 const BATCH: usize = 8 << 20;
 /// Part of the error that the kernel answers with (linux/netlink.h).
 const NLMSG_ERROR: u16 = 2;
+/// Marks attributes that have others in them (linux/netlink.h).
+pub(super) const NESTED: u16 = 1 << 15;
 /// Length of a netlink header.
 pub(super) const HEADER: usize = 16;
 
@@ -84,18 +91,34 @@ pub fn allow(entries: &[Entry]) -> io::Result<()> {
 /// # Errors
 /// As [`apply`].
 pub fn enter_gate(token: &str) -> io::Result<()> {
+    let (mark, member) = (gate_mark(), gate_member(token));
+    let there = counters(Family::Inet)?;
+    if there.contains_key(&mark) {
+        let mut batch = Batch::new();
+        count(&mut batch, &[&member], MsgType::Add);
+        match send(batch) {
+            // The last machine went out meanwhile, and the table with it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            entered => return entered,
+        }
+    }
     let mut batch = Batch::new();
     build::add_table(&mut batch, &gate(), true);
+    count(&mut batch, &[&mark, &member], MsgType::Add);
+    send(batch)
+}
+
+/// Makes counters of the host's table, or removes them.
+fn count(batch: &mut Batch, names: &[&String], kind: MsgType) {
     let table = build::table(Family::Inet);
-    let name = build::text(&gate_member(token));
-    batch.add(
-        &raw::Counter {
+    for name in names {
+        let name = build::text(name);
+        let counter = raw::Counter {
             table: &table,
             name,
-        },
-        MsgType::Add,
-    );
-    send(batch)
+        };
+        batch.add(&counter, kind);
+    }
 }
 
 /// Counts a machine out, and takes the table away with the last one. Nothing
@@ -104,16 +127,8 @@ pub fn enter_gate(token: &str) -> io::Result<()> {
 /// # Errors
 /// As [`apply`].
 pub fn leave_gate(token: &str) -> io::Result<()> {
-    let table = build::table(Family::Inet);
-    let name = build::text(&gate_member(token));
     let mut batch = Batch::new();
-    batch.add(
-        &raw::Counter {
-            table: &table,
-            name,
-        },
-        MsgType::Del,
-    );
+    count(&mut batch, &[&gate_member(token)], MsgType::Del);
     gone(send(batch))?;
     // Only to save the kernel a refusal, which takes it long.
     let there = counters(Family::Inet)?;
@@ -124,6 +139,7 @@ pub fn leave_gate(token: &str) -> io::Result<()> {
     // can come in between.
     let mut batch = Batch::new();
     let data = gate();
+    let table = build::table(Family::Inet);
     let chains: Vec<_> = data
         .chains
         .iter()
@@ -135,16 +151,8 @@ pub fn leave_gate(token: &str) -> io::Result<()> {
     for chain in &chains {
         batch.add(chain, MsgType::Del);
     }
-    for name in &data.counters {
-        let name = build::text(name);
-        batch.add(
-            &raw::Counter {
-                table: &table,
-                name,
-            },
-            MsgType::Del,
-        );
-    }
+    // Also marks of other versions.
+    count(&mut batch, &there.keys().collect::<Vec<_>>(), MsgType::Del);
     batch.add(&raw::EmptyTable(&table), MsgType::Del);
     match gone(send(batch)) {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
@@ -160,8 +168,35 @@ fn gone(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// A socket to the kernel's netfilter, in the thread's namespace.
-pub(super) fn connect() -> io::Result<OwnedFd> {
+/// A socket to the kernel's netfilter, of the thread's namespace it was made in.
+///
+/// Whoever closes one waits until what anybody deleted in that namespace is
+/// gone, and has everybody else who changes rules there wait, too (RCU under
+/// the lock; net/netfilter/nf_tables_api.c, `nft_rcv_nl_event`). So a thread of
+/// its own does, when most likely nothing is left to wait for.
+#[derive(Debug)]
+pub(super) struct Socket(Option<OwnedFd>);
+
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let socket = self.0.take();
+        let thread = std::thread::Builder::new().name("netfilter".into());
+        // Without a thread it is closed here.
+        let _ = thread.spawn(move || {
+            std::thread::sleep(LINGER);
+            drop(socket);
+        });
+    }
+}
+
+/// Opens one in the thread's namespace.
+pub(super) fn connect() -> io::Result<Socket> {
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
@@ -173,7 +208,7 @@ pub(super) fn connect() -> io::Result<OwnedFd> {
     let _ = setsockopt(&socket, sockopt::SndBufForce, &BATCH);
     let time = nix::sys::time::TimeVal::new(ANSWER.as_secs() as i64, 0);
     setsockopt(&socket, sockopt::ReceiveTimeout, &time)?;
-    Ok(socket)
+    Ok(Socket(Some(socket)))
 }
 
 /// Sends a batch and waits until the kernel has taken all of it.
@@ -182,7 +217,8 @@ fn send(batch: Batch) -> io::Result<()> {
     // The last that is answered: older kernels do not answer a batch's end.
     let last = batch.sequence_numbers().end.saturating_sub(1);
     // One message to the kernel is one transaction.
-    let bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+    let mut bytes: Vec<u8> = batch.iter().flatten().copied().collect();
+    answer_only(&mut bytes, last);
     let socket = connect()?;
     let to = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
@@ -203,7 +239,22 @@ fn send(batch: Batch) -> io::Result<()> {
     }
 }
 
-pub(super) fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<usize> {
+/// Has the kernel answer the last of these messages alone, and what it refuses.
+fn answer_only(bytes: &mut [u8], last: u32) {
+    let mut at = 0;
+    while let Some(head) = bytes.get_mut(at..at + HEADER) {
+        let word =
+            |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+        let (length, seq) = (word(0) as usize, word(8));
+        if seq != last {
+            let flags = u16::from_ne_bytes([head[6], head[7]]) & !(libc::NLM_F_ACK as u16);
+            head[6..8].copy_from_slice(&flags.to_ne_bytes());
+        }
+        at += length.next_multiple_of(4).max(HEADER);
+    }
+}
+
+pub(super) fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match recv(socket.as_raw_fd(), buffer, MsgFlags::empty()) {
             Err(Errno::EINTR) => {}
@@ -224,5 +275,15 @@ pub(super) fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, u32, &[u8
         let seq = u32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, seq, &message[HEADER..]))
+    })
+}
+
+/// Attributes in a message: type, and all of its bytes with its header.
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let whole = bytes.get(..length).filter(|whole| whole.len() >= 4)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([whole[2], whole[3]]) & !NESTED, whole))
     })
 }

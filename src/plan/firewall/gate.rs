@@ -1,6 +1,8 @@
 //! The rules at the host's end, the same for all machines: what a machine's own
 //! namespace should let fail it, this catches.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
+
 use super::*;
 use crate::plan::network::GROUP;
 
@@ -43,4 +45,11 @@ pub fn gate() -> Table {
 /// What in that table stands for one machine: the table goes with the last.
 pub fn gate_member(token: &str) -> String {
     format!("machine-{token}")
+}
+
+/// What in that table stands for exactly these rules.
+pub fn gate_mark() -> String {
+    let mut hasher = DefaultHasher::new();
+    gate().to_string().hash(&mut hasher);
+    format!("rules-{:016x}", hasher.finish())
 }

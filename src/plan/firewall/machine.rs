@@ -8,8 +8,8 @@ use crate::plan::network::{GATEWAY4, GATEWAY6, GUEST_MAC, GUEST4, GUEST6, LINK_L
 use crate::spec::NetworkPolicy;
 
 /// ARP (RFC 826).
-const ARP: [u8; 2] = [0x08, 0x06];
-const IP: [u8; 2] = [0x08, 0x00];
+pub(super) const ARP: [u8; 2] = [0x08, 0x06];
+pub(super) const IP: [u8; 2] = [0x08, 0x00];
 const IP6: [u8; 2] = [0x86, 0xdd];
 /// ICMP: echo request.
 const ECHO: u8 = 8;
@@ -52,6 +52,9 @@ const BEYOND: [&str; 17] = [
 
 /// All rules of a machine. `host` are addresses of the host.
 pub fn machine(policy: &NetworkPolicy, names: Names, host: &[IpAddr]) -> Ruleset {
+    if let Some(bridge) = &policy.bridge {
+        return bridged(bridge);
+    }
     Ruleset {
         tables: vec![at_the_tap(policy), beyond(policy, names, host)],
     }
@@ -63,7 +66,7 @@ pub(super) fn refuse(rule: &str) -> Expr {
 
 /// Where a refused packet is counted and, not too often, logged. `then` is what
 /// becomes of it.
-fn refusal(rule: &str, then: &Expr) -> Chain {
+pub(super) fn refusal(rule: &str, then: &Expr) -> Chain {
     let name = format!("refuse-{rule}");
     let counted = vec![
         Expr::Counter(rule.to_owned()),

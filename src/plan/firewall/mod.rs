@@ -4,6 +4,7 @@
 //! The words are nftables' own (nft(8)). [`std::fmt::Display`] writes what
 //! `nft list ruleset` would; nothing at run time reads it.
 
+mod bridge;
 mod changes;
 mod gate;
 mod machine;
@@ -14,8 +15,9 @@ use std::net::IpAddr;
 
 use crate::spec::{Cidr, Port, Protocol};
 
+pub use bridge::bridged;
 pub use changes::{Changes, Names, changes};
-pub use gate::{gate, gate_member};
+pub use gate::{gate, gate_mark, gate_member};
 pub use machine::machine;
 pub use never::{Never, never};
 
@@ -152,6 +154,8 @@ pub enum Field {
     Ip6Source,
     /// Destination address.
     Ip6Dest,
+    /// Source port of TCP or UDP.
+    SourcePort,
     /// Destination port of TCP or UDP.
     Port,
     /// Type of an ICMP message.
@@ -182,6 +186,8 @@ pub enum Expr {
     OutGroup(u32, bool),
     /// For others than the receiver alone: broadcast, multicast.
     NotForHost,
+    /// Of this kind (linux/if_packet.h): broadcast (1) or multicast (2).
+    Cast(u8),
     /// IPv4 (2) or IPv6 (10).
     Nfproto(u8),
     /// This transport protocol, by number.

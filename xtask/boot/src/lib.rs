@@ -33,6 +33,10 @@ const NEEDED: &[Package] = &[
     package("curl", "a client in tests of the network"),
     package("nftables", "sets the rules of networks in tests (nft)"),
     package("openssl", "a TLS server in tests"),
+    package("python3", "a web server in tests"),
+    package("git", "repositories in tests"),
+    package("openssh-client", "keys in tests (ssh-keygen)"),
+    package("dropbear-bin", "an SSH server in tests"),
     package("apparmor", "compiles the profile for QEMU in tests"),
     package("strace", "traces system calls of QEMU (seccomp trace)"),
 ];

@@ -1,6 +1,7 @@
 //! The program in the guest that moves bytes over a port of the same machine
 //! with nothing around it (`xtask/examples/bench_guest.rs`).
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 
@@ -17,6 +18,21 @@ use crate::setup;
 
 /// Where it is in the guest.
 const PLACE: &str = "/usr/local/bin/bench-guest";
+
+/// Requests to make.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Web {
+    /// Of whom.
+    pub(super) server: Ipv4Addr,
+    /// Who is asked for a new name before each; nobody where unspecified.
+    pub(super) dns: Ipv4Addr,
+    /// How many.
+    pub(super) count: u64,
+    /// Bytes each brings.
+    pub(super) up: u64,
+    /// Bytes each asks for.
+    pub(super) down: u64,
+}
 
 /// A machine of ours in which the program runs beside the agent.
 pub(super) struct Echo {
@@ -117,6 +133,18 @@ impl Echo {
             left -= count;
         }
         Ok(())
+    }
+
+    /// Requests, each over a connection of its own; gives how long half of them
+    /// took at most, in milliseconds.
+    pub(super) async fn web(&mut self, web: Web) -> Result<f64> {
+        let addresses = [web.server.octets(), web.dns.octets()].concat();
+        let numbers = [web.count, web.up, web.down].map(u64::to_le_bytes);
+        self.send(&[b"w", &addresses[..], &numbers.concat()].concat())
+            .await?;
+        let median = self.port.read_u64_le().await?;
+        ensure!(median > 0, "a request failed in the guest");
+        Ok(median as f64 / 1e6)
     }
 
     /// Writes files in the guest.

@@ -10,6 +10,7 @@ mod facts;
 mod files;
 mod floor;
 mod memory;
+mod net;
 mod ours;
 mod peers;
 mod plot;
@@ -43,6 +44,8 @@ enum Bench {
     Files(files::Args),
     /// What an idle machine keeps of the host's memory.
     Memory(memory::Args),
+    /// What a machine's network costs: set-up, tear-down, and its guest.
+    Net(net::Args),
     /// Start machines until something gives.
     Density(density::Args),
     /// Say what moved between two results (--json) beyond their noise.
@@ -63,6 +66,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Bench::Exec(args) => exec::run(args),
         Bench::Files(args) => files::run(args),
         Bench::Memory(args) => memory::run(args),
+        Bench::Net(args) => net::run(args),
         Bench::Density(args) => density::run(args),
         Bench::Compare(args) => compare::run(&args),
         Bench::Reap(args) => peers::reap::run(&args),

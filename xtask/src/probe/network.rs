@@ -1,8 +1,8 @@
 //! `cargo xtask probe network`: what root in a guest tries, against what comes
 //! of it, in an internet of the probe's own.
 //!
-//! The rows are those of tests/network_guest.rs and tests/names_guest.rs, which
-//! write each of them down where `BULKHEAD_MATRIX` says: probe and test cannot
+//! The rows are those of tests/network_guest.rs, network_flood.rs, names_guest.rs,
+//! clients_guest.rs and bridge_guest.rs, which write each of them down where `BULKHEAD_MATRIX` says: probe and test cannot
 //! differ.
 
 use std::fs;
@@ -51,6 +51,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         "network_guest",
         "--test",
         "names_guest",
+        "--test",
+        "network_flood",
+        "--test",
+        "clients_guest",
+        "--test",
+        "bridge_guest",
     ])?;
     let output = tests
         .args(["--no-fail-fast", "--", "--test-threads=1"])

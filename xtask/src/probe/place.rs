@@ -19,6 +19,8 @@ use nix::unistd::Pid;
 
 /// How long a verb may take: a start, on a busy host, by emulation.
 pub(crate) const VERB: Duration = Duration::from_secs(90);
+/// Longer than the kernel takes to remove a link.
+const SETTLED: Duration = Duration::from_secs(10);
 
 /// The namespace that stands for the host's network.
 const HOST: &str = "host.netns";
@@ -270,18 +272,26 @@ impl Drop for Place {
 
 impl Place {
     /// Links of machines on the host's side, and machines that the rules there
-    /// count.
+    /// count. Waits for links that the kernel is about to take away.
     pub(crate) fn networks(&self) -> Result<(usize, usize)> {
         let Some(host) = &self.host else {
             return Ok((0, 0));
         };
-        host.run_in(|| {
+        let look = || {
             let devices = fs::read_to_string("/proc/thread-self/net/dev")?;
             let links = devices.lines().filter(|line| line.trim().starts_with("bh"));
             let members = nft::counters(Family::Inet)?;
             let members = members.keys().filter(|name| name.starts_with("machine-"));
-            Ok((links.count(), members.count()))
-        })?
+            Ok::<_, std::io::Error>((links.count(), members.count()))
+        };
+        let begin = Instant::now();
+        loop {
+            let (links, members) = host.run_in(look)??;
+            if links <= members || begin.elapsed() > SETTLED {
+                return Ok((links, members));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// The files that keep images from being removed for the sake of machines here.

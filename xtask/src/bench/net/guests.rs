@@ -1,0 +1,118 @@
+//! Guests that use their networks: one without rules, one that is held to names,
+//! one whose every connection is read.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context as _, Result};
+use bulkhead::host::netns::Netns;
+use bulkhead::plan::network::GATEWAY4;
+use bulkhead::run::Machine;
+use bulkhead::spec::{NetworkPolicy, Preset};
+use tokio::sync::Mutex;
+
+use super::Args;
+use super::world::{DNS, SERVER, World, sh};
+use crate::bench::config::{Bed, explain};
+use crate::bench::echo::{Echo, Web};
+use crate::bench::ours;
+use crate::bench::report::OURS;
+use crate::bench::rounds::{Sample, Series, Subject, interleaved};
+
+/// Tap, router and masquerade, and no rules.
+const BARE: &str = "bare-tap";
+const STRICT: &str = "strict";
+const DOWN: &str = "download";
+const UP: &str = "upload";
+/// A connection, and the first byte of an answer.
+const REQUEST: &str = "request";
+/// The same to a name that was never asked for.
+const FIRST: &str = "first-request";
+
+/// A guest, and who resolves names for it.
+struct Guest {
+    machine: Machine,
+    echo: Mutex<Echo>,
+    dns: Ipv4Addr,
+}
+
+pub(super) async fn measure(bed: &Bed, world: &World, args: &Args) -> Result<Vec<Series>> {
+    let mut closed = NetworkPolicy::of_preset(Preset::Offline);
+    closed.allow_hosts = ["*.example.net".parse()?].into();
+    // What is looked up by the hundred is no tunnel here.
+    let strict = NetworkPolicy {
+        strict: true,
+        ..closed.clone()
+    };
+    let bare = Guest::start(bed, world, args, closed.clone(), DNS).await?;
+    strip(world, bare.machine.netns().context("it has no network")?)?;
+    let ours = Guest::start(bed, world, args, closed, GATEWAY4).await?;
+    let read = Guest::start(bed, world, args, strict, GATEWAY4).await?;
+    let guests = [(BARE, &bare), (OURS, &ours), (STRICT, &read)];
+    let subjects = guests.map(|(name, guest)| Subject::new(name, move || guest.once(args)));
+    let all = interleaved("net", args.common.n, subjects.into()).await?;
+    for guest in [bare, ours, read] {
+        ours::stop(guest.machine).await?;
+    }
+    Ok(all)
+}
+
+/// Takes all rules from a machine, on both sides, and masquerades by one of the
+/// bench's own.
+fn strip(world: &World, netns: &Netns) -> Result<()> {
+    let outer = sh(
+        netns,
+        "nft flush ruleset
+         nft add table ip bare
+         nft add chain ip bare post '{ type nat hook postrouting priority 100; }'
+         nft add rule ip bare post oifname out masquerade
+         ip -o -4 addr show dev out | awk '{print $4}'",
+    )?;
+    let outer = outer.trim().trim_end_matches("/32");
+    let link = format!("ip -o route show {outer} | sed 's/.*dev //;s/ .*//'");
+    sh(&world.host, &format!("ip link set $({link}) group default"))?;
+    Ok(())
+}
+
+impl Guest {
+    async fn start(
+        bed: &Bed,
+        world: &World,
+        args: &Args,
+        policy: NetworkPolicy,
+        dns: Ipv4Addr,
+    ) -> Result<Self> {
+        let config = &args.common.config;
+        let mut spec = bed.spec(config)?;
+        spec.network = policy;
+        let mut host = bed.host(config);
+        host.site = world.site();
+        let (_, mut machine) = host.start(&spec).await.map_err(explain)?;
+        let echo = Mutex::new(Echo::start(&mut machine).await?);
+        Ok(Self { machine, echo, dns })
+    }
+
+    async fn once(&self, args: &Args) -> Result<Sample> {
+        let mut echo = self.echo.lock().await;
+        let size = args.mib << 20;
+        let web = |count, up, down, dns| Web {
+            server: SERVER,
+            dns,
+            count,
+            up,
+            down,
+        };
+        let none = Ipv4Addr::UNSPECIFIED;
+        // So that the others find its name known.
+        echo.web(web(1, 0, 1, self.dns)).await?;
+        let mut sample = Sample::default();
+        for (phase, wanted) in [
+            (DOWN, web(1, 0, size, none)),
+            (UP, web(1, size, 0, none)),
+            (REQUEST, web(args.connections, 0, 1, none)),
+            (FIRST, web(args.connections, 0, 1, self.dns)),
+        ] {
+            sample.set(phase, echo.web(wanted).await?);
+        }
+        Ok(sample)
+    }
+}
