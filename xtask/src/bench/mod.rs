@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: how long things take, against bare QEMU in the same run.
 
 mod boot;
+mod clone;
 mod compare;
 mod config;
 mod density;
@@ -13,9 +14,12 @@ mod memory;
 mod ours;
 mod peers;
 mod plot;
+mod pool;
 mod report;
+mod reset;
 mod rounds;
 pub(crate) mod stats;
+mod template;
 
 use std::process::Command;
 
@@ -45,6 +49,12 @@ enum Bench {
     Memory(memory::Args),
     /// Start machines until something gives.
     Density(density::Args),
+    /// A clone against bare QEMU that restores the same files, and a boot.
+    Clone(clone::Args),
+    /// A clone out of a pool against one that is started.
+    Pool(pool::Args),
+    /// A machine back to its template against a clone that is started.
+    Reset(reset::Args),
     /// Say what moved between two results (--json) beyond their noise.
     Compare(compare::Args),
     /// What libvirt is run under; for `--peers`.
@@ -64,6 +74,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Bench::Files(args) => files::run(args),
         Bench::Memory(args) => memory::run(args),
         Bench::Density(args) => density::run(args),
+        Bench::Clone(args) => clone::run(args),
+        Bench::Pool(args) => pool::run(args),
+        Bench::Reset(args) => reset::run(args),
         Bench::Compare(args) => compare::run(&args),
         Bench::Reap(args) => peers::reap::run(&args),
     }
