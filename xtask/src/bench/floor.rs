@@ -1,15 +1,18 @@
 //! QEMU as one would start it by hand: the plan's arguments, with sockets and
 //! files named instead of handed over.
 
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use bulkhead::guest::Channel;
 use bulkhead::image::scratch;
 use bulkhead::plan::Plan;
-use bulkhead_agent::Request;
+use bulkhead_agent::{Configure, Request};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -72,6 +75,11 @@ impl Bare {
         args: Vec<String>,
         state: Option<&Path>,
     ) -> Result<Self> {
+        // Inherited: its number is what QEMU is told.
+        let state = state.map(File::open).transpose()?;
+        if let Some(state) = &state {
+            fcntl(state, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
         let begin = Instant::now();
         let mut qemu = Command::new(&plan.qemu)
             .args(args)
@@ -84,11 +92,11 @@ impl Bare {
         let monitor = connect(dir.path().join("qmp"), &mut qemu).await?;
         let agent = connect(dir.path().join("agent"), &mut qemu).await?;
         let monitor = async {
-            negotiate(monitor, state).await?;
+            negotiate(monitor, state.as_ref()).await?;
             anyhow::Ok(begin.elapsed())
         };
         let agent = async {
-            let connected = match state {
+            let connected = match &state {
                 None => Channel::connect(agent).await,
                 Some(_) => Channel::connect_again(agent).await,
             };
@@ -96,7 +104,7 @@ impl Bare {
             anyhow::Ok((channel, begin.elapsed()))
         };
         let up = async {
-            match state {
+            match &state {
                 None => tokio::try_join!(monitor, agent),
                 // What is sent before is lost: the machine is another then.
                 Some(_) => Ok((monitor.await?, agent.await?)),
@@ -137,6 +145,18 @@ pub(super) async fn cloned_life(bed: &Bed, config: &Config, template: &Path) -> 
     let bare = Bare::restore(bed, config, template).await?;
     let (begin, spawn, qmp, ready) = (bare.begin, bare.spawn, bare.qmp, bare.ready);
     let cpu = bare.cpu;
+    // Nothing runs in it before. What that takes is ours, not the floor's.
+    let restored = Request::Restored {
+        generation: 1,
+        identity: Configure {
+            hostname: Some("bare".into()),
+            unix_ns: Some(now_ns()),
+            seed: Some("00".repeat(64)),
+            ..Configure::default()
+        },
+    };
+    let ask = bare.channel.ask("be a clone", &restored, PATIENCE).await;
+    ask.map_err(explain)?;
     let command = ours::run_true(&bare.channel).await?;
     let down = Instant::now();
     bare.stop().await?;
@@ -149,6 +169,11 @@ pub(super) async fn cloned_life(bed: &Bed, config: &Config, template: &Path) -> 
         (ALL, ms(begin.elapsed())),
         (VMM_CPU, ms(cpu)),
     ]))
+}
+
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or_default()
 }
 
 /// From nothing to nothing.
@@ -190,7 +215,7 @@ pub(super) async fn connect(path: PathBuf, qemu: &mut Child) -> Result<UnixStrea
 
 /// What a monitor wants to hear before it does anything, and where the machine
 /// is to be restored from, without waiting in between; waits for the answers.
-async fn negotiate(monitor: UnixStream, state: Option<&Path>) -> Result<()> {
+async fn negotiate(monitor: UnixStream, state: Option<&File>) -> Result<()> {
     let mut monitor = BufReader::new(monitor);
     let mut line = String::new();
     monitor.read_line(&mut line).await?;
@@ -199,8 +224,8 @@ async fn negotiate(monitor: UnixStream, state: Option<&Path>) -> Result<()> {
         words += r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[
             {"capability":"x-ignore-shared","state":true},{"capability":"events","state":true}]}}"#;
         words += &format!(
-            r#"{{"execute":"migrate-incoming","arguments":{{"uri":"exec:cat '{}'"}}}}"#,
-            state.display()
+            r#"{{"execute":"migrate-incoming","arguments":{{"uri":"fd:{}"}}}}"#,
+            state.as_raw_fd()
         );
     }
     monitor.write_all(words.as_bytes()).await?;
