@@ -195,12 +195,15 @@ type Brief = (&'static str, &'static [&'static str], usize);
 
 /// That each measures every phase and that the results are read back, not how
 /// long anything takes.
-const BRIEF: [Brief; 5] = [
+const BRIEF: [Brief; 8] = [
     ("boot", &["-n", "1"], 17),
     ("exec", &["-n", "1"], 10),
     ("files", &["-n", "1", "--files", "50"], 8),
     ("memory", &["-n", "1", "--settle", "0"], 7),
     ("density", &["--most", "2"], 2),
+    ("clone", &["-n", "1", "--burst", "2"], 26),
+    ("pool", &["-n", "1", "--idle", "1", "--burst", "2"], 6),
+    ("reset", &["-n", "1"], 2),
 ];
 
 fn bench(state: &Path) -> Result<()> {
