@@ -139,6 +139,13 @@ fn is_alive(pid: i32) -> bool {
     stat.is_ok_and(|stat| !stat.contains(") Z "))
 }
 
+/// Also while other tests keep the processors busy.
+fn settings(idle: usize, max: usize) -> Settings {
+    let mut settings = Settings::new(idle, max);
+    settings.admission.cpu_wait = 100;
+    settings
+}
+
 /// Waits until it is like that.
 async fn becomes(pool: &Pool, what: &str, like: impl Fn(&Status) -> bool) {
     let begin = Instant::now();
@@ -171,7 +178,7 @@ fn cpu(pid: i32) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn clones_are_ready_and_each_is_another() {
     let bed = Bed::new().await;
-    let pool = bed.filled(Settings::new(3, 4)).await;
+    let pool = bed.filled(settings(3, 4)).await;
     let vmms = bed.vmms();
     assert_eq!(vmms.len(), 3);
     // Nobody asks: no processor time, but the clocks fall behind.
@@ -206,7 +213,7 @@ async fn clones_are_ready_and_each_is_another() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_released_is_never_lent_again() {
     let bed = Bed::new().await;
-    let pool = bed.filled(Settings::new(1, 1)).await;
+    let pool = bed.filled(settings(1, 1)).await;
     let mut seen = BTreeSet::new();
     for _ in 0..3 {
         let loan = pool.acquire(LONG).await.unwrap();
@@ -223,7 +230,7 @@ async fn callers_wait_in_turn_and_are_told_why_in_vain() {
     let pool = bed
         .filled(Settings {
             queue: 2,
-            ..Settings::new(1, 1)
+            ..settings(1, 1)
         })
         .await;
     let first = pool.acquire(LONG).await.unwrap();
@@ -266,7 +273,7 @@ async fn old_and_broken_clones_are_replaced() {
     let bed = Bed::new().await;
     let old = Settings {
         ttl: Duration::from_secs(4),
-        ..Settings::new(1, 2)
+        ..settings(1, 2)
     };
     let pool = bed.filled(old).await;
     let first = bed.vmms();
@@ -278,7 +285,7 @@ async fn old_and_broken_clones_are_replaced() {
     assert!(begin.elapsed() > Duration::from_secs(1));
     bed.drained(pool).await;
 
-    let pool = bed.filled(Settings::new(2, 3)).await;
+    let pool = bed.filled(settings(2, 3)).await;
     let broken = bed.vmms()[0];
     kill(Pid::from_raw(broken), Signal::SIGKILL).unwrap();
     becomes(&pool, "noticed", |status| status.idle < 2).await;
@@ -299,7 +306,7 @@ async fn a_clone_that_runs_though_it_should_rest_is_replaced() {
     let bed = Bed::new().await;
     let quick = Settings {
         check: Duration::from_millis(200),
-        ..Settings::new(1, 2)
+        ..settings(1, 2)
     };
     let pool = bed.filled(quick).await;
     let first = bed.vmms()[0];
@@ -324,7 +331,7 @@ async fn a_host_that_is_short_is_not_asked_for_more() {
     available(1024 + 63);
     let short = Settings {
         proc: proc.path().to_owned(),
-        ..Settings::new(1, 2)
+        ..settings(1, 2)
     };
     let pool = bed.open(short.clone()).await;
     let error = pool.acquire(Duration::from_secs(1)).await.unwrap_err();
@@ -358,7 +365,7 @@ async fn a_host_that_is_short_is_not_asked_for_more() {
     bed.drained(pool).await;
     let nothing = Settings {
         proc: "/nothing".into(),
-        ..Settings::new(1, 1)
+        ..settings(1, 1)
     };
     let refused = Pool::open(bed.live.host.clone(), spec(), nothing).await;
     assert_eq!(refused.unwrap_err().code(), "host-refused");
@@ -367,7 +374,7 @@ async fn a_host_that_is_short_is_not_asked_for_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn draining_leaves_what_is_lent_to_its_holder() {
     let bed = Bed::new().await;
-    let pool = bed.filled(Settings::new(1, 3)).await;
+    let pool = bed.filled(settings(1, 3)).await;
     let loan = pool.acquire(LONG).await.unwrap();
     let others = tokio::join!(pool.acquire(LONG), pool.acquire(LONG));
     let waiting = tokio::spawn({
@@ -388,7 +395,7 @@ async fn draining_leaves_what_is_lent_to_its_holder() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_that_is_dropped_ends_its_clones() {
     let bed = Bed::new().await;
-    let pool = bed.filled(Settings::new(2, 3)).await;
+    let pool = bed.filled(settings(2, 3)).await;
     let loan = pool.acquire(LONG).await.unwrap();
     drop(pool);
     let begin = Instant::now();
@@ -408,7 +415,7 @@ async fn a_pool_that_is_dropped_ends_its_clones() {
 fn a_runtime_that_ends_takes_the_clones_along() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let bed = runtime.block_on(Bed::new());
-    let pool = runtime.block_on(bed.filled(Settings::new(2, 2)));
+    let pool = runtime.block_on(bed.filled(settings(2, 2)));
     let loan = runtime.block_on(pool.acquire(LONG)).unwrap();
     let vmms = bed.vmms();
     assert!(vmms.len() >= 2);
@@ -437,7 +444,7 @@ fn an_owner_that_is_killed_leaves_nothing_after_recovery() {
             runtime: runtime_dir,
         });
         runtime.block_on(async {
-            let pool = Pool::open(host, spec(), Settings::new(2, 3)).await.unwrap();
+            let pool = Pool::open(host, spec(), settings(2, 3)).await.unwrap();
             let _loan = pool.acquire(LONG).await.unwrap();
             assert_eq!(pool.filled(LONG).await.idle, 2);
             println!("ready");
@@ -476,7 +483,7 @@ async fn every_qemu_fills_a_pool_also_in_a_runtime_of_one_thread() {
         "BULKHEAD_QEMU10 names no QEMU 10: see `cargo xtask qemu10`"
     );
     let bed = Bed::with_qemu(own.map(PathBuf::from)).await;
-    let pool = bed.filled(Settings::new(2, 3)).await;
+    let pool = bed.filled(settings(2, 3)).await;
     let loans = tokio::join!(pool.acquire(LONG), pool.acquire(LONG), pool.acquire(LONG));
     let mut names = BTreeSet::new();
     for loan in [loans.0, loans.1, loans.2] {
@@ -493,13 +500,10 @@ async fn what_cannot_be_a_pool_is_refused() {
         let opened = Pool::open(live.host.clone(), spec, settings).await;
         opened.unwrap_err().code()
     };
-    assert_eq!(code(spec(), Settings::new(2, 1)).await, "pool-settings");
-    assert_eq!(code(spec(), Settings::new(0, 0)).await, "pool-settings");
-    assert_eq!(
-        code(spec(), Settings::new(1, 1)).await,
-        "template-not-found"
-    );
+    assert_eq!(code(spec(), settings(2, 1)).await, "pool-settings");
+    assert_eq!(code(spec(), settings(0, 0)).await, "pool-settings");
+    assert_eq!(code(spec(), settings(1, 1)).await, "template-not-found");
     let mut with = spec();
     with.workspace.dir = Some("/tmp".into());
-    assert_eq!(code(with, Settings::new(1, 1)).await, "pool-spec");
+    assert_eq!(code(with, settings(1, 1)).await, "pool-spec");
 }

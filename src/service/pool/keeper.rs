@@ -218,12 +218,13 @@ impl Keeper {
     fn rest(&mut self, id: CloneId, machine: Box<Machine>, since: Duration) {
         let (words, every) = (self.parts.words.clone(), self.parts.settings.check);
         let monitor = machine.monitor().clone();
-        let end = machine.end_of_vmm();
+        let (end, unfiltered) = (machine.end_of_vmm(), machine.unfiltered());
         let watch = tokio::spawn(async move {
             let why = match end {
                 Ok(end) => tokio::select! {
                     () = end => "its QEMU has ended",
                     () = does_not_rest(&monitor, every) => "it does not rest any more",
+                    _ = unfiltered => "its network is not filtered any more",
                 },
                 Err(_) => "it cannot be watched",
             };

@@ -9,7 +9,9 @@ use super::ledger::CloneId;
 use crate::run::Machine;
 
 /// A clone of the pool's: nobody else has it, and nobody else ever gets it.
-/// Dropped or released, it is ended, and the pool starts another.
+/// Dropped or released, it is ended, and the pool starts another. Whoever has it
+/// looks after it as after any machine: its end, its disk, its network's filter
+/// ([`Machine::unfiltered`]).
 #[derive(Debug)]
 pub struct Loan {
     id: CloneId,

@@ -76,7 +76,9 @@ async fn measure(args: Args) -> Result<()> {
 }
 
 async fn open(bed: &Bed, host: &Host, config: &super::config::Config, idle: usize) -> Result<Pool> {
-    let settings = Settings::new(idle, idle + 1);
+    let mut settings = Settings::new(idle, idle + 1);
+    // Whatever else the host does.
+    settings.admission.cpu_wait = 100;
     let pool = Pool::open(host.clone(), bed.spec(config)?, settings).await;
     pool.map_err(explain)
 }
