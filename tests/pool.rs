@@ -17,6 +17,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use support::entries;
 use support::live::{Live, sh};
+use support::vmms::{cpu, is_alive, vmms};
 
 /// More than anything here takes.
 const LONG: Duration = Duration::from_secs(120);
@@ -115,30 +116,6 @@ async fn made(host: &Host) -> PathBuf {
     state.join("templates")
 }
 
-/// Living processes among the leases of the machines in this directory.
-fn vmms(runs: &Path) -> Vec<i32> {
-    let mut pids = Vec::new();
-    for run in entries(runs) {
-        let leases = fs::read(runs.join(run).join("leases.json")).unwrap_or_default();
-        let leases: serde_json::Value = serde_json::from_slice(&leases).unwrap_or_default();
-        let text = leases.to_string();
-        for part in text.split("\"pid\":").skip(1) {
-            let digits: String = part.chars().take_while(char::is_ascii_digit).collect();
-            let pid: i32 = digits.parse().unwrap();
-            if is_alive(pid) {
-                pids.push(pid);
-            }
-        }
-    }
-    pids
-}
-
-/// Whether there is such a process, and not only its status.
-fn is_alive(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.is_ok_and(|stat| !stat.contains(") Z "))
-}
-
 /// Also while other tests keep the processors busy.
 fn settings(idle: usize, max: usize) -> Settings {
     let mut settings = Settings::new(idle, max);
@@ -164,15 +141,6 @@ fn now() -> f64 {
         .duration_since(UNIX_EPOCH)
         .unwrap()
         .as_secs_f64()
-}
-
-/// CPU time of all threads of a process, in nanoseconds.
-fn cpu(pid: i32) -> u64 {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-    let one = |path: PathBuf| fs::read_to_string(path.join("schedstat")).unwrap();
-    let all = tasks.map(|task| one(task.path()));
-    all.map(|text| text.split(' ').next().unwrap().parse::<u64>().unwrap())
-        .sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use bulkhead::run::Host;
 use bulkhead::service::pool::{Pool, Settings};
 
@@ -44,7 +44,11 @@ async fn measure(args: Args) -> Result<()> {
     let measured = async {
         let pool = open(&bed, &host, &clone, args.idle).await?;
         let from_pool = || async {
-            pool.filled(PATIENCE).await;
+            let status = pool.filled(PATIENCE / 4).await;
+            ensure!(
+                status.idle == args.idle,
+                "the pool is not filled: {status:?}"
+            );
             taken(&pool).await
         };
         let started = || async {
@@ -104,7 +108,8 @@ async fn burst(
     count: usize,
 ) -> Result<Series> {
     let pool = open(bed, host, config, count).await?;
-    pool.filled(PATIENCE * 10).await;
+    let status = pool.filled(PATIENCE).await;
+    ensure!(status.idle == count, "the pool is not filled: {status:?}");
     let mut series = Series {
         subject: format!("{OURS} pool, {count} at once"),
         rounds: Vec::with_capacity(count),
