@@ -5,7 +5,7 @@
 //! gives a monitor ([`qmp`]) and a channel ([`guest`]), its network is watched
 //! over ([`net`]), it starts from a [`template`] where one matches, the
 //! channel gives an outcome ([`run`]), or a machine that
-//! outlives its command ([`supervise`]). A module imports only from those
+//! outlives its command ([`supervise`]); a pool (`service`) keeps clones ready. A module imports only from those
 //! before it.
 
 #[cfg(feature = "cli")]
@@ -18,6 +18,8 @@ pub mod net;
 pub mod plan;
 pub mod qmp;
 pub mod run;
+#[cfg(feature = "service")]
+pub mod service;
 pub mod spec;
 pub mod supervise;
 pub mod template;

@@ -121,7 +121,7 @@ impl Channel {
     ///
     /// # Errors
     /// As [`Channel::connect`].
-    pub(crate) async fn connect_again<IO>(io: IO) -> Result<(Self, Hello), GuestError>
+    pub async fn connect_again<IO>(io: IO) -> Result<(Self, Hello), GuestError>
     where
         IO: AsyncRead + AsyncWrite + Send + 'static,
     {

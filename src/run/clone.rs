@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::MachineError;
 use super::machine::Live;
 use crate::error::Explain;
-use crate::guest::GuestError;
+use crate::guest::{Channel, GuestError};
 use crate::host::fault;
 use crate::qmp::Monitor;
 use crate::template::Template;
@@ -230,16 +230,32 @@ pub(super) async fn settle(
     let reply = live.channel.ask(what, &request, within).await;
     let life = told(reply.map_err(same)?).map_err(same)?;
     prove(template, saved, &life)?;
+    right_clock(&live.channel, &template.id, within).await
+}
+
+/// Sets the guest's clock until it is right; each answer may take `within`.
+///
+/// # Errors
+/// The agent does not answer, or the host is too busy to tell.
+pub(super) async fn right_clock(
+    channel: &Channel,
+    template: &str,
+    within: Duration,
+) -> Result<Life, MachineError> {
     let mut off = Duration::MAX;
     for _ in 0..TRIES {
-        let (now, read) = set_clock(live, within).await.map_err(same)?;
+        let same = |source| CloneError::Same {
+            template: template.to_owned(),
+            source,
+        };
+        let (now, read) = set_clock(channel, within).await.map_err(same)?;
         off = now;
         if off <= CLOCK {
-            tracing::debug!(?off, session = read.session, "a clone is its own");
+            tracing::debug!(?off, session = read.session, "a clone's clock is right");
             return Ok(read);
         }
     }
-    let template = template.id.clone();
+    let template = template.to_owned();
     let off_ms = off.as_millis();
     Err(CloneError::Clock { template, off_ms }.into())
 }
@@ -276,12 +292,12 @@ fn prove(template: &Template, saved: &Life, life: &Life) -> Result<(), CloneErro
 
 /// Sets the guest's clock, and gives the most that it can be off: what the
 /// guest read lies between the sending and the answer.
-async fn set_clock(live: &Live, within: Duration) -> Result<(Duration, Life), GuestError> {
+async fn set_clock(channel: &Channel, within: Duration) -> Result<(Duration, Life), GuestError> {
     let sent = now();
     let request = Request::Clock {
         unix_ns: u64::try_from(sent.as_nanos()).unwrap_or(u64::MAX),
     };
-    let reply = live.channel.ask("set its clock", &request, within).await?;
+    let reply = channel.ask("set its clock", &request, within).await?;
     let received = now();
     let life = told(reply)?;
     let read = Duration::from_nanos(life.unix_ns);

@@ -175,7 +175,16 @@ impl Host {
         spec: &Spec,
         share: Option<&HostDir>,
     ) -> Result<(Image, Machine), RunError> {
-        let (image, plan, template) = self.choose(spec)?;
+        self.start_chosen(spec, share, self.choose(spec)?).await
+    }
+
+    /// Starts what [`Host::choose`] chose.
+    pub(super) async fn start_chosen(
+        &self,
+        spec: &Spec,
+        share: Option<&HostDir>,
+        (image, plan, template): (Image, Plan, Option<Template>),
+    ) -> Result<(Image, Machine), RunError> {
         self.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         let memory = match template {

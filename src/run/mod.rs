@@ -26,6 +26,8 @@ mod publish;
 mod record;
 mod recovery;
 mod resources;
+#[cfg(feature = "service")]
+mod rest;
 mod runner;
 mod share;
 mod state;
@@ -56,6 +58,8 @@ pub use provision::provision;
 pub use record::{Record, RecordError};
 pub use recovery::{Found, recover};
 pub(crate) use recovery::{abandon, look};
+#[cfg(feature = "service")]
+pub(crate) use rest::rests;
 pub use runner::{Io, Progress, Signal, run};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::key::Difference;
 use crate::error::Explain;
+use crate::spec::ProfileName;
 
 /// A template cannot be kept or used.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +30,14 @@ pub enum TemplateError {
     NotFound {
         /// As it was asked for.
         id: String,
+    },
+    /// None fits what is asked for.
+    #[error("no template fits machines of image {image} and profile {profile}")]
+    NoneFits {
+        /// The image.
+        image: String,
+        /// The profile.
+        profile: ProfileName,
     },
     /// Several begin with these digits.
     #[error("{id} stands for several templates")]
@@ -84,7 +93,9 @@ impl Explain for TemplateError {
             Self::Io { source, .. } if crate::host::is_full(source) => "no-space",
             Self::Io { .. } => "template-unusable",
             Self::Staging(error) => error.code(),
-            Self::NotFound { .. } | Self::Ambiguous { .. } => "template-not-found",
+            Self::NotFound { .. } | Self::NoneFits { .. } | Self::Ambiguous { .. } => {
+                "template-not-found"
+            }
             Self::Corrupt { .. } => "template-corrupt",
             Self::Mismatch { .. } => "template-mismatch",
         }
@@ -98,6 +109,9 @@ impl Explain for TemplateError {
             ),
             Self::Staging(error) => error.remedy(),
             Self::NotFound { .. } => "See `bulkhead template ls`.".into(),
+            Self::NoneFits { .. } => {
+                "Build one with `bulkhead template build` and the same options.".into()
+            }
             Self::Ambiguous { .. } => "Give more digits.".into(),
             Self::Corrupt { id, .. } => format!(
                 "Remove it with `bulkhead template rm {id}` and build it again, or boot with --cold."

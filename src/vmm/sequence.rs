@@ -243,9 +243,14 @@ pub(super) fn confine(
     // 6. Only what the plan lists stays open.
     ask(Step::Descriptors, Op::PlaceDescriptors, 0)?;
     // 7. Limits, while we may still raise them.
+    // What the owner has open counts until we execute, and the memory and
+    // Landlock take one more each: that limit comes after them.
+    let late = |resource| resource == nix::libc::RLIMIT_NOFILE;
     for (resource, value) in &jail.limits {
         let (resource, value) = (*resource, *value);
-        ask(Step::Limits, Op::SetLimit { resource, value }, 0)?;
+        if !late(resource) {
+            ask(Step::Limits, Op::SetLimit { resource, value }, 0)?;
+        }
     }
     // 8. Privileges: first what nobody can give back, then who we are.
     if let Some(namespace) = jail.user.as_ref().and_then(|user| user.namespace.as_ref()) {
@@ -276,6 +281,12 @@ pub(super) fn confine(
     }
     if let Some(landlock) = &jail.landlock {
         ask(Step::Landlock, Op::Landlock(landlock), 0)?;
+    }
+    for (resource, value) in &jail.limits {
+        let (resource, value) = (*resource, *value);
+        if late(resource) {
+            ask(Step::Limits, Op::SetLimit { resource, value }, 0)?;
+        }
     }
     for filter in &jail.filters {
         ask(Step::Seccomp, Op::Seccomp(filter), 0)?;

@@ -4,6 +4,7 @@
 pub(crate) mod live;
 pub(crate) mod net;
 pub(crate) mod terminal;
+pub(crate) mod vmms;
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};

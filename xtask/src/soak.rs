@@ -1,6 +1,8 @@
 //! `cargo xtask soak`: many machines, many runs, for a while; nothing may fail,
 //! grow, slow down or stay.
 
+mod pool;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -41,6 +43,12 @@ pub(crate) struct Args {
     /// Runs at a time.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
+    /// Clones out of a pool in this very process instead, a command in each.
+    #[arg(long, conflicts_with_all = ["machines", "minutes", "jobs"])]
+    pool: bool,
+    /// With --pool: callers at a time.
+    #[arg(long, default_value_t = 20)]
+    callers: usize,
     /// kvm or tcg.
     #[arg(long, default_value = "kvm")]
     accel: String,
@@ -120,6 +128,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
         networks: nix::unistd::geteuid().is_root(),
     };
     let (rows, json) = (Rows::default(), args.json);
+    if args.pool {
+        pool::run(&args, &Place::new(&kit)?, &rows)?;
+        drop(copy);
+        if !rows.close(json)? {
+            std::process::exit(1);
+        }
+        return Ok(());
+    }
     let soak = Soak {
         place: Place::new(&kit)?,
         begin: Instant::now(),

@@ -195,7 +195,7 @@ type Brief = (&'static str, &'static [&'static str], usize);
 
 /// That each measures every phase and that the results are read back, not how
 /// long anything takes.
-const BRIEF: [Brief; 6] = [
+const BRIEF: [Brief; 9] = [
     ("boot", &["-n", "1"], 17),
     ("exec", &["-n", "1"], 10),
     ("files", &["-n", "1", "--files", "50"], 8),
@@ -215,6 +215,9 @@ const BRIEF: [Brief; 6] = [
         ],
         18,
     ),
+    ("clone", &["-n", "1", "--burst", "2"], 26),
+    ("pool", &["-n", "1", "--idle", "1", "--burst", "2"], 6),
+    ("reset", &["-n", "1"], 2),
 ];
 
 fn bench(state: &Path) -> Result<()> {

@@ -3,10 +3,11 @@
 
 use anyhow::Result;
 
-use super::config::{Bed, Common, Config, explain};
+use super::config::{Bed, Common, Config};
 use super::facts::Facts;
 use super::report::{FLOOR, OURS, Report, Unit};
 use super::rounds::{Subject, interleaved};
+use super::template::Made;
 use super::{floor, ours, peers};
 
 /// The four that a user chooses from, and what tells them apart.
@@ -46,21 +47,6 @@ pub(crate) struct Args {
 /// Runs the bench.
 pub(crate) fn run(args: Args) -> Result<()> {
     super::block_on(measure(args))
-}
-
-/// Makes the template that a clone needs; gives its id.
-async fn template(bed: &Bed, config: &Config) -> Result<Option<String>> {
-    if !config.clone {
-        return Ok(None);
-    }
-    let (host, spec) = (bed.host(config), bed.spec(config)?);
-    let wish = bulkhead::run::Build {
-        rebuild: true,
-        ..Default::default()
-    };
-    let io = bulkhead::run::Io::collecting(bed.temp().to_owned());
-    let built = bulkhead::run::build(&host, &spec, &wish, io).await;
-    Ok(Some(built.map_err(explain)?.template.id))
 }
 
 async fn measure(args: Args) -> Result<()> {
@@ -107,7 +93,9 @@ async fn measure(args: Args) -> Result<()> {
     };
     let mut templates = Vec::new();
     for (_, config) in &chosen {
-        templates.extend(template(&bed, config).await?);
+        if config.clone {
+            templates.push(Made::new(&bed, config).await?);
+        }
     }
     let mut name = "boot".to_owned();
     if args.peers {
@@ -133,11 +121,8 @@ async fn measure(args: Args) -> Result<()> {
         .collect();
     subjects.extend(kept.boots());
     let all = interleaved(&name, common.n, subjects).await;
-    for id in templates {
-        bed.host(&common.config)
-            .templates()
-            .rm(&id)
-            .map_err(explain)?;
+    for template in templates {
+        template.remove()?;
     }
     let all = all?;
     let report = Report::new(&name, facts, Unit::Ms, &all, missing);

@@ -13,6 +13,7 @@ use super::memory::Memory;
 use super::ours;
 use super::report::{OURS, Report, Unit};
 use super::rounds::{Sample, Series};
+use super::template::Made;
 
 const START: &str = "start";
 const ANSWER: &str = "slowest-answer";
@@ -34,6 +35,9 @@ pub(crate) struct Args {
     /// Stop when a machine takes longer than this to answer, in milliseconds.
     #[arg(long, default_value_t = 1000.0)]
     answer: f64,
+    /// Clones of a template instead of machines that boot.
+    #[arg(long)]
+    clones: bool,
 }
 
 /// Runs the bench.
@@ -45,6 +49,11 @@ async fn measure(args: Args) -> Result<()> {
     let common = &args.common;
     let bed = Bed::new(common)?;
     let mut facts = Facts::gather(&bed, &common.config)?;
+    let (mut config, mut template, mut name) = (common.config.clone(), None, "density");
+    if args.clones {
+        (config, name) = (config.with("clone")?, "density clones");
+        template = Some(Made::new(&bed, &config).await?);
+    }
     let shown = std::io::stderr().is_terminal();
     let before = available()?;
     let mut machines = Vec::new();
@@ -61,7 +70,7 @@ async fn measure(args: Args) -> Result<()> {
             break format!("memory: {left} MiB are available");
         }
         let begin = Instant::now();
-        match ours::start(&bed, &common.config).await {
+        match ours::start(&bed, &config).await {
             Ok(machine) => machines.push(machine),
             Err(error) => break format!("a start: {error:#}"),
         }
@@ -114,7 +123,8 @@ async fn measure(args: Args) -> Result<()> {
     for machine in machines {
         ours::stop(machine).await?;
     }
-    let report = Report::new("density", facts, Unit::Ms, &[series], Vec::new());
+    template.map(Made::remove).transpose()?;
+    let report = Report::new(name, facts, Unit::Ms, &[series], Vec::new());
     report.give(common.json, common.save.as_deref())
 }
 

@@ -1,15 +1,18 @@
 //! QEMU as one would start it by hand: the plan's arguments, with sockets and
 //! files named instead of handed over.
 
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use bulkhead::guest::Channel;
 use bulkhead::image::scratch;
 use bulkhead::plan::Plan;
-use bulkhead_agent::Request;
+use bulkhead_agent::{Configure, Request};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
@@ -42,6 +45,41 @@ impl Bare {
         scratch::copy(&template, &disk).map_err(explain)?;
         let args = arguments(&plan, config, dir.path(), &disk)?;
         bed.cool(config)?;
+        Self::run(&plan, dir, args, None).await
+    }
+
+    /// Starts one from the files of a template, as its clones are.
+    pub(super) async fn restore(bed: &Bed, config: &Config, template: &Path) -> Result<Self> {
+        let dir = tempfile::tempdir_in(bed.temp())?;
+        let (_, plan) = bed.plan(config)?;
+        let disk = dir.path().join("scratch.img");
+        scratch::copy(&template.join("disk"), &disk).map_err(explain)?;
+        let mut args = arguments(&plan, config, dir.path(), &disk)?;
+        let machine = args.iter().position(|word| word == "-machine");
+        let machine = machine.and_then(|at| args.get_mut(at + 1));
+        machine
+            .context("no -machine in the plan")?
+            .push_str(",memory-backend=ram");
+        let ram = format!(
+            "memory-backend-file,id=ram,size={}M,mem-path={},share=off",
+            plan.memory.as_mib(),
+            template.join("ram").display()
+        );
+        args.extend(["-object".into(), ram, "-incoming".into(), "defer".into()]);
+        Self::run(&plan, dir, args, Some(&template.join("state"))).await
+    }
+
+    async fn run(
+        plan: &Plan,
+        dir: tempfile::TempDir,
+        args: Vec<String>,
+        state: Option<&Path>,
+    ) -> Result<Self> {
+        // Inherited: its number is what QEMU is told.
+        let state = state.map(File::open).transpose()?;
+        if let Some(state) = &state {
+            fcntl(state, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
         let begin = Instant::now();
         let mut qemu = Command::new(&plan.qemu)
             .args(args)
@@ -54,14 +92,24 @@ impl Bare {
         let monitor = connect(dir.path().join("qmp"), &mut qemu).await?;
         let agent = connect(dir.path().join("agent"), &mut qemu).await?;
         let monitor = async {
-            negotiate(monitor).await?;
+            negotiate(monitor, state.as_ref()).await?;
             anyhow::Ok(begin.elapsed())
         };
         let agent = async {
-            let (channel, _) = Channel::connect(agent).await.map_err(explain)?;
+            let connected = match &state {
+                None => Channel::connect(agent).await,
+                Some(_) => Channel::connect_again(agent).await,
+            };
+            let (channel, _) = connected.map_err(explain)?;
             anyhow::Ok((channel, begin.elapsed()))
         };
-        let up = async { tokio::try_join!(monitor, agent) };
+        let up = async {
+            match &state {
+                None => tokio::try_join!(monitor, agent),
+                // What is sent before is lost: the machine is another then.
+                Some(_) => Ok((monitor.await?, agent.await?)),
+            }
+        };
         let up = tokio::time::timeout(PATIENCE, up).await;
         let (qmp, (channel, ready)) = up.context("bare QEMU's agent is silent")??;
         let pid = qemu.id().context("bare QEMU has ended")?;
@@ -90,6 +138,42 @@ impl Bare {
         status.context("bare QEMU does not power off")??;
         Ok(())
     }
+}
+
+/// From the files of a template to nothing.
+pub(super) async fn cloned_life(bed: &Bed, config: &Config, template: &Path) -> Result<Sample> {
+    let bare = Bare::restore(bed, config, template).await?;
+    let (begin, spawn, qmp, ready) = (bare.begin, bare.spawn, bare.qmp, bare.ready);
+    let cpu = bare.cpu;
+    // Nothing runs in it before. What that takes is ours, not the floor's.
+    let restored = Request::Restored {
+        generation: 1,
+        identity: Configure {
+            hostname: Some("bare".into()),
+            unix_ns: Some(now_ns()),
+            seed: Some("00".repeat(64)),
+            ..Configure::default()
+        },
+    };
+    let ask = bare.channel.ask("be a clone", &restored, PATIENCE).await;
+    ask.map_err(explain)?;
+    let command = ours::run_true(&bare.channel).await?;
+    let down = Instant::now();
+    bare.stop().await?;
+    Ok(Sample::from(vec![
+        (SPAWN, ms(spawn)),
+        (QMP, ms(qmp)),
+        (AGENT, ms(ready)),
+        (COMMAND, ms(command)),
+        (POWER_OFF, ms(down.elapsed())),
+        (ALL, ms(begin.elapsed())),
+        (VMM_CPU, ms(cpu)),
+    ]))
+}
+
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or_default()
 }
 
 /// From nothing to nothing.
@@ -129,18 +213,34 @@ pub(super) async fn connect(path: PathBuf, qemu: &mut Child) -> Result<UnixStrea
     }
 }
 
-/// What a monitor wants to hear before it does anything.
-async fn negotiate(monitor: UnixStream) -> Result<()> {
+/// What a monitor wants to hear before it does anything, and where the machine
+/// is to be restored from, without waiting in between; waits for the answers.
+async fn negotiate(monitor: UnixStream, state: Option<&File>) -> Result<()> {
     let mut monitor = BufReader::new(monitor);
     let mut line = String::new();
     monitor.read_line(&mut line).await?;
-    monitor
-        .write_all(b"{\"execute\":\"qmp_capabilities\"}\n")
-        .await?;
-    while !line.contains("\"return\"") {
+    let mut words = r#"{"execute":"qmp_capabilities"}"#.to_owned();
+    if let Some(state) = state {
+        words += r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[
+            {"capability":"x-ignore-shared","state":true},{"capability":"events","state":true}]}}"#;
+        words += &format!(
+            r#"{{"execute":"migrate-incoming","arguments":{{"uri":"fd:{}"}}}}"#,
+            state.as_raw_fd()
+        );
+    }
+    monitor.write_all(words.as_bytes()).await?;
+    let over = if state.is_some() {
+        "\"completed\""
+    } else {
+        "\"return\""
+    };
+    while !line.contains(over) {
         line.clear();
-        if monitor.read_line(&mut line).await? == 0 {
-            bail!("bare QEMU's monitor closed");
+        if monitor.read_line(&mut line).await? == 0 || line.contains("\"failed\"") {
+            bail!("bare QEMU's monitor closed, or its state was refused: {line}");
+        }
+        if line.contains("\"error\"") {
+            bail!("bare QEMU refuses: {line}");
         }
     }
     Ok(())

@@ -12,6 +12,7 @@ use super::floor::Bare;
 use super::ours;
 use super::report::{FLOOR, OURS, Report, Unit};
 use super::rounds::{Sample, Series};
+use super::template::Made;
 
 const PSS: &str = "vmm-pss";
 const PRIVATE: &str = "vmm-private";
@@ -27,6 +28,9 @@ pub(crate) struct Args {
     /// Seconds a machine idles before it is looked at.
     #[arg(long, default_value_t = 3)]
     settle: u64,
+    /// Clones of a template, and bare QEMU that restores the same files.
+    #[arg(long)]
+    clones: bool,
 }
 
 /// Runs the bench.
@@ -40,15 +44,23 @@ async fn measure(args: Args) -> Result<()> {
     let common = &args.common;
     let bed = Bed::new(common)?;
     let facts = Facts::gather(&bed, &common.config)?;
+    let (mut config, mut template, mut name) = (common.config.clone(), None, "memory");
+    if args.clones {
+        (config, name) = (config.with("clone")?, "memory clones");
+        template = Some(Made::new(&bed, &config).await?);
+    }
     let bare = common.config.with("bare")?;
     let (mut ours, mut others) = (Vec::new(), Vec::new());
     let mut own = Vec::new();
     let me = i32::try_from(std::process::id())?;
     for _ in 0..common.n {
         let before = Memory::of(me)?.pss;
-        ours.push(ours::start(&bed, &common.config).await?);
+        ours.push(ours::start(&bed, &config).await?);
         own.push(Memory::of(me)?.pss - before);
-        others.push(Bare::start(&bed, &bare).await?);
+        others.push(match &template {
+            None => Bare::start(&bed, &bare).await?,
+            Some(template) => Bare::restore(&bed, &bare, &template.dir).await?,
+        });
     }
     tokio::time::sleep(Duration::from_secs(args.settle)).await;
     let mut series = [OURS, FLOOR].map(|name| Series {
@@ -69,7 +81,8 @@ async fn measure(args: Args) -> Result<()> {
     for other in others {
         other.stop().await?;
     }
-    let report = Report::new("memory", facts, Unit::Mib, &series, Vec::new());
+    template.map(Made::remove).transpose()?;
+    let report = Report::new(name, facts, Unit::Mib, &series, Vec::new());
     report.give(common.json, common.save.as_deref())
 }
 

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: how long things take, against bare QEMU in the same run.
 
 mod boot;
+mod clone;
 mod compare;
 mod config;
 mod density;
@@ -14,9 +15,12 @@ mod net;
 mod ours;
 mod peers;
 mod plot;
+mod pool;
 mod report;
+mod reset;
 mod rounds;
 pub(crate) mod stats;
+mod template;
 
 use std::process::Command;
 
@@ -48,6 +52,12 @@ enum Bench {
     Net(net::Args),
     /// Start machines until something gives.
     Density(density::Args),
+    /// A clone against bare QEMU that restores the same files, and a boot.
+    Clone(clone::Args),
+    /// A clone out of a pool against one that is started.
+    Pool(pool::Args),
+    /// A machine back to its template against a clone that is started.
+    Reset(reset::Args),
     /// Say what moved between two results (--json) beyond their noise.
     Compare(compare::Args),
     /// What libvirt is run under; for `--peers`.
@@ -68,6 +78,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Bench::Memory(args) => memory::run(args),
         Bench::Net(args) => net::run(args),
         Bench::Density(args) => density::run(args),
+        Bench::Clone(args) => clone::run(args),
+        Bench::Pool(args) => pool::run(args),
+        Bench::Reset(args) => reset::run(args),
         Bench::Compare(args) => compare::run(&args),
         Bench::Reap(args) => peers::reap::run(&args),
     }
