@@ -33,7 +33,10 @@ pub(super) async fn run(args: &Args, global: &Global) -> Result<i32, Failure> {
     let mut code = 0;
     if !args.dry_run {
         let machines = Machines::new(host);
-        for (id, adopted) in machines.adopt(&found, &settings.launcher()).await {
+        let adopted = machines.adopt(&found, &settings.launcher()).await;
+        // What is half made tells a new supervisor that its machine rests.
+        machines.sweep_snapshots()?;
+        for (id, adopted) in adopted {
             match adopted {
                 Ok(()) if global.json => {}
                 Ok(()) => print_text(&format!("took over {id}\n")),

@@ -23,6 +23,7 @@ mod net_log;
 mod run;
 mod set;
 mod settings;
+mod snapshot;
 mod start;
 mod stats;
 mod stop;
@@ -161,6 +162,10 @@ enum Verb {
     Image(Box<image::Args>),
     /// Build, show and remove templates: booted machines that others start from.
     Template(template::Args),
+    /// Save machines as they are, and go back to that.
+    Snapshot(snapshot::Args),
+    /// Branch a running machine: new machines go on from where it is.
+    Fork(snapshot::Fork),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
     /// Show a machine, or ask its guest.
@@ -222,6 +227,8 @@ pub fn main() -> ExitCode {
             Verb::Run(args) => run::run(*args, &global).await,
             Verb::Image(args) => image::run(*args, &global).await.map(|()| 0),
             Verb::Template(args) => template::run(args, &global).await,
+            Verb::Snapshot(args) => snapshot::run(args, &global).await,
+            Verb::Fork(args) => snapshot::fork(args, &global).await,
             Verb::Doctor(args) => doctor::run(&args, &global).await,
             Verb::Inspect(args) => inspect::run(args, &global).await,
             Verb::Verify(args) => verify::run(args, &global).await,

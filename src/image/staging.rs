@@ -10,8 +10,6 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::error::{Error, Result};
 
-const PREFIX: &str = ".staging-";
-
 /// A locked directory beside the images; removed on drop.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -21,11 +19,14 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
+    /// How the names of such directories begin.
+    pub(crate) const PREFIX: &'static str = ".staging-";
+
     /// Makes a directory in `parent`. The caller holds the store's guard.
     pub(crate) fn new(parent: &Path) -> Result<Self> {
         let fail = |source| Error::io("create a directory in", parent, source);
         let path = tempfile::Builder::new()
-            .prefix(PREFIX)
+            .prefix(Self::PREFIX)
             // mmdebstrap's helpers run under other users and must pass through.
             .permissions(fs::Permissions::from_mode(0o755))
             .tempdir_in(parent)
@@ -43,7 +44,11 @@ impl Staging {
         let fail = |source| Error::io("list", parent, source);
         for entry in fs::read_dir(parent).map_err(fail)? {
             let entry = entry.map_err(fail)?;
-            if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            if !entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with(Self::PREFIX)
+            {
                 continue;
             }
             let path = entry.path();
@@ -59,7 +64,7 @@ impl Staging {
 
     /// A name that the next sweep removes should the removal be interrupted.
     pub(crate) fn doomed(parent: &Path, id: &str) -> PathBuf {
-        parent.join(format!("{PREFIX}rm-{}-{id}", std::process::id()))
+        parent.join(format!("{}rm-{}-{id}", Self::PREFIX, std::process::id()))
     }
 
     /// Where it is.

@@ -198,9 +198,9 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
             .set("graphics", "off")
             .set("hpet", "off"),
     };
-    let machine = match plan.ram {
-        Ram::Own => machine,
-        Ram::Saved { .. } | Ram::Cloned { .. } => machine.set("memory-backend", "ram"),
+    let machine = match plan.ram.is_backed() {
+        false => machine,
+        true => machine.set("memory-backend", "ram"),
     };
     list.push(Box::new(Valued("-machine", machine.0)));
     let (accel, cpu) = match (spec.accel, spec.nested) {
@@ -235,18 +235,22 @@ fn machine(list: &mut Vec<Box<dyn Argument>>, spec: &Spec, plan: &Plan) {
 
 /// The guest's memory as a file, and the way its other state comes in.
 fn ram(list: &mut Vec<Box<dyn Argument>>, plan: &Plan) {
-    let shared = match plan.ram {
-        Ram::Own => return,
-        Ram::Saved { .. } => "on",
-        Ram::Cloned { .. } => "off",
+    let object = |kind| {
+        let size = format!("{}M", plan.memory.as_mib());
+        Options::new(kind).set("id", "ram").set("size", size)
     };
-    let object = Options::new("memory-backend-file")
-        .set("id", "ram")
-        .set("size", format!("{}M", plan.memory.as_mib()))
-        .set("mem-path", ram::RAM)
-        .set("share", shared);
-    list.push(Box::new(Valued("-object", object.0)));
-    if shared == "off" {
+    let file = |shared| {
+        let file = object("memory-backend-file").set("mem-path", ram::RAM);
+        Some(file.set("share", shared))
+    };
+    let object = match plan.ram {
+        Ram::Own | Ram::Restored { backed: false } => None,
+        Ram::Restored { backed: true } => Some(object("memory-backend-ram")),
+        Ram::Saved { .. } => file("on"),
+        Ram::Cloned { .. } => file("off"),
+    };
+    list.extend(object.map(|object| Box::new(Valued("-object", object.0)) as Box<dyn Argument>));
+    if matches!(plan.ram, Ram::Cloned { .. } | Ram::Restored { .. }) {
         list.push(Box::new(Valued("-incoming", "defer".into())));
     }
 }

@@ -236,8 +236,9 @@ impl Plan {
             (ChannelKind::Vsock, false) => return Err(PlanError::NoVsock),
             (ChannelKind::Vsock, true) if ram != Ram::Own => return Err(PlanError::VsockTemplate),
             (ChannelKind::Serial, _) | (ChannelKind::Auto, false) => Channel::Serial,
-            // Over vsock no clone's agent was ever reached (decision 0040).
-            (ChannelKind::Auto, true) if ram != Ram::Own => Channel::Serial,
+            // Over vsock no clone's agent was ever reached (decision 0040); a
+            // detached machine may be saved at any time (decision 0042).
+            (ChannelKind::Auto, true) if ram != Ram::Own || spec.detached => Channel::Serial,
             (ChannelKind::Vsock | ChannelKind::Auto, true) => Channel::Vsock,
         };
         use Descriptor as D;
@@ -271,7 +272,7 @@ impl Plan {
             cmdline: cmdline::build(spec, channel, facts, kernel.format),
             kernel,
             memory: spec.limits.memory,
-            balloon: spec.balloon && ram == Ram::Own,
+            balloon: spec.balloon && !ram.is_backed(),
             ram,
             root: image.root(),
             scratch: spec.limits.disk,

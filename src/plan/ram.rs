@@ -29,13 +29,19 @@ pub enum Ram {
         /// Its device and inode: another may have its name later.
         inode: (u64, u64),
     },
+    /// QEMU's own, filled from a snapshot.
+    Restored {
+        /// The machine that was saved came from a template: its memory has
+        /// another name in the saved state, and it has no balloon.
+        backed: bool,
+    },
 }
 
 impl Ram {
     /// The file, where there is one.
     pub fn file(&self) -> Option<&Path> {
         match self {
-            Self::Own => None,
+            Self::Own | Self::Restored { .. } => None,
             Self::Saved { file } | Self::Cloned { file, .. } => Some(file),
         }
     }
@@ -44,7 +50,12 @@ impl Ram {
     pub fn template(&self) -> Option<&str> {
         match self {
             Self::Cloned { template, .. } => Some(template),
-            Self::Own | Self::Saved { .. } => None,
+            Self::Own | Self::Saved { .. } | Self::Restored { .. } => None,
         }
+    }
+
+    /// Whether QEMU is told of the memory as an object of its own.
+    pub fn is_backed(&self) -> bool {
+        !matches!(self, Self::Own | Self::Restored { backed: false })
     }
 }

@@ -1,5 +1,6 @@
 //! From a template to a machine that nobody takes for its sibling.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,6 +17,7 @@ use crate::error::Explain;
 use crate::guest::{Channel, GuestError};
 use crate::host::fault;
 use crate::qmp::Monitor;
+use crate::snapshot::{Saved, SnapshotName};
 use crate::template::Template;
 
 /// How far a clone's clock may be off.
@@ -23,48 +25,90 @@ const CLOCK: Duration = Duration::from_millis(100);
 /// How often it is set again while the host is too busy to tell.
 const TRIES: u32 = 20;
 
-/// What a machine is cloned from, and whom it becomes.
+/// What a machine goes on from, and whom it becomes.
 #[derive(Debug)]
 pub struct Origin {
-    /// The template.
-    pub template: Template,
+    /// What it is called: `template ID`, or `snapshot NAME`.
+    name: String,
+    /// What the guest was when it was saved.
+    life: Life,
+    state: File,
+    /// Bytes of the state.
+    size: u64,
+    /// The memory, where it is not in the state.
+    pub(super) ram: Option<File>,
+    /// The disk, where the machine has none yet.
+    pub(super) disk: Option<File>,
     /// Host name and machine id; entropy and clock are taken when it is time.
-    pub identity: Configure,
+    identity: Configure,
+}
+
+impl Origin {
+    /// A template, for a machine that becomes this.
+    pub fn template(template: Template, identity: Configure) -> Self {
+        Self {
+            name: format!("template {}", template.id),
+            life: template.manifest.life,
+            state: template.state,
+            size: template.manifest.state.size,
+            ram: Some(template.ram),
+            disk: Some(template.disk),
+            identity,
+        }
+    }
+
+    /// The memory of a snapshot, for a machine that becomes this.
+    pub(super) fn snapshot(
+        name: &SnapshotName,
+        saved: &Saved,
+        state: File,
+        identity: Configure,
+    ) -> Self {
+        Self {
+            name: format!("snapshot {name}"),
+            life: saved.life.clone(),
+            state,
+            size: saved.state.size,
+            ram: None,
+            disk: None,
+            identity,
+        }
+    }
 }
 
 /// A clone that was not handed out.
 #[derive(Debug, thiserror::Error)]
 pub enum CloneError {
     /// QEMU could not take in the saved state.
-    #[error("the state of template {template} could not be restored: {reason}")]
+    #[error("the state of {of} could not be restored: {reason}")]
     State {
-        /// The template.
-        template: String,
+        /// What it was to go on from.
+        of: String,
         /// What QEMU said.
         reason: String,
     },
     /// Its agent is not the one that was saved.
-    #[error("what answers is not template {template} restored: {why}")]
+    #[error("what answers is not {of} restored: {why}")]
     Stranger {
-        /// The template.
-        template: String,
+        /// What it was to go on from.
+        of: String,
         /// What tells.
         why: String,
     },
     /// It could not be made unlike its siblings.
-    #[error("the clone of template {template} is not unlike its siblings")]
+    #[error("what was restored from {of} is not unlike its siblings")]
     Same {
-        /// The template.
-        template: String,
+        /// What it was to go on from.
+        of: String,
         /// What failed.
         #[source]
         source: GuestError,
     },
     /// Its clock could not be set right.
-    #[error("the clock of the clone of template {template} may be {off_ms} ms off")]
+    #[error("the clock of what was restored from {of} may be {off_ms} ms off")]
     Clock {
-        /// The template.
-        template: String,
+        /// What it was to go on from.
+        of: String,
         /// How much.
         off_ms: u128,
     },
@@ -82,13 +126,22 @@ impl Explain for CloneError {
 
     fn remedy(&self) -> String {
         match self {
-            Self::State { template, .. } | Self::Stranger { template, .. } => format!(
-                "Nothing ran in it. Boot with --cold, and remove the template with \
-                 `bulkhead template rm {template}`."
-            ),
+            Self::State { of, .. } | Self::Stranger { of, .. } => {
+                match of.strip_prefix("template ") {
+                    Some(id) => format!(
+                        "Nothing ran in it. Boot with --cold, and remove the template with \
+                     `bulkhead template rm {id}`."
+                    ),
+                    None => {
+                        "Nothing ran in it. Restore its disk alone: `bulkhead snapshot restore \
+                         --disk-only`."
+                            .into()
+                    }
+                }
+            }
             Self::Same { .. } => format!(
                 "Nothing ran in it. Look at the reason, and at the image's programs in {}; \
-                 --cold does without the template.",
+                 --cold does without a template, `snapshot restore --disk-only` without the memory.",
                 bulkhead_agent::HOOKS
             ),
             Self::Clock { .. } => {
@@ -98,16 +151,13 @@ impl Explain for CloneError {
     }
 }
 
-/// What a template's or a clone's QEMU has to be told of its memory: it is
-/// not in the stream.
-pub(super) async fn ignore_memory(monitor: &Monitor) -> Result<(), MachineError> {
-    let on = |capability| MigrationCapabilityStatus {
-        capability,
-        state: true,
-    };
+/// What QEMU has to be told of its memory before it saves or restores: that of
+/// a template (`apart`) is not in the stream.
+pub(super) async fn tell_memory(monitor: &Monitor, apart: bool) -> Result<(), MachineError> {
+    let set = |capability, state| MigrationCapabilityStatus { capability, state };
     let capabilities = vec![
-        on(MigrationCapability::x_ignore_shared),
-        on(MigrationCapability::events),
+        set(MigrationCapability::x_ignore_shared, apart),
+        set(MigrationCapability::events, true),
     ];
     monitor
         .execute(migrate_set_capabilities { capabilities })
@@ -141,18 +191,18 @@ pub(super) async fn migrated(
 /// Takes the saved state in; the machine goes on from there.
 pub(super) async fn restore(
     monitor: &Monitor,
-    template: &Template,
+    origin: &Origin,
     within: Duration,
 ) -> Result<(), MachineError> {
     let mut events = monitor.events();
     let failed = |reason: String| CloneError::State {
-        template: template.id.clone(),
+        of: origin.name.clone(),
         reason,
     };
     let (ours, theirs) = fault::at("restore state")
         .and_then(|()| UnixStream::pair())
         .map_err(|error| failed(error.to_string()))?;
-    let feed = feed(template, ours);
+    let feed = feed(origin, ours);
     let name = "state".to_owned();
     let incoming = migrate_incoming {
         uri: Some(format!("fd:{name}")),
@@ -163,7 +213,7 @@ pub(super) async fn restore(
     let ready = async {
         tokio::try_join!(
             async { Ok::<_, MachineError>(monitor.send_fd(&name, theirs.into()).await?) },
-            ignore_memory(monitor),
+            tell_memory(monitor, origin.ram.is_some()),
             announce_nothing(monitor),
             async { Ok(monitor.execute(incoming).await?) },
         )
@@ -177,13 +227,17 @@ pub(super) async fn restore(
         (status, _) => return Err(failed(format!("it {status}")).into()),
     }
     fault::at("restored state").map_err(|error| failed(error.to_string()))?;
+    if origin.ram.is_none() {
+        // It may have been made to stand still to be saved at all.
+        monitor.execute(qapi::qmp::cont {}).await?;
+    }
     Ok(())
 }
 
 /// Writes the saved state to QEMU.
-fn feed(template: &Template, mut to: UnixStream) -> tokio::task::JoinHandle<io::Result<()>> {
-    let file = template.state.try_clone();
-    let size = template.manifest.state.size;
+fn feed(origin: &Origin, mut to: UnixStream) -> tokio::task::JoinHandle<io::Result<()>> {
+    let file = origin.state.try_clone();
+    let size = origin.size;
     tokio::task::spawn_blocking(move || {
         use std::os::unix::fs::FileExt;
         // Never through the position that all copies of the descriptor share.
@@ -210,12 +264,11 @@ pub(super) async fn settle(
     origin: &Origin,
     within: Duration,
 ) -> Result<Life, MachineError> {
-    let template = &origin.template;
     let same = |source| CloneError::Same {
-        template: template.id.clone(),
+        of: origin.name.clone(),
         source,
     };
-    let saved = &template.manifest.life;
+    let saved = &origin.life;
     fault::at("make clone unique").map_err(|source| {
         same(GuestError::Io {
             action: "making a clone unique",
@@ -229,8 +282,8 @@ pub(super) async fn settle(
     let what = "become unlike its siblings";
     let reply = live.channel.ask(what, &request, within).await;
     let life = told(reply.map_err(same)?).map_err(same)?;
-    prove(template, saved, &life)?;
-    right_clock(&live.channel, &template.id, within).await
+    prove(origin, saved, &life)?;
+    right_clock(&live.channel, &origin.name, within).await
 }
 
 /// Sets the guest's clock until it is right; each answer may take `within`.
@@ -239,13 +292,13 @@ pub(super) async fn settle(
 /// The agent does not answer, or the host is too busy to tell.
 pub(super) async fn right_clock(
     channel: &Channel,
-    template: &str,
+    of: &str,
     within: Duration,
 ) -> Result<Life, MachineError> {
     let mut off = Duration::MAX;
     for _ in 0..TRIES {
         let same = |source| CloneError::Same {
-            template: template.to_owned(),
+            of: of.to_owned(),
             source,
         };
         let (now, read) = set_clock(channel, within).await.map_err(same)?;
@@ -255,12 +308,12 @@ pub(super) async fn right_clock(
             return Ok(read);
         }
     }
-    let template = template.to_owned();
+    let of = of.to_owned();
     let off_ms = off.as_millis();
-    Err(CloneError::Clock { template, off_ms }.into())
+    Err(CloneError::Clock { of, off_ms }.into())
 }
 
-fn told(reply: Reply) -> Result<Life, GuestError> {
+pub(super) fn told(reply: Reply) -> Result<Life, GuestError> {
     match reply {
         Reply::Life(life) => Ok(life),
         other => Err(GuestError::Protocol(format!(
@@ -269,9 +322,9 @@ fn told(reply: Reply) -> Result<Life, GuestError> {
     }
 }
 
-fn prove(template: &Template, saved: &Life, life: &Life) -> Result<(), CloneError> {
+fn prove(origin: &Origin, saved: &Life, life: &Life) -> Result<(), CloneError> {
     let stranger = |why: String| CloneError::Stranger {
-        template: template.id.clone(),
+        of: origin.name.clone(),
         why,
     };
     if life.boot_id != saved.boot_id {

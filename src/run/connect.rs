@@ -59,10 +59,12 @@ impl Parts {
             // A boot writes, too.
             disk.get_or_init(|| DiskWatch::start(&monitor, dir));
             if let Some(origin) = origin {
-                clone::restore(&monitor, &origin.template, options.boot_timeout).await?;
+                clone::restore(&monitor, origin, options.boot_timeout).await?;
             }
             // Standing still, the agent could not answer: it does so again after.
-            if spawned_us == 0 && run_state(&monitor).await? == "paused" {
+            if spawned_us == 0
+                && ["paused", "postmigrate"].contains(&run_state(&monitor).await?.as_str())
+            {
                 paused.set(true);
                 monitor.execute(qapi::qmp::cont {}).await?;
             }

@@ -24,6 +24,7 @@ use crate::guest::archive::HostDir;
 use crate::host::fault;
 use crate::net::Serving;
 use crate::qmp::Monitor;
+use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
 
 /// How long a running machine may take to answer its new supervisor.
@@ -43,8 +44,17 @@ pub(crate) struct Detached {
     _published: Vec<Serving>,
 }
 
-/// Starts the machine of `record`. `first` is its first start: what is only
-/// sent once is sent then. `machine_id` is what the guest knows it by.
+/// How a detached machine is started.
+pub(crate) struct Start {
+    /// Its first start: what is only sent once is sent then.
+    pub(crate) first: bool,
+    /// The snapshot whose memory it goes on from.
+    pub(crate) restore: Option<SnapshotName>,
+    /// What the guest knows it by.
+    pub(crate) machine_id: String,
+}
+
+/// Starts the machine of `record`.
 ///
 /// # Errors
 /// See [`RunError`]. The record comes back, and with it the leases to release.
@@ -52,10 +62,16 @@ pub(crate) async fn boot(
     host: &Host,
     spec: &Spec,
     record: Record,
-    first: bool,
-    machine_id: String,
+    start: Start,
     cancelled: impl Future<Output = ()>,
 ) -> Result<Detached, (RunError, Record)> {
+    let Start {
+        first,
+        restore,
+        machine_id,
+    } = start;
+    let mut configure = identity(spec);
+    configure.machine_id = Some(machine_id);
     let prepared = async {
         // What was sent before is in the guest; the directory may be gone.
         let needed = first || spec.workspace.mode == WorkspaceMode::Share;
@@ -73,9 +89,18 @@ pub(crate) async fn boot(
                 .map_err(io_error("remove", &disk))?;
         }
         // A template's memory goes with its own disk only.
-        let (image, plan, template) = match disk.exists() {
-            false => host.choose(spec)?,
-            true => {
+        let (image, plan, origin) = match (&restore, disk.exists()) {
+            (Some(name), _) => {
+                let (image, plan, origin) =
+                    super::snapshot::revive(host, spec, record.dir(), name, &configure)?;
+                (image, plan, Some(origin))
+            }
+            (None, false) => {
+                let (image, plan, template) = host.choose(spec)?;
+                let origin = template.map(|one| Origin::template(one, configure.clone()));
+                (image, plan, origin)
+            }
+            (None, true) => {
                 let (image, plan) = host.plan(spec)?;
                 (image, plan, None)
             }
@@ -83,25 +108,21 @@ pub(crate) async fn boot(
         host.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         record.update_plan(&plan)?;
-        Ok::<_, RunError>((exchange, published, plan, template, lock))
+        Ok::<_, RunError>((exchange, published, plan, origin, lock))
     };
     let mut cancelled = std::pin::pin!(cancelled);
     let prepared = tokio::select! {
         prepared = prepared => prepared,
         () = &mut cancelled => Err(MachineError::Cancelled.into()),
     };
-    let (mut exchange, published, plan, template, lock) = match prepared {
+    let (mut exchange, published, plan, origin, lock) = match prepared {
         Ok(prepared) => prepared,
         Err(error) => return Err((error, record)),
     };
-    let mut configure = identity(spec);
-    configure.machine_id = Some(machine_id);
-    let memory = match template {
+    let booted = origin.is_none();
+    let memory = match origin {
         None => Memory::Empty,
-        Some(template) => Memory::Cloned(Arc::new(Origin {
-            template,
-            identity: configure.clone(),
-        })),
+        Some(origin) => Memory::Cloned(Arc::new(origin)),
     };
     let options = StartOptions {
         share: exchange.dir().cloned(),
@@ -116,8 +137,8 @@ pub(crate) async fn boot(
     let settle = async {
         let channel = machine.channel().clone();
         passed("configure guest")?;
-        // A clone has its own already.
-        if machine.template().is_none() {
+        // What was restored has its own already.
+        if booted {
             let identity = Request::Configure(super::runner::fresh(&configure));
             channel.ask("take its identity", &identity, ANSWER).await?;
         }
@@ -190,6 +211,7 @@ pub(crate) async fn take_over(
     host: &Host,
     spec: &Spec,
     record: Record,
+    machine_id: String,
 ) -> Result<Detached, (RunError, Record)> {
     let prepared = || {
         let mut plan = record.plan()?;
@@ -215,6 +237,9 @@ pub(crate) async fn take_over(
         Ok(mut machine) => {
             machine.hold(lock);
             let mut warnings = Vec::new();
+            let woken = super::snapshot::wake_after_loss(&machine, spec, machine_id).await;
+            // It says why to whoever asks it for something.
+            warnings.extend(woken.err().map(|error| error.to_string()));
             let bound = publish::bind(&spec.publish);
             let published = bound.and_then(|bound| publish::serve(bound, machine.channel()));
             // No reason to end the machine.

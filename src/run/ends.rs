@@ -180,8 +180,12 @@ fn scratch_disk(plan: &Plan, dir: &Path, options: &StartOptions) -> Result<Owned
 /// What the disk is copied from: an empty one, or that of the template, whose
 /// guest has its file system mounted.
 fn empty_disk(plan: &Plan, options: &StartOptions) -> Result<PathBuf, MachineError> {
-    match options.memory.origin() {
-        Some(origin) => Ok(fd_path(&origin.template.disk)),
+    match options
+        .memory
+        .origin()
+        .and_then(|origin| origin.disk.as_ref())
+    {
+        Some(disk) => Ok(fd_path(disk)),
         None => Ok(scratch::template(&options.cache, plan.scratch.0)?),
     }
 }

@@ -74,7 +74,7 @@ impl Host {
         Ok((image, plan))
     }
 
-    fn parts(&self, spec: &Spec) -> Result<(Image, KernelChoice, HostFacts), RunError> {
+    pub(super) fn parts(&self, spec: &Spec) -> Result<(Image, KernelChoice, HostFacts), RunError> {
         let image = self.images().get(&spec.image)?;
         let qemu = probe::find_qemu(self.qemu.as_deref())?;
         let kernel = self.kernel(spec, &image)?;
@@ -188,10 +188,10 @@ impl Host {
         self.prove(spec, &image, &plan).await?;
         let lock = image.lock()?;
         let memory = match template {
-            Some(template) => Memory::Cloned(Arc::new(Origin {
+            Some(template) => Memory::Cloned(Arc::new(Origin::template(
                 template,
-                identity: super::runner::identity(spec),
-            })),
+                super::runner::identity(spec),
+            ))),
             None => Memory::Empty,
         };
         let record = Record::create(&self.dirs, spec, &plan)?;

@@ -74,7 +74,7 @@ pub enum Memory {
     Empty,
     /// A file, empty, that is to be a template's.
     Saved(Arc<File>),
-    /// A template's.
+    /// A template's, or a snapshot's.
     Cloned(Arc<Origin>),
 }
 
@@ -92,7 +92,7 @@ impl Memory {
         match self {
             Self::Empty => Ok(None),
             Self::Saved(file) => file.try_clone().map(Some),
-            Self::Cloned(origin) => origin.template.ram.try_clone().map(Some),
+            Self::Cloned(origin) => origin.ram.as_ref().map(File::try_clone).transpose(),
         }
     }
 }

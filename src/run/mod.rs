@@ -30,6 +30,7 @@ mod resources;
 mod rest;
 mod runner;
 mod share;
+mod snapshot;
 mod state;
 mod stats;
 mod template;
@@ -61,6 +62,7 @@ pub(crate) use recovery::{abandon, look};
 #[cfg(feature = "service")]
 pub(crate) use rest::rests;
 pub use runner::{Io, Progress, Signal, run};
+pub(crate) use snapshot::{Saving, check, copy_disk, save, save_disk};
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
@@ -73,6 +75,7 @@ use crate::error::Explain;
 use crate::host::probe::ProbeError;
 use crate::image::Error as ImageError;
 use crate::plan::PlanError;
+use crate::snapshot::SnapshotError;
 use crate::spec::SpecError;
 use crate::template::TemplateError;
 
@@ -88,6 +91,9 @@ pub enum RunError {
     /// The template cannot be used.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// The snapshot cannot be made or used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// What a template was to be warmed up with failed.
     #[error("the warm-up {}; no template was made", script_end(*.code, *.timed_out))]
     WarmUp {
@@ -172,6 +178,7 @@ impl Explain for RunError {
             Self::Spec(error) => error.code(),
             Self::Image(error) => error.code(),
             Self::Template(error) => error.code(),
+            Self::Snapshot(error) => error.code(),
             Self::WarmUp { .. } => "warm-up-failed",
             Self::Kernel { .. } => "kernel-unusable",
             Self::Probe(error) => error.code(),
@@ -202,6 +209,7 @@ impl Explain for RunError {
             Self::Spec(error) => error.remedy(),
             Self::Image(error) => error.remedy(),
             Self::Template(error) => error.remedy(),
+            Self::Snapshot(error) => error.remedy(),
             Self::WarmUp { .. } => {
                 "Look at its output above; --timeout gives it more time.".into()
             }

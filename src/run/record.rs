@@ -15,6 +15,7 @@ use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
 use crate::host::{fault, process};
 use crate::image::Image;
 use crate::plan::Plan;
+use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Survivors, VmId};
 
 /// The record of a run could not be kept.
@@ -181,18 +182,35 @@ impl Record {
     /// # Errors
     /// The name is taken, or the disk refuses; nothing is left then.
     pub fn keep(dirs: &Dirs, spec: &Spec, image: &Image, name: &str) -> Result<(), RecordError> {
+        Self::keep_with(dirs, spec, image, name, |_| Ok(None))
+    }
+
+    /// As [`Record::keep`]; `prepare` puts something into the directory, and
+    /// gives the snapshot that the first start goes on from.
+    ///
+    /// # Errors
+    /// As [`Record::keep`], or what `prepare` gives.
+    pub(crate) fn keep_with<E: From<RecordError>>(
+        dirs: &Dirs,
+        spec: &Spec,
+        image: &Image,
+        name: &str,
+        prepare: impl FnOnce(&Path) -> Result<Option<SnapshotName>, E>,
+    ) -> Result<(), E> {
         let (dir, _lock) = make_dir(dirs, spec)?;
         let mut kept = None;
-        let mut make = || {
+        let make = || -> Result<(), E> {
             let path = dir.join(SPEC);
             serde_json::to_vec_pretty(spec)
                 .map_err(io::Error::from)
                 .and_then(|text| write_durably(&path, &text))
                 .map_err(io_error("write", &path))?;
-            let journal = kept.insert(Journal::create(dir.join(KEPT))?);
+            let journal = Journal::create(dir.join(KEPT)).map_err(RecordError::from)?;
+            let journal = kept.insert(journal);
             // Two state directories may share their images.
             let path = image.use_file(&format!("{}-{}", spec.id, VmId::random()));
-            journal.add(Lease::File { path: path.clone() })?;
+            let lease = Lease::File { path: path.clone() };
+            journal.add(lease).map_err(RecordError::from)?;
             let make = || {
                 fault::at("make used-by")?;
                 make_private(path.parent().unwrap_or(&path))?;
@@ -206,10 +224,11 @@ impl Record {
                 name: name.to_owned(),
                 id: image.id.clone(),
             };
-            StateFile::create(&dir, &spec.id, image)?;
+            let restore = prepare(&dir)?;
+            StateFile::create(&dir, &spec.id, image, restore).map_err(RecordError::from)?;
             Ok(())
         };
-        make().inspect_err(|_: &RecordError| {
+        make().inspect_err(|_| {
             let _ = kept.as_mut().map(Journal::release_all);
             let _ = fs::remove_dir_all(&dir);
         })

@@ -70,8 +70,9 @@ impl Machine {
             self.monitor().execute(cont {}).await?;
             Ok(())
         };
+        let of = format!("template {template}");
         // QEMU starts the processor while the question is on its way.
-        tokio::try_join!(go, clone::right_clock(self.channel(), template, within))?;
+        tokio::try_join!(go, clone::right_clock(self.channel(), &of, within))?;
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Explain;
 use crate::host::lease::write_durably;
 use crate::host::process;
+use crate::snapshot::SnapshotName;
 use crate::spec::VmId;
 
 /// Transitions kept; older ones are forgotten.
@@ -203,6 +204,12 @@ pub struct Status {
     pub image: ImageUse,
     /// Whether it came up with the disk it has: the workspace was sent then.
     pub provisioned: bool,
+    /// The snapshot it was saved as, or restored from, last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotName>,
+    /// The snapshot whose memory its next start goes on from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<SnapshotName>,
     /// Who is responsible for it, while it is live.
     pub supervisor: Option<Owner>,
     /// How its main command ended last.
@@ -301,6 +308,8 @@ impl Status {
             deadline_ms: None,
             image,
             provisioned: false,
+            snapshot: None,
+            restore: None,
             supervisor: None,
             ended: None,
             history: Vec::new(),
@@ -360,11 +369,19 @@ impl StateFile {
     }
 
     /// Writes down a machine that was just created.
-    pub(super) fn create(dir: &Path, id: &VmId, image: ImageUse) -> Result<Self, StateError> {
+    pub(super) fn create(
+        dir: &Path,
+        id: &VmId,
+        image: ImageUse,
+        restore: Option<SnapshotName>,
+    ) -> Result<Self, StateError> {
         let file = Self {
             id: id.clone(),
             path: dir.join(Self::NAME),
-            status: Status::new(image),
+            status: Status {
+                restore,
+                ..Status::new(image)
+            },
         };
         file.write(&file.status)?;
         Ok(file)
@@ -526,7 +543,7 @@ mod tests {
         fn the_file_tells_the_truth(asked in proptest::collection::vec(any_state(), 0..40)) {
             let dir = tempfile::tempdir().unwrap();
             let id: VmId = "vm1".parse().unwrap();
-            let mut file = StateFile::create(dir.path(), &id, image()).unwrap();
+            let mut file = StateFile::create(dir.path(), &id, image(), None).unwrap();
             for (at, to) in asked.into_iter().enumerate() {
                 let before = file.status().clone();
                 let reason = format!("step {at}");
@@ -571,7 +588,7 @@ mod tests {
     fn an_end_forgets_the_supervisor_and_a_refused_write_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let id: VmId = "vm1".parse().unwrap();
-        let mut file = StateFile::create(dir.path(), &id, image()).unwrap();
+        let mut file = StateFile::create(dir.path(), &id, image(), None).unwrap();
         file.advance(State::Starting, "asked to").unwrap();
         file.update(|status| status.supervisor = Some(Owner::current()))
             .unwrap();

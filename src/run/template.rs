@@ -4,14 +4,14 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent::{Configure, Exec, FailureKind, Life, Reply, Request, UNKNOWN_REQUEST};
 use qapi::qmp::migrate;
 
-use super::clone::{ignore_memory, migrated};
+use super::clone::{migrated, tell_memory};
 use super::command::command;
 use super::host::Host;
 use super::machine::{Machine, Memory, StartOptions, io_error};
@@ -219,7 +219,7 @@ async fn warm_up(
 }
 
 /// Has the guest write everything down and run nothing any more.
-async fn rest(machine: &Machine) -> Result<Life, MachineError> {
+pub(super) async fn rest(machine: &Machine) -> Result<Life, MachineError> {
     let asked = machine
         .channel()
         .ask("come to rest", &Request::Quiesce, REST)
@@ -250,24 +250,9 @@ async fn save(machine: &Machine, dir: &Path) -> Result<(), MachineError> {
     let (ours, theirs) = fault::at("save state")
         .and_then(|()| UnixStream::pair())
         .map_err(io_error("make a socket for", &path))?;
-    let write = {
-        let path = path.clone();
-        tokio::task::spawn_blocking(move || {
-            let mut file = File::options()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(path)?;
-            let count = io::copy(&mut ours.take(LARGEST), &mut file)?;
-            file.flush()?;
-            match count {
-                LARGEST => Err(io::ErrorKind::FileTooLarge.into()),
-                _ => Ok(()),
-            }
-        })
-    };
+    let write = write_down(ours, path.clone(), LARGEST);
     let name = "state".to_owned();
-    ignore_memory(monitor).await?;
+    tell_memory(monitor, true).await?;
     monitor.send_fd(&name, theirs.into()).await?;
     // The machine runs on until QEMU stops it: so will its clones.
     let go = migrate {
@@ -288,6 +273,27 @@ async fn save(machine: &Machine, dir: &Path) -> Result<(), MachineError> {
             Err(io_error("save a machine to", &path)(told))
         }
     }
+}
+
+/// Writes what QEMU sends to a new file, up to so many bytes.
+pub(super) fn write_down(
+    from: UnixStream,
+    path: PathBuf,
+    most: u64,
+) -> tokio::task::JoinHandle<io::Result<()>> {
+    tokio::task::spawn_blocking(move || {
+        let mut file = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
+        let count = io::copy(&mut from.take(most), &mut file)?;
+        file.flush()?;
+        match count == most {
+            true => Err(io::ErrorKind::FileTooLarge.into()),
+            false => Ok(()),
+        }
+    })
 }
 
 /// Puts the template in its place, once nobody writes to its files any more.

@@ -12,12 +12,15 @@ use super::wire::{Answer, Ask, ExecId, ExecInfo, ExecRequest, Open, Settings};
 use crate::guest::{Channel, GuestError};
 use crate::net::{self, Serving};
 use crate::run::{Commanded, ControlError, Controller, Dirs, Io, command};
+use crate::snapshot::Wish;
 use crate::spec::{Timeout, VmId};
 
 /// How long a supervisor may take to answer.
 const ANSWER: Duration = Duration::from_secs(20);
 /// How long it may take to say how its machine is: it asks QEMU and the guest.
 const LOOK: Duration = Duration::from_secs(10);
+/// How long it may take to save its machine.
+const SAVE: Duration = Duration::from_secs(3600);
 /// How long the end of a machine is waited for.
 const WITHOUT_END: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -84,6 +87,15 @@ impl Client {
     /// It is not paused, or no supervisor answers.
     pub async fn resume(&self) -> Result<(), SuperviseError> {
         self.done(&Ask::Resume, ANSWER).await
+    }
+
+    /// Saves the machine, which goes on.
+    ///
+    /// # Errors
+    /// It cannot be saved, or no supervisor answers.
+    pub async fn save(&self, wish: Wish) -> Result<(), SuperviseError> {
+        let wish = Box::new(wish);
+        self.done(&Ask::Save { wish }, SAVE).await
     }
 
     /// Changes limits of the running machine, and of its next start.

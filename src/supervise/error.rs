@@ -7,6 +7,7 @@ use super::log::LogError;
 use crate::error::{Explain, Report};
 use crate::guest::GuestError;
 use crate::run::{ControlError, DiskState, MachineError, RecordError, RunError, State, StateError};
+use crate::snapshot::SnapshotError;
 use crate::spec::VmId;
 
 /// Something with a detached machine failed.
@@ -141,6 +142,12 @@ impl From<RecordError> for SuperviseError {
 
 impl From<MachineError> for SuperviseError {
     fn from(error: MachineError) -> Self {
+        Self::Run(error.into())
+    }
+}
+
+impl From<SnapshotError> for SuperviseError {
+    fn from(error: SnapshotError) -> Self {
         Self::Run(error.into())
     }
 }

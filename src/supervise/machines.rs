@@ -35,6 +35,10 @@ impl Machines {
         Self { host }
     }
 
+    pub(super) fn host(&self) -> &Host {
+        &self.host
+    }
+
     pub(super) fn dirs(&self) -> &Dirs {
         &self.host.dirs
     }

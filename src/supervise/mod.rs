@@ -19,6 +19,7 @@ mod machines;
 mod relay;
 mod reset;
 mod server;
+mod snapshots;
 mod supervisor;
 mod tune;
 mod view;

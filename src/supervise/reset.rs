@@ -31,7 +31,11 @@ impl Machines {
             source,
         })?;
         // From here on its next start is its first, and makes it a new disk.
-        state.update(|status| status.provisioned = false)?;
+        state.update(|status| {
+            status.provisioned = false;
+            status.snapshot = None;
+            status.restore = None;
+        })?;
         drop((record, state));
         match live {
             true => self.start(id, launcher).await,

@@ -100,6 +100,7 @@ pub async fn supervise(
         state,
         stop,
         waiting: Waiting::new(),
+        saving: false,
     };
     let (record, end) = supervisor.life(record, start, ready).await;
     supervisor.finish(record, end).await
@@ -133,12 +134,14 @@ fn in_reach(host: &Host, id: &VmId, record: &Record) -> Result<(), SuperviseErro
 }
 
 pub(super) struct Supervisor<'a> {
-    host: &'a Host,
+    pub(super) host: &'a Host,
     pub(super) spec: Spec,
     pub(super) state: StateFile,
     pub(super) stop: mpsc::Receiver<()>,
     /// Answered when the machine has ended.
     pub(super) waiting: Waiting,
+    /// It is being saved, and stands still for that.
+    pub(super) saving: bool,
 }
 
 /// A machine that is up.
@@ -168,6 +171,11 @@ impl Up {
 impl Supervisor<'_> {
     pub(super) fn id(&self) -> &VmId {
         &self.spec.id
+    }
+
+    /// What the guest knows its machine by.
+    pub(super) fn machine_id(&self) -> String {
+        machine_id(&self.spec.id, self.state.status().created_ms)
     }
 
     /// From the start to the end; the record comes back with its lock, the
@@ -247,16 +255,20 @@ impl Supervisor<'_> {
         asked: &mut mpsc::Receiver<Asked>,
     ) -> Result<(Detached, bool), (SuperviseError, Record)> {
         let (host, spec) = (self.host.clone(), self.spec.clone());
-        let first = !self.state.status().provisioned;
-        let machine_id = machine_id(&spec.id, self.state.status().created_ms);
+        let restore = self.state.status().restore.clone();
+        let how = detached::Start {
+            first: !self.state.status().provisioned && restore.is_none(),
+            restore,
+            machine_id: self.machine_id(),
+        };
         let cancel = Notify::new();
         let boot = async {
             match start {
                 Start::Boot => {
                     let cancelled = cancel.notified();
-                    detached::boot(&host, &spec, record, first, machine_id, cancelled).await
+                    detached::boot(&host, &spec, record, how, cancelled).await
                 }
-                Start::TakeOver => detached::take_over(&host, &spec, record).await,
+                Start::TakeOver => detached::take_over(&host, &spec, record, how.machine_id).await,
             }
         };
         let mut boot = std::pin::pin!(boot);
@@ -302,14 +314,18 @@ impl Supervisor<'_> {
             }
             _ => ttl.map(|ttl| now + ttl),
         };
-        let reason = match (start, template) {
-            (Start::Boot, None) => "the guest agent answers".to_owned(),
-            (Start::Boot, Some(template)) => format!("cloned from template {template}"),
-            (Start::TakeOver, _) => "taken over by a new supervisor".to_owned(),
+        let reason = match (start, template, &status.restore) {
+            (Start::Boot, None, None) => "the guest agent answers".to_owned(),
+            (Start::Boot, _, Some(name)) => format!("restored from snapshot {name}"),
+            (Start::Boot, Some(template), None) => format!("cloned from template {template}"),
+            (Start::TakeOver, ..) => "taken over by a new supervisor".to_owned(),
         };
         self.state.advance_with(State::Running, &reason, |status| {
             status.supervisor = Some(Owner::current());
             status.provisioned = true;
+            if let Some(name) = status.restore.take() {
+                status.snapshot = Some(name);
+            }
             status.deadline_ms = deadline.map(|at| at_ms(at, now));
         })?;
         let idle = Idle::new(now);

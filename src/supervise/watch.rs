@@ -21,9 +21,10 @@ use super::supervisor::{Clock, Supervisor, Up, at_ms, save_spec};
 use super::tune;
 use super::view::Live;
 use super::wire::{Answer, Ask, Limit, Settings};
-use crate::error::Report;
+use crate::error::{Explain, Report};
 use crate::qmp::Event;
-use crate::run::{Asked, DiskState, MachineError, State, Status};
+use crate::run::{Asked, DiskState, State, Status};
+use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Timeout};
 
 /// Longest queue of changes asked for while another is under way.
@@ -52,6 +53,8 @@ enum After {
     Held(bool),
     /// It is asked for differently from now on.
     Changed(Box<Spec>, Box<Settings>),
+    /// It is at this snapshot now.
+    Saved(SnapshotName),
 }
 
 impl Supervisor<'_> {
@@ -166,6 +169,9 @@ impl Supervisor<'_> {
 
     /// Writes down whether the machine stands still.
     fn stands(&mut self, up: &Up, still: bool) {
+        if self.saving {
+            return;
+        }
         let trouble = up.machine().disk().trouble();
         let advanced = match (self.state.status().state, still) {
             (State::Running, true) => {
@@ -263,10 +269,12 @@ impl Supervisor<'_> {
                     end: End::stopped(reason),
                 };
             }
-            Ask::Pause | Ask::Resume | Ask::Set { .. } if queue.len() < QUEUE => {
+            Ask::Pause | Ask::Resume | Ask::Set { .. } | Ask::Save { .. }
+                if queue.len() < QUEUE =>
+            {
                 queue.push_back(asked);
             }
-            Ask::Pause | Ask::Resume | Ask::Set { .. } => {
+            Ask::Pause | Ask::Resume | Ask::Set { .. } | Ask::Save { .. } => {
                 self.spawn_answer(asked, self.not_now("changed: others are changing it"));
             }
             Ask::Execs => self.spawn_answer(asked, Answer::Execs(execs.list())),
@@ -313,7 +321,7 @@ impl Supervisor<'_> {
     }
 
     /// Begins a change of the machine; `None` when it was answered already.
-    async fn job<'a>(&self, up: &'a Up, asked: Asked) -> Option<Job<'a>> {
+    async fn job<'a>(&mut self, up: &'a Up, asked: Asked) -> Option<Job<'a>> {
         let machine = up.machine();
         let state = self.state.status().state;
         Some(match asked.decode::<Ask>()? {
@@ -341,6 +349,15 @@ impl Supervisor<'_> {
                     Done::of(asked, set, After::Changed(spec, settings))
                 })
             }
+            Ask::Save { wish } if state == State::Running => {
+                let after = After::Saved(wish.name.clone());
+                let save = self.save(machine, *wish);
+                Box::pin(async move { Done::of(asked, save.await, after) })
+            }
+            Ask::Save { .. } => {
+                self.spawn_answer(asked, self.not_now("saved"));
+                return None;
+            }
             Ask::Pause => {
                 self.spawn_answer(asked, self.not_now("paused"));
                 return None;
@@ -359,9 +376,17 @@ impl Supervisor<'_> {
             mut answer,
             after,
         } = done;
+        if std::mem::take(&mut self.saving) {
+            self.reconcile(up).await;
+        }
         if matches!(answer, Answer::Done) {
             match after {
                 After::Nothing => {}
+                After::Saved(name) => {
+                    if let Err(error) = self.state.update(|status| status.snapshot = Some(name)) {
+                        answer = Answer::Refused(Report::of(&error));
+                    }
+                }
                 After::Held(still) => self.stands(up, still),
                 After::Changed(spec, settings) => {
                     if let Err(error) = self.changed(up, clock, *spec, &settings) {
@@ -394,7 +419,7 @@ impl Supervisor<'_> {
 }
 
 impl Done {
-    fn of(asked: Asked, result: Result<(), MachineError>, after: After) -> Self {
+    fn of<E: Explain>(asked: Asked, result: Result<(), E>, after: After) -> Self {
         let (answer, after) = match result {
             Ok(()) => (Answer::Done, after),
             Err(error) => (Answer::Refused(Report::of(&error)), After::Nothing),

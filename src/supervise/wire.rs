@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::view::Live;
 use crate::error::Report;
+use crate::snapshot::Wish;
 use crate::spec::{Bytes, IoLimits, Malformed, NetworkChange, Timeout};
 
 /// Number of a command in a machine; 0 is its main command, written `main`.
@@ -170,6 +171,8 @@ pub(super) enum Ask {
     Pause,
     /// Go on.
     Resume,
+    /// Save it.
+    Save { wish: Box<Wish> },
     /// Change limits.
     Set { settings: Box<Settings> },
     /// Start a command that runs on when the asker is gone.

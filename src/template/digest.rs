@@ -25,7 +25,7 @@ pub(super) fn hex(digest: impl AsRef<[u8]>) -> String {
 
 /// Digest of a file's size and of every block that is not zero, with its
 /// place: holes cost nothing, and it does not matter where there are any.
-pub(super) fn of_sparse(file: &File) -> io::Result<String> {
+pub(crate) fn of_sparse(file: &File) -> io::Result<String> {
     let size = file.metadata()?.len();
     let mut hash = Sha256::new();
     hash.update(size.to_le_bytes());

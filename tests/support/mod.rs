@@ -18,6 +18,8 @@ pub(crate) struct Bulkhead {
     own: tempfile::TempDir,
     /// The network namespace it is called in, and its resolvers there.
     inside: Option<(bulkhead::host::netns::Netns, String)>,
+    /// Another QEMU than the host's.
+    qemu: Option<String>,
 }
 
 impl Drop for Bulkhead {
@@ -65,6 +67,7 @@ impl Bulkhead {
             image,
             own,
             inside: None,
+            qemu: None,
         }
     }
 
@@ -118,6 +121,12 @@ impl Bulkhead {
         }
     }
 
+    /// With another QEMU than the host's.
+    pub(crate) fn with_qemu(mut self, path: &str) -> Self {
+        self.qemu = Some(path.to_owned());
+        self
+    }
+
     /// Another state directory.
     pub(crate) fn with_state(mut self, state: &Path) -> Self {
         self.state = state.to_owned();
@@ -134,6 +143,9 @@ impl Bulkhead {
             .env("BULKHEAD_NETWORK", "isolated")
             .env("BULKHEAD_STATE_DIR", &self.state)
             .env("BULKHEAD_RUNTIME_DIR", &self.runtime);
+        if let Some(qemu) = &self.qemu {
+            command.env("BULKHEAD_QEMU", qemu);
+        }
         if let Some((_, resolvers)) = &self.inside {
             command
                 .env("BULKHEAD_NETWORK", "nat-filtered")

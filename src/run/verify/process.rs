@@ -341,7 +341,7 @@ fn descriptors(subject: &Subject) -> io::Result<Finding> {
 /// Whether a descriptor is the file that its memory is in, or one beside that.
 fn of_template(plan: &Plan, target: &Path, fd: &Path) -> bool {
     match &plan.ram {
-        Ram::Own => false,
+        Ram::Own | Ram::Restored { .. } => false,
         Ram::Cloned { inode, .. } => is_inode(fd, *inode),
         Ram::Saved { file } => file.parent().is_some_and(|dir| target.starts_with(dir)),
     }

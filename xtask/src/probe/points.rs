@@ -48,12 +48,13 @@ const ADOPT: &[&str] = &[
 ];
 const START: &[&str] = &["start", VM];
 const TEMPLATE: &[&str] = &["template", "build", "--memory", "256M", "--cpus", "1"];
+const SAVE: &[&str] = &["snapshot", "save", VM, "s"];
 const CREATED: Step = Step::Verb(CREATE);
 const ADOPTABLE: Step = Step::Verb(ADOPT);
 const STARTED: Step = Step::Verb(START);
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 18] = {
+pub(super) const SCENARIOS: [Scenario; 23] = {
     const fn of(
         name: &'static str,
         before: &'static [Step],
@@ -106,6 +107,23 @@ pub(super) const SCENARIOS: [Scenario; 18] = {
         ),
         of("clone", &[Step::Verb(TEMPLATE), CREATED], START),
         of("reset", &[CREATED, STARTED], &["reset", VM]),
+        of("snapshot-save", &[CREATED, STARTED], SAVE),
+        of(
+            "snapshot-save-disk",
+            &[CREATED, STARTED, Step::Verb(&["stop", VM])],
+            &["snapshot", "save", "--disk-only", VM, "s"],
+        ),
+        of(
+            "snapshot-restore",
+            &[CREATED, STARTED, Step::Verb(SAVE)],
+            &["snapshot", "restore", VM, "s"],
+        ),
+        of(
+            "snapshot-rm",
+            &[CREATED, STARTED, Step::Verb(SAVE)],
+            &["snapshot", "rm", VM, "s"],
+        ),
+        of("fork", &[CREATED, STARTED], &["fork", VM]),
     ]
 };
 

@@ -1,0 +1,334 @@
+//! Saving a machine that runs, and going on from what was saved.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_agent::{Configure, Life, Request};
+use qapi::qmp::{cont, migrate, migrate_cancel, stop};
+use serde_json::json;
+
+use super::clone::{Origin, migrated, tell_memory, told};
+use super::host::Host;
+use super::machine::Machine;
+use super::runner::{fresh, identity};
+use super::template::{rest, write_down};
+use super::transfer::joined;
+use super::{MachineError, RunError, now_ms};
+use crate::host::{fault, lease};
+use crate::image::Image;
+use crate::plan::{Channel, Plan, Ram};
+use crate::snapshot::{
+    DISK, Manifest, STATE, Saved, Snapshot, SnapshotError, SnapshotName, Store, Wish,
+};
+use crate::spec::{Spec, VmId};
+use crate::template::Key;
+
+/// How long a machine is saved while it runs; then it stands still for the rest.
+const LIVE: Duration = Duration::from_secs(5);
+/// How long saving may take in all.
+const SAVE: Duration = Duration::from_secs(600);
+/// Bytes a second that QEMU may write: all it can.
+const BANDWIDTH: u64 = 64 << 30;
+/// Bytes of the state besides the memory: a hundred times what is usual, and
+/// pages that were written to while they were saved.
+const BESIDES: u64 = 1 << 30;
+/// How long what QEMU has told already may take.
+const TOLD: Duration = Duration::from_secs(1);
+/// How long the guest may take to go on: the image's hooks run, too.
+const WAKE: Duration = Duration::from_secs(45);
+
+/// What is to be saved, and of whom.
+#[derive(Debug)]
+pub(crate) struct Saving {
+    /// Name, description, tags.
+    pub(crate) wish: Wish,
+    /// The snapshot that the machine is at.
+    pub(crate) parent: Option<SnapshotName>,
+    /// What the guest knows its machine by.
+    pub(crate) machine_id: String,
+}
+
+/// Saves a machine, which goes on.
+///
+/// # Errors
+/// It cannot be saved; nothing is left of it, and the machine goes on.
+pub(crate) async fn save(
+    host: &Host,
+    spec: &Spec,
+    machine: &Machine,
+    saving: Saving,
+) -> Result<(), RunError> {
+    let (wish, plan) = (saving.wish, machine.plan());
+    let store = Store::new(machine.dir(), &spec.id);
+    store.free(&wish.name)?;
+    let image = host.images().inspect(&spec.image)?;
+    let key = match wish.disk_only {
+        true => None,
+        false => Some(savable(plan).and_then(|()| key(host, spec, plan))?),
+    };
+    let staged = store.stage()?;
+    let begun = async {
+        let life = rest(machine).await?;
+        let taken = take(machine, staged.path(), key.is_some()).await;
+        if taken.is_err() {
+            // Nobody reads any more what it still has to say.
+            let _ = machine.monitor().execute(migrate_cancel {}).await;
+        }
+        Ok::<_, MachineError>((life, taken))
+    };
+    let begun = begun.await;
+    // Whatever came of it: the machine goes on.
+    let went_on = machine.monitor().execute(cont {}).await;
+    let (life, taken) = begun?;
+    went_on.map_err(MachineError::from)?;
+    let identity = Configure {
+        machine_id: Some(saving.machine_id),
+        ..identity(spec)
+    };
+    wake(machine, &life, &identity).await?;
+    let paused_ms = taken?;
+    let qemu = machine.monitor().version().clone();
+    let backed = plan.ram.is_backed();
+    let keep = move || {
+        let piece = |name| Store::piece(staged.path(), name);
+        let disk = piece(DISK)?;
+        let saved = match key {
+            None => None,
+            Some(key) => Some(Saved {
+                state: piece(STATE)?,
+                key,
+                life,
+                backed,
+                qemu,
+                paused_ms,
+            }),
+        };
+        let manifest = Manifest::new(&wish, saving.parent, image.id, saved, disk, now_ms());
+        store.commit(staged, &manifest)
+    };
+    Ok(joined(tokio::task::spawn_blocking(keep).await)?)
+}
+
+/// Saves the disk of a machine that does not run. The caller holds its record.
+pub(crate) fn save_disk(
+    record: &Path,
+    spec: &Spec,
+    wish: &Wish,
+    parent: Option<SnapshotName>,
+) -> Result<(), RunError> {
+    let store = Store::new(record, &spec.id);
+    store.free(&wish.name)?;
+    let disk = record.join("disk.img");
+    if !disk.exists() {
+        let vm = spec.id.clone();
+        return Err(SnapshotError::NoDisk { vm }.into());
+    }
+    let staged = store.stage()?;
+    crate::image::scratch::copy(&disk, &staged.path().join(DISK))?;
+    let piece = Store::piece(staged.path(), DISK)?;
+    let manifest = Manifest::new(wish, parent, spec.image.clone(), None, piece, now_ms());
+    Ok(store.commit(staged, &manifest)?)
+}
+
+/// Gives a machine the disk of a snapshot: the old one is there until the new
+/// one is. The caller holds its record.
+pub(crate) fn copy_disk(snapshot: &Snapshot, record: &Path) -> Result<(), RunError> {
+    // Swept with what else a dead owner left half done.
+    let disk = record.join("disk.img");
+    let fresh = lease::half_made(&disk);
+    let _ = std::fs::remove_file(&fresh);
+    crate::image::scratch::copy(&snapshot.disk, &fresh)?;
+    let replace = || {
+        std::fs::File::open(&fresh)?.sync_all()?;
+        fault::at("replace disk.img")?;
+        std::fs::rename(&fresh, &disk)
+    };
+    Ok(replace().map_err(SnapshotError::io("replace", &disk))?)
+}
+
+/// Plans the machine of `spec` so that it goes on from a snapshot, and puts the
+/// snapshot's disk in place.
+pub(super) fn revive(
+    host: &Host,
+    spec: &Spec,
+    record: &Path,
+    name: &SnapshotName,
+    configure: &Configure,
+) -> Result<(Image, Plan, Origin), RunError> {
+    let mut snapshot = Store::new(record, &spec.id).get(name)?;
+    let vm = spec.id.clone();
+    let state = snapshot.state.take();
+    let (Some(saved), Some(state)) = (&snapshot.manifest.saved, state) else {
+        return Err(SnapshotError::NoMemory { vm }.into());
+    };
+    let backed = saved.backed;
+    let (image, plan, key) = host.plan_with(spec, Ram::Restored { backed })?;
+    fits(&vm, name, &key, &saved.key)?;
+    copy_disk(&snapshot, record)?;
+    let origin = Origin::snapshot(name, saved, state, configure.clone());
+    Ok((image, plan, origin))
+}
+
+/// Whether the machine of `spec`, as it would be started now, is the one that
+/// was saved.
+///
+/// # Errors
+/// It is not.
+pub(crate) fn check(host: &Host, spec: &Spec, snapshot: &Snapshot) -> Result<(), RunError> {
+    let Some(saved) = &snapshot.manifest.saved else {
+        return Ok(());
+    };
+    let backed = saved.backed;
+    let (_, _, key) = host.plan_with(spec, Ram::Restored { backed })?;
+    fits(&spec.id, &snapshot.manifest.name, &key, &saved.key)
+}
+
+fn fits(vm: &VmId, name: &SnapshotName, key: &Key, saved: &Key) -> Result<(), RunError> {
+    let differences = key.differences(saved);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let told = |one: &crate::template::Difference| {
+        let (part, now, then) = (&one.part, &one.machine, &one.template);
+        format!("{part} is {now}, and was {then}")
+    };
+    Err(SnapshotError::Mismatch {
+        vm: vm.clone(),
+        name: name.clone(),
+        differences: differences.iter().map(told).collect::<Vec<_>>().join("; "),
+    }
+    .into())
+}
+
+/// Refuses what QEMU cannot save.
+fn savable(plan: &Plan) -> Result<(), RunError> {
+    let (why, cure) = match plan {
+        Plan { share: Some(_), .. } => (
+            "it has a shared workspace, whose state QEMU cannot save",
+            "Save its disk with --disk-only, or make it with --workspace-mode copy.",
+        ),
+        Plan {
+            channel: Channel::Vsock,
+            ..
+        } => (
+            "it is reached over vsock, whose state is the host's",
+            "Save its disk with --disk-only, or make it without --channel vsock.",
+        ),
+        _ => return Ok(()),
+    };
+    let vm = plan.id.clone();
+    Err(SnapshotError::Unsavable { vm, why, cure }.into())
+}
+
+fn key(host: &Host, spec: &Spec, plan: &Plan) -> Result<Key, RunError> {
+    let (image, _, facts) = host.parts(spec)?;
+    let domain = &spec.templates.domain;
+    let key = Key::of(plan, &image, domain, &facts, &host.dirs.cache());
+    Ok(key.map_err(SnapshotError::io("read what belongs to", &plan.qemu))?)
+}
+
+/// Writes memory, devices and disk down as they are at one moment. The machine
+/// stands still after it. Gives for how long it did until then, in milliseconds.
+async fn take(machine: &Machine, dir: &Path, memory: bool) -> Result<u64, RunError> {
+    let since = match memory {
+        true => migrate_to(machine, dir).await?,
+        false => {
+            machine.pause().await?;
+            now()
+        }
+    };
+    fault::at("save disk").map_err(SnapshotError::io("save", dir))?;
+    let (from, to) = (machine.dir().join("disk.img"), dir.join(DISK));
+    let copy = tokio::task::spawn_blocking(move || crate::image::scratch::copy(&from, &to));
+    joined(copy.await)?;
+    let paused = now().saturating_sub(since).as_millis();
+    Ok(u64::try_from(paused).unwrap_or(u64::MAX))
+}
+
+/// Has QEMU write memory and devices to a file while the machine runs, as far
+/// as it can. Gives since when it has stood still.
+async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError> {
+    let (path, monitor) = (dir.join(STATE), machine.monitor());
+    let mut events = monitor.events();
+    let mut stops = monitor.events();
+    let (ours, theirs) = fault::at("save state")
+        .and_then(|()| UnixStream::pair())
+        .map_err(SnapshotError::io("make a socket for", &path))?;
+    let write = write_down(ours, path.clone(), 2 * machine.plan().memory.0 + BESIDES);
+    let begin = async {
+        tell_memory(monitor, false).await?;
+        let speed = json!({ "max-bandwidth": BANDWIDTH });
+        monitor.execute_raw("migrate-set-parameters", speed).await?;
+        monitor.send_fd("state", theirs.into()).await?;
+        let go = migrate {
+            uri: Some("fd:state".into()),
+            channels: None,
+            detach: None,
+            resume: None,
+        };
+        monitor.execute(go).await?;
+        Ok::<_, MachineError>(())
+    };
+    begin.await?;
+    let status = match tokio::time::timeout(LIVE, migrated(&mut events, SAVE)).await {
+        Ok(ended) => ended?,
+        Err(_) => {
+            // It writes faster than it can be saved.
+            monitor.execute(stop {}).await.map_err(MachineError::from)?;
+            migrated(&mut events, SAVE).await?
+        }
+    };
+    // Events have waited for us: the first that says that it stands still.
+    let stopped = stops.wait_for("STOP", TOLD, |_| true).await;
+    let written = joined(write.await);
+    written.map_err(SnapshotError::io("write", &path))?;
+    match status.as_str() {
+        "completed" => Ok(stopped
+            .ok()
+            .and_then(|event| event.timestamp)
+            .unwrap_or_else(now)),
+        other => {
+            let (vm, why) = (machine.plan().id.clone(), format!("it {other}"));
+            Err(SnapshotError::Failed { vm, why }.into())
+        }
+    }
+}
+
+/// Has a machine serve again whose supervisor died while it saved it.
+///
+/// # Errors
+/// The guest does not answer, or cannot go on.
+pub(super) async fn wake_after_loss(
+    machine: &Machine,
+    spec: &Spec,
+    machine_id: String,
+) -> Result<(), MachineError> {
+    let store = Store::new(machine.dir(), &spec.id);
+    if !store.is_unfinished() {
+        return Ok(());
+    }
+    let life = rest(machine).await?;
+    let identity = Configure {
+        machine_id: Some(machine_id),
+        ..identity(spec)
+    };
+    wake(machine, &life, &identity).await
+}
+
+/// Time since 1970, as QEMU's events have it.
+fn now() -> Duration {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default()
+}
+
+/// Has the guest serve again, as the next generation of itself.
+async fn wake(machine: &Machine, life: &Life, identity: &Configure) -> Result<(), MachineError> {
+    let request = Request::Restored {
+        generation: life.generation + 1,
+        identity: fresh(identity),
+    };
+    let channel = machine.channel();
+    told(channel.ask("go on", &request, WAKE).await?)?;
+    Ok(())
+}
