@@ -187,7 +187,7 @@ impl<'a> Builder<'a> {
             .env("SOURCE_DATE_EPOCH", sources.epoch.to_string())
             .stdout(Stdio::piped());
         let mut debian = MMDEBSTRAP.spawn(&mut command, scratch.path())?;
-        let Some(tar) = debian.stdout() else {
+        let Some(mut tar) = debian.stdout() else {
             unreachable!("stdout was piped")
         };
         let packed = squash(
@@ -197,11 +197,15 @@ impl<'a> Builder<'a> {
             sources.epoch,
             |merge| {
                 self.step("packing the root file system");
-                merge.layer(tar, &HashMap::new())
+                merge.layer(&mut tar, &HashMap::new())
             },
         );
         match packed {
-            Ok(packed) => debian.finish().map(|()| packed),
+            Ok(packed) => {
+                drop(tar);
+                debian.finish().map(|()| packed)
+            }
+            // Its pipe is open still: if it has failed, then not because of us.
             Err(error) => Err(debian.blame(error)),
         }
     }
