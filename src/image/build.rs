@@ -125,15 +125,9 @@ impl<'a> Builder<'a> {
     pub fn from_root_tar(&self, reader: impl Read, from: &Image, name: &str) -> Result<Image> {
         const ARCHIVE: &str = "the root file system";
         let provisioned = Some(from.id.clone());
-        let mut reader = reader;
         self.assemble(from, name, provisioned, ARCHIVE, |merge| {
-            merge.layer(&mut reader, &HashMap::new())?;
             // Whether its maker was content shows at the very end.
-            io::copy(&mut reader, &mut io::sink()).map_err(|source| Error::Archive {
-                archive: ARCHIVE.into(),
-                reason: source.to_string(),
-            })?;
-            Ok(())
+            whole(merge, reader, ARCHIVE)
         })
     }
 
@@ -197,7 +191,7 @@ impl<'a> Builder<'a> {
             sources.epoch,
             |merge| {
                 self.step("packing the root file system");
-                merge.layer(&mut tar, &HashMap::new())
+                whole(merge, &mut tar, MMDEBSTRAP.name)
             },
         );
         match packed {
@@ -213,6 +207,17 @@ impl<'a> Builder<'a> {
     fn step(&self, what: &str) {
         (self.progress)(what);
     }
+}
+
+/// Adds the layer in `tar`, and reads what follows its end: whoever writes it
+/// pads it, and takes a pipe that is closed before that for a failure.
+fn whole(merge: &mut Merge<impl io::Write>, mut tar: impl Read, archive: &str) -> Result<()> {
+    merge.layer(&mut tar, &HashMap::new())?;
+    let read = io::copy(&mut tar, &mut io::sink());
+    read.map(|_| ()).map_err(|source| Error::Archive {
+        archive: archive.to_owned(),
+        reason: source.to_string(),
+    })
 }
 
 /// Runs tar2sqfs behind a [`Merge`] that `fill` fills.
@@ -278,4 +283,30 @@ fn write_file(
         size,
         sha256,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::tool::Tool;
+
+    #[test]
+    fn who_pads_an_archive_is_read_to_the_end() {
+        const SH: Tool = Tool {
+            name: "sh",
+            package: "dash",
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = SH.command();
+        // More than a pipe holds: it cannot have ended before it was read.
+        command.args(["-c", "head -c 1000000 /dev/zero"]);
+        let mut maker = SH
+            .spawn(command.stdout(Stdio::piped()), dir.path())
+            .unwrap();
+        let mut tar = maker.stdout().unwrap();
+        let mut merge = Merge::new(io::sink(), "sh".into(), Limits::default(), false);
+        whole(&mut merge, &mut tar, "sh").unwrap();
+        drop(tar);
+        maker.finish().unwrap();
+    }
 }
