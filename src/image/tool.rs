@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -40,8 +41,11 @@ impl Tool {
     /// A command that ends when this process dies, however it dies.
     ///
     /// `setpriv` (util-linux) asks the kernel for that, so no unsafe code does.
+    /// It has a process group of its own: mmdebstrap, when it fails, sends SIGHUP
+    /// to all of its group.
     pub(super) fn command(self) -> Command {
         let mut command = Command::new("setpriv");
+        command.process_group(0);
         command.args(["--pdeathsig", "TERM", "--", self.name]);
         // /usr/sbin is missing from the path of ordinary users on Debian.
         let path = std::env::var("PATH").unwrap_or_default();
@@ -205,6 +209,15 @@ mod tests {
         );
         assert!(!text.contains("line 2"), "{text}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_tool_that_ends_its_group_does_not_end_us() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = SH.command();
+        command.args(["-c", "trap '' HUP; kill -HUP 0; exit 3"]);
+        let error = SH.output(&mut command, dir.path()).unwrap_err();
+        assert!(error.to_string().contains("exit status: 3"), "{error}");
     }
 
     #[test]
