@@ -179,7 +179,7 @@ impl Case<'_> {
 
     /// What the verb said it did and did not.
     fn kept(&self, found: &Found, code: Option<i32>) -> Option<String> {
-        let machine = found.machines.first();
+        let machine = found.of(VM);
         let live = machine.map(|view| view.state.is_live());
         let (verb, failed) = (self.scenario.verb[0], matches!(self.fault, Fault::Fail(_)));
         let wanted = match (verb, code == Some(0)) {
@@ -211,7 +211,7 @@ impl Case<'_> {
         for id in templates(place)? {
             must(&["template", "inspect", &id])?;
         }
-        match found.machines.first() {
+        match found.of(VM) {
             Some(view) => {
                 let starts = [
                     "start",
@@ -228,6 +228,10 @@ impl Case<'_> {
             None => must(&["create", "--name", VM])?,
         }
         must(&["rm", "--force", VM])?;
+        // Forks are machines of their own.
+        for fork in found.machines.iter().filter(|view| view.id.as_str() != VM) {
+            must(&["rm", "--force", fork.id.as_str()])?;
+        }
         // What removes it may still be ending.
         let begin = Instant::now();
         let left = loop {

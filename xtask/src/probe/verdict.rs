@@ -22,6 +22,13 @@ pub(crate) struct Found {
     busy: bool,
 }
 
+impl Found {
+    /// The machine of this name.
+    pub(super) fn of(&self, vm: &str) -> Option<&View> {
+        self.machines.iter().find(|view| view.id.as_str() == vm)
+    }
+}
+
 impl Place {
     /// Waits up to five seconds until everything is in order. A machine that
     /// comes up or goes down in good hands may take its time besides.
