@@ -209,9 +209,10 @@ impl Witness<'_> {
         let qemu = self.plan.qemu.clone();
         if status.signal == Some(libc::SIGSYS)
             // Somebody else's child leaves no status, but its end is in the log.
-            || status == ExitStatus::UNKNOWN && Audit::is_violation(self.process)
+            || status == ExitStatus::UNKNOWN && Audit::is_violation(self.process).await
         {
-            let call = self.audit.system_call(&self.plan.id, &qemu, self.process);
+            let audit = self.audit;
+            let call = audit.system_call(&self.plan.id, &qemu, self.process).await;
             return MachineError::SystemCall { qemu, call };
         }
         if status.signal == Some(libc::SIGKILL)

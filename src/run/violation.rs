@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -51,14 +52,19 @@ impl Audit {
     }
 
     /// Whether the kernel's log has it that the VMM was ended for a system call.
-    pub(super) fn is_violation(process: &VmmProcess) -> bool {
-        kmsg::seccomp_kill(process.pid(), process.start_time()).is_some()
+    pub(super) async fn is_violation(process: &VmmProcess) -> bool {
+        logged(process, Duration::from_millis(200)).await.is_some()
     }
 
     /// Writes down for what the kernel ended a VMM, and gives the call's name.
-    pub(super) fn system_call(&self, machine: &VmId, qemu: &Path, process: &VmmProcess) -> String {
+    pub(super) async fn system_call(
+        &self,
+        machine: &VmId,
+        qemu: &Path,
+        process: &VmmProcess,
+    ) -> String {
         let pid = process.pid();
-        let number = kmsg::seccomp_kill(pid, process.start_time());
+        let number = logged(process, Duration::from_secs(2)).await;
         let violation = Violation {
             at_ms: now_ms(),
             machine: machine.clone(),
@@ -75,6 +81,20 @@ impl Audit {
             }
         }
         violation.call
+    }
+}
+
+/// The call that the kernel's log says ended the VMM, waited for that long: the
+/// log is written by a thread of the kernel, which may be behind the end of the
+/// process; and of many records at once the kernel drops some.
+async fn logged(process: &VmmProcess, patience: Duration) -> Option<i64> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let number = kmsg::seccomp_kill(process.pid(), process.start_time());
+        if number.is_some() || Instant::now() >= deadline {
+            return number;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
