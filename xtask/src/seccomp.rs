@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bulkhead::error::{Explain, Report};
 use bulkhead::guest::Output;
 use bulkhead::plan::SHARE_TAG;
-use bulkhead::run::{Host, Machine};
-use bulkhead::spec::{Accel, Catalog, MachineType, Request, WorkspaceMode};
+use bulkhead::run::{Build, Host, Io, Machine, build};
+use bulkhead::spec::{Accel, Catalog, MachineType, Request, Spec, WorkspaceMode};
 use bulkhead::vmm::seccomp::{Wanted, calls};
 use bulkhead_agent::{Exec, Request as Ask};
 use serde_json::json;
@@ -21,7 +21,7 @@ use crate::probe::vmm::place;
 use crate::{qemu10, setup};
 
 /// What is done with a machine while it is traced.
-const SCENARIOS: [&str; 3] = ["microvm", "q35", "share"];
+const SCENARIOS: [&str; 4] = ["microvm", "q35", "share", "clone"];
 
 /// What the guest does to its disk and, where it has one, to its share.
 const SCRIPT: &str = "set -e; cd $1
@@ -44,7 +44,8 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum What {
-    /// Trace boot, use of disk and share, block jobs, migration and power-off.
+    /// Trace boot, use of disk and share, block jobs, migration, restore and
+    /// power-off.
     Trace(Trace),
     /// One traced scenario.
     #[command(hide = true)]
@@ -131,25 +132,32 @@ fn trace(args: &Trace) -> Result<()> {
             }
         }
     }
-    let listed = |share| -> Result<BTreeSet<String>> {
+    let listed = |share, ram| -> Result<BTreeSet<String>> {
         let wanted = Wanted {
             accel: Accel::Tcg,
             share,
             adopt: false,
-            ram: false,
+            ram,
             host_files: false,
             host_pids: false,
         };
         Ok(calls(wanted)?.into_iter().map(|(call, _)| call).collect())
     };
-    report(args.json, &counts, &listed(false)?, &listed(true)?)
+    let plain = listed(false, false)?;
+    let lists = [
+        ("share", listed(true, false)?),
+        ("clone", listed(false, true)?),
+    ];
+    report(args.json, &counts, &plain, &lists.into())
 }
 
+/// Prints the counts, and what `plain` and the longer lists of some scenarios
+/// have too few or too many of.
 fn report(
     json: bool,
     counts: &Counts,
     plain: &BTreeSet<String>,
-    share: &BTreeSet<String>,
+    longer: &BTreeMap<&str, BTreeSet<String>>,
 ) -> Result<()> {
     // Answered with ENOSYS; see [refuse].
     let refused = [
@@ -163,14 +171,17 @@ fn report(
     let missing: Vec<_> = counts
         .iter()
         .filter(|(call, by)| {
-            let needed = by.keys().any(|column| !column.ends_with(" share"));
-            let list = if needed { plain } else { share };
-            !list.contains(*call) && !refused.contains(&call.as_str())
+            let lacks = |column: &String| {
+                let scenario = column.rsplit(' ').next().unwrap_or_default();
+                !longer.get(scenario).unwrap_or(plain).contains(*call)
+            };
+            by.keys().any(lacks) && !refused.contains(&call.as_str())
         })
         .map(|(call, _)| call.clone())
         .collect();
-    let unused: Vec<_> = share
-        .iter()
+    let all: BTreeSet<&String> = longer.values().flatten().collect();
+    let unused: Vec<_> = all
+        .into_iter()
         .filter(|call| !counts.contains_key(*call))
         .cloned()
         .collect();
@@ -264,6 +275,9 @@ async fn drive(args: &Drive) -> Result<()> {
         ..Request::default()
     };
     let spec = wish.resolve(&Catalog::default())?;
+    if args.scenario == "clone" {
+        return clone(&host, &spec, temp.path()).await;
+    }
     let (_, machine) = host.start(&spec).await.map_err(explain)?;
     let dir = match share {
         true => SHARE,
@@ -320,6 +334,19 @@ async fn drive(args: &Drive) -> Result<()> {
         .stop(Duration::from_secs(20))
         .await
         .map_err(|errors| anyhow::anyhow!("left behind: {errors:?}"))
+}
+
+/// A template is made, and a machine restored from it.
+async fn clone(host: &Host, spec: &Spec, temp: &Path) -> Result<()> {
+    let io = Io::collecting(temp.to_owned());
+    let built = build(host, spec, &Build::default(), io).await;
+    let template = built.map_err(explain)?.template;
+    let (_, machine) = host.start_clone(spec).await.map_err(explain)?;
+    sh(&machine, "/root").await?;
+    let stopped = machine.stop(Duration::from_secs(20)).await;
+    stopped.map_err(|errors| anyhow::anyhow!("left behind: {errors:?}"))?;
+    host.templates().rm(&template.id).map_err(explain)?;
+    Ok(())
 }
 
 async fn sh(machine: &Machine, dir: &str) -> Result<()> {

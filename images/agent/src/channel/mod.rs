@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bulkhead_agent::{AGENT_PORT, FailureKind, VSOCK_PORT};
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::unistd::{read, write};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::failure::{Result, failure};
@@ -152,6 +153,18 @@ impl Channel {
             if gone {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
+        }
+    }
+
+    /// Writes what fits now; `None` when nothing does, or the host is gone.
+    pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<Option<usize>> {
+        let wrote = self
+            .0
+            .try_io(Interest::WRITABLE, |fd| Ok(write(fd, bytes)?));
+        match wrote {
+            Ok(count) => Ok(Some(count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
         }
     }
 }

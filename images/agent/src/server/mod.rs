@@ -146,13 +146,26 @@ async fn serve_connection(
     let mut expected = true;
     loop {
         let outbox = session.outbox();
-        let end = tokio::select! {
-            end = session.run(&mut reader, channel, expected) => end,
-            error = writer.run(channel, &outbox) => {
-                complain!("cannot write to the host: {error}");
-                End::Gone
+        let end = loop {
+            // Before the channel is asked for more, which costs as much again:
+            // the host waits for answers, not for that.
+            if let Err(error) = writer.push(channel, &outbox) {
+                break unwritable(&error);
             }
-            () = connections.superseded() => End::Gone,
+            tokio::select! {
+                biased;
+                () = connections.superseded() => break End::Gone,
+                end = session.step(&mut reader, channel, expected) => {
+                    if let Some(end) = end {
+                        break end;
+                    }
+                }
+                more = writer.more(channel, &outbox) => {
+                    if let Err(error) = more {
+                        break unwritable(&error);
+                    }
+                }
+            }
         };
         match end {
             End::PowerOff => {
@@ -178,4 +191,9 @@ async fn serve_connection(
         }
         expected = false;
     }
+}
+
+fn unwritable(error: &std::io::Error) -> End {
+    complain!("cannot write to the host: {error}");
+    End::Gone
 }

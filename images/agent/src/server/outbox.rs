@@ -106,19 +106,13 @@ impl Outbox {
         }
     }
 
-    /// The next frames, appended to `buffer` up to about `limit` bytes; waits
-    /// for the first.
-    pub(crate) async fn take(&self, buffer: &mut Vec<u8>, limit: usize) {
-        loop {
-            self.take_now(buffer, limit);
-            if !buffer.is_empty() {
-                return;
-            }
-            self.filled.notified().await;
-        }
+    /// Waits until something was queued. It may have been taken since.
+    pub(crate) async fn filled(&self) {
+        self.filled.notified().await;
     }
 
-    fn take_now(&self, buffer: &mut Vec<u8>, limit: usize) {
+    /// The next frames, appended to `buffer` up to about `limit` bytes.
+    pub(crate) fn take(&self, buffer: &mut Vec<u8>, limit: usize) {
         let mut queues = self.lock();
         while buffer.len() < limit {
             if let Some(frame) = queues.urgent.pop_front() {
@@ -146,12 +140,6 @@ impl Outbox {
         while self.lock().urgent_bytes > URGENT_LIMIT {
             self.drained.notified().await;
         }
-    }
-
-    /// Whether nothing is queued.
-    pub(crate) fn is_empty(&self) -> bool {
-        let queues = self.lock();
-        queues.urgent.is_empty() && queues.credits.is_empty() && queues.data.is_empty()
     }
 
     /// Drops what is queued, and all that will be.
@@ -196,9 +184,12 @@ mod tests {
         outbox.send_credit(2, 6);
         outbox.send_urgent(3, Kind::Reply, &2);
         let mut kinds = Vec::new();
-        while !outbox.is_empty() {
+        loop {
             let mut bytes = Vec::new();
-            outbox.take(&mut bytes, 1).await;
+            outbox.take(&mut bytes, 1);
+            if bytes.is_empty() {
+                break;
+            }
             kinds.push((Kind::try_from(bytes[8]).unwrap(), bytes[HEADER_LEN]));
         }
         let expected = [

@@ -85,40 +85,46 @@ impl Session {
         self.accepted = true;
     }
 
-    /// Serves until the end. The host's first `Hello` answers ours when it is
-    /// `expected`, and is answered with ours otherwise.
-    pub(super) async fn run(
+    /// Serves the host's next frame; gives the end when that is what it was. The
+    /// host's first `Hello` answers ours when it is `expected`, and is answered
+    /// with ours otherwise. Cancel-safe.
+    pub(super) async fn step(
         &mut self,
         reader: &mut Reader,
         channel: &Channel,
         expected: bool,
-    ) -> End {
+    ) -> Option<End> {
         if !self.accepted {
-            // What comes before is the rest of something older.
-            match reader.hello(channel).await {
-                Ok(Some(hello)) if hello.version == VERSION => self.accepted = true,
-                Ok(Some(hello)) => return End::Violation(version_message(&hello)),
-                Ok(None) => return End::Gone,
-                Err(error) => return gone(&error),
-            }
-            if !expected {
-                self.greet();
-            }
+            return self.accept_hello(reader, channel, expected).await;
         }
-        loop {
-            self.outbox.calm().await;
-            let (header, payload) = match reader.frame(channel).await {
-                Ok(Ok(Some(frame))) => frame,
-                Ok(Ok(None)) => return End::Gone,
-                Ok(Err(violation)) => return End::Violation(violation),
-                Err(error) => return gone(&error),
-            };
-            match self.handle(header, payload) {
-                Ok(None) => {}
-                Ok(Some(end)) => return end,
-                Err(violation) => return End::Violation(violation),
-            }
+        self.outbox.calm().await;
+        let (header, payload) = match reader.frame(channel).await {
+            Ok(Ok(Some(frame))) => frame,
+            Ok(Ok(None)) => return Some(End::Gone),
+            Ok(Err(violation)) => return Some(End::Violation(violation)),
+            Err(error) => return Some(gone(&error)),
+        };
+        self.handle(header, payload)
+            .unwrap_or_else(|violation| Some(End::Violation(violation)))
+    }
+
+    async fn accept_hello(
+        &mut self,
+        reader: &mut Reader,
+        channel: &Channel,
+        expected: bool,
+    ) -> Option<End> {
+        // What comes before is the rest of something older.
+        match reader.hello(channel).await {
+            Ok(Some(hello)) if hello.version == VERSION => self.accepted = true,
+            Ok(Some(hello)) => return Some(End::Violation(version_message(&hello))),
+            Ok(None) => return Some(End::Gone),
+            Err(error) => return Some(gone(&error)),
         }
+        if !expected {
+            self.greet();
+        }
+        None
     }
 
     fn handle(&mut self, header: Header, payload: Vec<u8>) -> Result<Option<End>, Violation> {

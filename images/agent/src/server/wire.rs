@@ -135,33 +135,49 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    /// Sends what comes into `outbox`, until the channel fails.
-    pub(super) async fn run(&mut self, channel: &Channel, outbox: &Outbox) -> io::Error {
+    /// Sends what is in `outbox` as far as it fits now.
+    pub(super) fn push(&mut self, channel: &Channel, outbox: &Outbox) -> io::Result<()> {
         loop {
-            if let Err(error) = self.flush(channel).await {
-                return error;
+            if self.buffer.is_empty() {
+                outbox.take(&mut self.buffer, MAX_PAYLOAD / 2);
             }
-            outbox.take(&mut self.buffer, MAX_PAYLOAD / 2).await;
+            if self.buffer.is_empty() {
+                return Ok(());
+            }
+            match channel.try_write(&self.buffer[self.sent..])? {
+                Some(count) => self.wrote(count),
+                None => return Ok(()),
+            }
         }
+    }
+
+    /// Waits until there is more to send, or the host takes more of what did not
+    /// fit; an error when it is gone. Cancel-safe.
+    pub(super) async fn more(&mut self, channel: &Channel, outbox: &Outbox) -> io::Result<()> {
+        if self.buffer.is_empty() {
+            outbox.filled().await;
+        } else {
+            let count = channel.write(&self.buffer[self.sent..]).await?;
+            self.wrote(count);
+        }
+        Ok(())
     }
 
     /// Sends what is still queued.
     pub(super) async fn finish(&mut self, channel: &Channel, outbox: &Outbox) -> io::Result<()> {
-        self.flush(channel).await?;
-        while !outbox.is_empty() {
-            outbox.take(&mut self.buffer, MAX_PAYLOAD / 2).await;
-            self.flush(channel).await?;
+        self.push(channel, outbox)?;
+        while !self.buffer.is_empty() {
+            self.more(channel, outbox).await?;
+            self.push(channel, outbox)?;
         }
         Ok(())
     }
 
-    /// Sends what is in the buffer.
-    async fn flush(&mut self, channel: &Channel) -> io::Result<()> {
-        while self.sent < self.buffer.len() {
-            self.sent += channel.write(&self.buffer[self.sent..]).await?;
+    fn wrote(&mut self, count: usize) {
+        self.sent += count;
+        if self.sent == self.buffer.len() {
+            self.buffer.clear();
+            self.sent = 0;
         }
-        self.buffer.clear();
-        self.sent = 0;
-        Ok(())
     }
 }

@@ -59,8 +59,8 @@ impl Install {
             packages::apt_install(&PACKAGES)?;
         }
         if !place.join("bin/vmtest").exists() {
-            let mut cargo = setup::cargo(&["install", "vmtest", "--root"])?;
-            setup::call(cargo.arg(&place))?;
+            let mut cargo = setup::cargo(&["install", "vmtest"])?;
+            setup::call(cargo.arg("--root").arg(&place))?;
         }
         let venv = place.join("venv");
         if !venv.join("bin/vng").exists() {
