@@ -21,6 +21,8 @@ use super::{ours, peers};
 
 const SMALL_IN: &str = "1-kb-in";
 const LARGE_OUT: &str = "1-mb-out";
+/// CPU time of the VMM for it.
+const LARGE_OUT_CPU: &str = "1-mb-out-vmm-cpu";
 const MANY_IN: &str = "many-in";
 const MANY_OUT: &str = "many-out";
 /// Bytes of each of the many.
@@ -106,7 +108,7 @@ async fn measure(args: Args) -> Result<()> {
     let material = Material::make(bed.temp(), args.files)?;
     let mut machine = ours::start(&bed, &common.config).await?;
     let echo = Mutex::new(Echo::start(&mut machine).await?);
-    let channel = machine.channel();
+    let (channel, pid) = (machine.channel(), machine.process().pid());
     for place in PLACES {
         // Not of zeroes, which somebody might not carry.
         let make = format!("mkdir -p {place} && head -c {LARGE} /dev/urandom > {place}/large");
@@ -114,9 +116,9 @@ async fn measure(args: Args) -> Result<()> {
     }
     let (echo, material, temp) = (&echo, &material, bed.temp());
     let mut subjects = vec![
-        Subject::new(OURS, || ours_once(channel, material, temp)),
+        Subject::new(OURS, || ours_once(channel, pid, material, temp)),
         Subject::new(FLOOR, move || async move {
-            let sample = bare_once(&mut *echo.lock().await, material, temp).await?;
+            let sample = bare_once(&mut *echo.lock().await, pid, material, temp).await?;
             ours::run(channel, &["rm", "-r", "/root/bare/tree"], Vec::new()).await?;
             Ok(sample)
         }),
@@ -153,7 +155,12 @@ fn put(path: &str) -> Request {
     }
 }
 
-async fn ours_once(channel: &Channel, material: &Material, temp: &Path) -> Result<Sample> {
+async fn ours_once(
+    channel: &Channel,
+    pid: i32,
+    material: &Material,
+    temp: &Path,
+) -> Result<Sample> {
     let mut sample = Sample::default();
     let place = PLACES[0];
     let begin = Instant::now();
@@ -164,10 +171,13 @@ async fn ours_once(channel: &Channel, material: &Material, temp: &Path) -> Resul
     sent.map_err(explain)?;
     sample.set(SMALL_IN, ms(begin.elapsed()));
 
+    let cpu = ours::cpu_of(pid)?;
     let begin = Instant::now();
     let into = tempfile::tempdir_in(temp)?;
     fetch(channel, &format!("{place}/large"), into.path()).await?;
     sample.set(LARGE_OUT, ms(begin.elapsed()));
+    let used = ours::cpu_of(pid)?.saturating_sub(cpu);
+    sample.set(LARGE_OUT_CPU, ms(used));
     let size = fs::metadata(into.path().join("large"))?.len();
     ensure!(size == LARGE as u64, "{size} of {LARGE} bytes came");
 
@@ -204,7 +214,7 @@ async fn fetch(channel: &Channel, path: &str, into: &Path) -> Result<usize> {
     got.map_err(explain)
 }
 
-async fn bare_once(echo: &mut Echo, material: &Material, temp: &Path) -> Result<Sample> {
+async fn bare_once(echo: &mut Echo, pid: i32, material: &Material, temp: &Path) -> Result<Sample> {
     let mut sample = Sample::default();
     let begin = Instant::now();
     let small = fs::read(&material.small)?;
@@ -212,11 +222,14 @@ async fn bare_once(echo: &mut Echo, material: &Material, temp: &Path) -> Result<
     echo.put(&[(name, small)]).await?;
     sample.set(SMALL_IN, ms(begin.elapsed()));
 
+    let cpu = ours::cpu_of(pid)?;
     let begin = Instant::now();
     let into = tempfile::tempdir_in(temp)?;
     let content = echo.get(&format!("{}/large", PLACES[1])).await?;
     fs::write(into.path().join("large"), &content)?;
     sample.set(LARGE_OUT, ms(begin.elapsed()));
+    let used = ours::cpu_of(pid)?.saturating_sub(cpu);
+    sample.set(LARGE_OUT_CPU, ms(used));
     ensure!(content.len() == LARGE, "{} bytes came", content.len());
 
     let begin = Instant::now();

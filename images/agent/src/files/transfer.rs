@@ -68,20 +68,20 @@ pub(super) struct Output {
     runtime: Handle,
     stream: Arc<Stream>,
     kind: Kind,
-    /// The next frame, with room for its header. It goes out as it is: bytes
-    /// are not copied from here.
+    /// Full ones that are still here.
+    full: Vec<Vec<u8>>,
+    /// The next frame, as long as one that is full, with room for its header.
+    /// It goes out as it is: bytes are not copied from here.
     frame: Vec<u8>,
+    /// So much of it is used.
+    used: usize,
 }
 
-/// A frame without payload, and with room for all of it.
-fn fresh() -> Vec<u8> {
-    let mut frame = Vec::with_capacity(FULL);
-    frame.resize(HEADER_LEN, 0);
-    frame
-}
-
-/// Length of a frame that takes no more.
-const FULL: usize = HEADER_LEN + MAX_PAYLOAD;
+/// Length of a frame that takes no more: a port takes 32 KiB at a time, and a few
+/// bytes beyond that cost it as much.
+const FULL: usize = MAX_PAYLOAD;
+/// Full frames that are sent together.
+const TOGETHER: usize = 4;
 
 impl Output {
     pub(super) fn new(stream: &Arc<Stream>, kind: Kind) -> Self {
@@ -89,7 +89,9 @@ impl Output {
             runtime: Handle::current(),
             stream: Arc::clone(stream),
             kind,
-            frame: fresh(),
+            full: Vec::new(),
+            frame: stream.blank(FULL),
+            used: HEADER_LEN,
         }
     }
 
@@ -103,18 +105,43 @@ impl Output {
     pub(super) fn take(&mut self, source: &mut impl Read, size: u64) -> io::Result<u64> {
         let mut left = size;
         while left > 0 {
-            let room = (FULL - self.frame.len()) as u64;
-            let part = &mut source.take(left.min(room));
-            let count = part.read_to_end(&mut self.frame)? as u64;
-            if count == 0 {
-                break;
+            let room = left.min((FULL - self.used) as u64) as usize;
+            match source.read(&mut self.frame[self.used..][..room]) {
+                Ok(0) => break,
+                Ok(count) => {
+                    self.used += count;
+                    left -= count as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
-            left -= count;
-            if self.frame.len() == FULL {
-                self.flush()?;
-            }
+            self.pass_on()?;
         }
         Ok(size - left)
+    }
+
+    /// Puts a frame aside that is full, and sends them when there are enough.
+    fn pass_on(&mut self) -> io::Result<()> {
+        if self.used == FULL {
+            self.put_aside();
+        }
+        match self.full.len() {
+            TOGETHER => self.send(),
+            _ => Ok(()),
+        }
+    }
+
+    fn put_aside(&mut self) {
+        let mut frame = std::mem::replace(&mut self.frame, self.stream.blank(FULL));
+        frame.truncate(self.used);
+        self.full.push(frame);
+        self.used = HEADER_LEN;
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        let frames = std::mem::take(&mut self.full);
+        self.runtime
+            .block_on(self.stream.send_all(self.kind, frames))
     }
 
     /// Sends what is still here.
@@ -125,28 +152,17 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = bytes.len().min(FULL - self.frame.len());
-        self.frame.extend_from_slice(&bytes[..count]);
-        if self.frame.len() == FULL {
-            self.flush()?;
-        }
+        let count = bytes.len().min(FULL - self.used);
+        self.frame[self.used..][..count].copy_from_slice(&bytes[..count]);
+        self.used += count;
+        self.pass_on()?;
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        while self.frame.len() > HEADER_LEN {
-            let room = self.stream.room(self.frame.len() - HEADER_LEN);
-            let room = self.runtime.block_on(room)?;
-            let sent = HEADER_LEN + room.bytes;
-            let frame = if sent == self.frame.len() {
-                std::mem::replace(&mut self.frame, fresh())
-            } else {
-                let now = self.frame[..sent].to_vec();
-                self.frame.drain(HEADER_LEN..sent);
-                now
-            };
-            self.stream.send(room, self.kind, frame);
+        if self.used > HEADER_LEN {
+            self.put_aside();
         }
-        Ok(())
+        self.send()
     }
 }

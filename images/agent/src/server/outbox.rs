@@ -1,6 +1,6 @@
 //! Frames on their way to the host: urgent ones first, data in turn.
 //!
-//! Every stream has at most one data frame here, and all together at most
+//! Every stream has few data frames here, and all together at most
 //! [`DATA_FRAMES`]; so streams take turns and memory is bounded.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -15,11 +15,13 @@ const DATA_FRAMES: usize = 64;
 /// Above this many bytes of answers the host does not read, its frames wait.
 const URGENT_LIMIT: usize = 1024 * 1024;
 
+/// Most frames that are kept to be filled again.
+const SPARE: usize = 8;
 /// From so many bytes on a frame goes out from where it is.
 const LARGE: usize = 4096;
 
 /// A frame ready for the wire, and the turns it holds until it is sent.
-type Entry = (Vec<u8>, Vec<OwnedSemaphorePermit>);
+pub(crate) type Entry = (Vec<u8>, Vec<OwnedSemaphorePermit>);
 
 #[derive(Debug, Default)]
 struct Queues {
@@ -28,6 +30,8 @@ struct Queues {
     urgent_bytes: usize,
     credits: BTreeMap<u32, u32>,
     data: VecDeque<Entry>,
+    /// Frames that were sent, to be filled again.
+    spare: Vec<Vec<u8>>,
 }
 
 /// The outgoing frames of one session.
@@ -66,7 +70,7 @@ impl Outbox {
 
     /// Queues a message behind the data that is already there.
     pub(crate) fn send_last(&self, stream: u32, kind: Kind, message: &impl Serialize) {
-        self.push((encode(stream, kind, message), Vec::new()));
+        self.push(vec![(encode(stream, kind, message), Vec::new())]);
     }
 
     /// Returns `count` consumed bytes to the host.
@@ -85,24 +89,51 @@ impl Outbox {
         Some(vec![own, any])
     }
 
+    /// Room for one data frame, where nobody has to be waited for.
+    pub(crate) fn room_now(&self, turn: &Arc<Semaphore>) -> Option<Vec<OwnedSemaphorePermit>> {
+        let own = Arc::clone(turn).try_acquire_owned().ok()?;
+        let any = Arc::clone(&self.slots).try_acquire_owned().ok()?;
+        Some(vec![own, any])
+    }
+
     /// Queues a data frame in the room that was waited for. `frame` starts
     /// with [`HEADER_LEN`] bytes to be filled in.
     pub(crate) fn send_data(
         &self,
         stream: u32,
         kind: Kind,
-        mut frame: Vec<u8>,
+        frame: Vec<u8>,
         room: Vec<OwnedSemaphorePermit>,
     ) {
-        fill_header(&mut frame, stream, kind);
-        self.push((frame, room));
+        self.send_batch(stream, kind, vec![(frame, room)]);
     }
 
-    fn push(&self, entry: Entry) {
+    /// As [`Outbox::send_data`], several at once.
+    pub(crate) fn send_batch(&self, stream: u32, kind: Kind, mut batch: Vec<Entry>) {
+        for (frame, _) in &mut batch {
+            fill_header(frame, stream, kind);
+        }
+        self.push(batch);
+    }
+
+    fn push(&self, entries: Vec<Entry>) {
         let mut queues = self.lock();
         if !queues.closed {
-            queues.data.push_back(entry);
+            queues.data.extend(entries);
             self.filled.notify_one();
+        }
+    }
+
+    /// A frame that was sent, or an empty one.
+    pub(crate) fn spare(&self) -> Vec<u8> {
+        self.lock().spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a frame that was sent.
+    pub(crate) fn give_back(&self, frame: Vec<u8>) {
+        let mut queues = self.lock();
+        if frame.capacity() >= LARGE && queues.spare.len() < SPARE {
+            queues.spare.push(frame);
         }
     }
 

@@ -10,6 +10,9 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::outbox::Outbox;
 
+/// Most data frames of one stream that wait to be sent at once.
+const FRAMES: usize = 4;
+
 /// What the host did wrong; ends the session.
 pub(crate) type Violation = String;
 
@@ -49,7 +52,7 @@ impl Stream {
             input: Mutex::default(),
             arrived: Notify::new(),
             window: Semaphore::new(WINDOW as usize),
-            turn: Arc::new(Semaphore::new(1)),
+            turn: Arc::new(Semaphore::new(FRAMES)),
             answered: AtomicBool::new(false),
         }
     }
@@ -160,6 +163,57 @@ impl Stream {
         if used > 0 {
             self.outbox.send_data(self.id, kind, frame, room.frame_room);
         }
+    }
+
+    /// A frame of that length, with anything in it. Those that were sent are used
+    /// again: under emulation memory that comes and goes costs more than all
+    /// copying of bytes.
+    pub(crate) fn blank(&self, len: usize) -> Vec<u8> {
+        let mut frame = self.outbox.spare();
+        frame.resize(len, 0);
+        frame
+    }
+
+    /// Sends all of `frames`, which have [`HEADER_LEN`] bytes to spare at their
+    /// start. Where there is room for several, they go together: whoever works
+    /// on a thread of its own is not to change places with the server for each.
+    ///
+    /// # Errors
+    /// The stream was cancelled.
+    pub(crate) async fn send_all(&self, kind: Kind, frames: Vec<Vec<u8>>) -> io::Result<()> {
+        let mut left = VecDeque::from(frames);
+        while let Some(first) = left.front() {
+            let room = self.room(first.len() - HEADER_LEN).await?;
+            let mut batch = vec![(Self::cut(&mut left, room.bytes), room.frame_room)];
+            while let Some(next) = left.front()
+                && let Some(room) = self.room_now(next.len() - HEADER_LEN)
+            {
+                batch.push((Self::cut(&mut left, room.bytes), room.frame_room));
+            }
+            self.outbox.send_batch(self.id, kind, batch);
+        }
+        Ok(())
+    }
+
+    /// Takes the first frame, or so many bytes of it; the rest stays.
+    fn cut(frames: &mut VecDeque<Vec<u8>>, bytes: usize) -> Vec<u8> {
+        let end = HEADER_LEN + bytes;
+        match frames.front_mut() {
+            Some(first) if first.len() > end => {
+                let now = first[..end].to_vec();
+                first.drain(HEADER_LEN..end);
+                now
+            }
+            _ => frames.pop_front().unwrap_or_default(),
+        }
+    }
+
+    /// Room for a whole frame, where nobody has to be waited for.
+    fn room_now(&self, bytes: usize) -> Option<Room> {
+        let window = self.window.try_acquire_many(bytes as u32).ok()?;
+        let frame_room = self.outbox.room_now(&self.turn)?;
+        window.forget();
+        Some(Room { frame_room, bytes })
     }
 
     /// Gives room back unused.

@@ -145,7 +145,7 @@ impl Writer {
                 return Ok(());
             }
             match channel.try_write(&self.buffer[self.sent..])? {
-                Some(count) => self.wrote(count),
+                Some(count) => self.wrote(outbox, count),
                 None => return Ok(()),
             }
         }
@@ -158,7 +158,7 @@ impl Writer {
             outbox.filled().await;
         } else {
             let count = channel.write(&self.buffer[self.sent..]).await?;
-            self.wrote(count);
+            self.wrote(outbox, count);
         }
         Ok(())
     }
@@ -173,10 +173,10 @@ impl Writer {
         Ok(())
     }
 
-    fn wrote(&mut self, count: usize) {
+    fn wrote(&mut self, outbox: &Outbox, count: usize) {
         self.sent += count;
         if self.sent == self.buffer.len() {
-            self.buffer.clear();
+            outbox.give_back(std::mem::take(&mut self.buffer));
             self.sent = 0;
         }
     }
