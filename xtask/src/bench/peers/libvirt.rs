@@ -64,14 +64,15 @@ cgroup_controllers = [ ]
 stdio_handler = "file"
 "#;
 
-/// Packs the guest: what busybox and qemu-guest-agent need, and no more.
+/// Packs the guest: what busybox and qemu-guest-agent need, and no more. Its
+/// `true` is the distribution's, as ours is.
 const GUEST: &str = r#"
 mkdir -p bin dev proc sys run tmp usr/sbin sbin
 cp "$BUSYBOX" bin/busybox
 ln -s busybox bin/sh
-ln -s busybox bin/true
+cp "$TRUE" bin/true
 cp "$AGENT" usr/sbin/qemu-ga
-ldd "$AGENT" | grep -o '/[^ ]*' | while read -r library; do
+ldd "$AGENT" "$TRUE" | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p ".$(dirname "$library")"
     cp -L "$library" ".$library"
 done
@@ -99,7 +100,7 @@ impl Libvirt {
         missing: &mut Vec<Missing>,
     ) -> Result<Option<Self>> {
         let mut found = Vec::new();
-        for name in ["libvirtd", "virsh", "qemu-ga", "busybox"] {
+        for name in ["libvirtd", "virsh", "qemu-ga", "busybox", "true"] {
             match program(name, &[]) {
                 Some(path) => found.push(path),
                 None => {
@@ -116,7 +117,7 @@ impl Libvirt {
             );
             return Ok(None);
         }
-        let [libvirtd, virsh, agent, busybox] = &found[..] else {
+        let [libvirtd, virsh, agent, busybox, command] = &found[..] else {
             return Ok(None);
         };
         let (_, plan) = bed.plan(config)?;
@@ -128,7 +129,8 @@ impl Libvirt {
         std::fs::create_dir_all(&root)?;
         let mut pack = std::process::Command::new("sh");
         pack.args(["-e", "-c", GUEST]).current_dir(&root);
-        setup::call(pack.env("BUSYBOX", busybox).env("AGENT", agent))?;
+        pack.env("BUSYBOX", busybox).env("AGENT", agent);
+        setup::call(pack.env("TRUE", command))?;
         std::fs::create_dir_all(place.join("etc"))?;
         std::fs::write(place.join("etc/qemu.conf"), QEMU_CONF)?;
         let run = place.join("run");
