@@ -287,4 +287,38 @@ mod tests {
         assert!(stream.credit(5).is_err());
         assert!(stream.credit(4).is_ok());
     }
+
+    #[tokio::test]
+    async fn what_goes_together_arrives_in_order_and_within_the_window() {
+        let outbox = Arc::new(Outbox::new());
+        let stream = Arc::new(Stream::new(1, Arc::clone(&outbox)));
+        let frame = |byte| {
+            let mut frame = stream.blank(MAX_PAYLOAD);
+            frame[HEADER_LEN..].fill(byte);
+            frame
+        };
+        let frames: Vec<_> = (0..20).map(frame).collect();
+        let sent: Vec<u8> = frames
+            .iter()
+            .flat_map(|frame| frame[HEADER_LEN..].to_vec())
+            .collect();
+        let own = Arc::clone(&stream);
+        let sender = tokio::spawn(async move { own.send_all(Kind::Out, frames).await });
+        let mut came = Vec::new();
+        while came.len() < sent.len() {
+            tokio::task::yield_now().await;
+            let mut bytes = Vec::new();
+            outbox.take(&mut bytes, 1);
+            if bytes.is_empty() {
+                // An odd number, so that frames are cut.
+                let count = (WINDOW as usize - stream.window.available_permits()).min(40_001);
+                stream.credit(count as u32).unwrap();
+                continue;
+            }
+            came.extend_from_slice(&bytes[HEADER_LEN..]);
+            outbox.give_back(bytes);
+        }
+        sender.await.unwrap().unwrap();
+        assert!(came == sent, "other bytes came than were sent");
+    }
 }
