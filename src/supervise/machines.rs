@@ -154,8 +154,11 @@ impl Machines {
                 continue;
             };
             let Ok(id) = id.parse::<VmId>() else { continue };
-            let launched = launcher.launch(self.dirs(), &id, Start::TakeOver).await;
-            adopted.push((id, launched));
+            match launcher.launch(self.dirs(), &id, Start::TakeOver).await {
+                // Somebody else gave it one meanwhile, and that is at it.
+                Err(SuperviseError::Told(report)) if report.code == "machine-busy" => {}
+                launched => adopted.push((id, launched)),
+            }
         }
         adopted
     }

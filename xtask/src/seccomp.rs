@@ -266,7 +266,8 @@ async fn drive(args: &Drive) -> Result<()> {
         }),
         memory: Some("256M".parse()?),
         cpus: Some(2),
-        balloon: Some(true),
+        // A clone has none.
+        balloon: Some(args.scenario != "clone"),
         workspace: share.then(|| shared.clone()),
         workspace_mode: share.then_some(WorkspaceMode::Share),
         waive: Some("seccomp".parse()?),

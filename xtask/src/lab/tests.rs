@@ -27,8 +27,9 @@ pub(crate) struct Args {
 
 /// The tests that need a KVM host, vhost or cgroup version 2: target, and what
 /// their names begin with. CI runs these, every time.
-const NEEDED: [(&str, &str); 6] = [
+const NEEDED: [(&str, &str); 7] = [
     ("kvm", ""),
+    ("templates", "a_template_is_cloned_under_kvm"),
     ("whole_host", ""),
     ("jail", "no_file_of_a_machine"),
     ("bulkhead", "host::cgroup::"),

@@ -203,6 +203,10 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     deep("take a terminal", || ioctl(0x540e)),
     deep("make a tap", || ioctl(0x4004_54ca)),
     deep("format a disk", || ioctl(0x125f)),
+    deep("encrypt a guest of KVM's", || ioctl(0xc008_aeba)),
+    deep("have KVM pretend to be Xen", || ioctl(0x4038_ae7a)),
+    deep("make guest memory of KVM's own", || ioctl(0xc040_aed4)),
+    deep("make a worker of vhost's", || ioctl(0x8004_af08)),
     flat("see a file system's freezer", || ioctl(0xc004_5877)),
     flat("send a file by the kernel", || {
         call(libc::SYS_sendfile, &[1, 0, 0, 1])
