@@ -472,15 +472,32 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         ("name good.org", "try again"),
     ]);
 
-    // Somebody changes its rules, until it is started again.
+    // Somebody changes its rules, until it is started again: one address in one of
+    // them; what no machine may reach; all of a chain.
     let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
-    let flush = "nft flush chain inet bulkhead refuse-cgnat";
-    sh_in(&inside.unwrap(), flush);
-    let open = verify();
-    assert!(
-        open.code != 0 && open.stdout.contains("other than planned in refuse-cgnat"),
-        "{open:?}"
-    );
+    let inside = inside.unwrap();
+    let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '2s/.* //p'";
+    let handle = sh_in(&inside, handle);
+    let other = format!("handle {} @nh,96,32 0xc6120003 accept", handle.trim());
+    for (change, named) in [
+        (
+            format!("replace rule netdev bulkhead ip4 {other}"),
+            "ip4 (rule 2, ip saddr 198.18.0.2 accept)",
+        ),
+        (
+            "delete element inet bulkhead never4 '{ 192.168.0.0/16 : goto refuse-private }'".into(),
+            "never4: 192.168.0.0 leads to nothing",
+        ),
+        (
+            "flush chain inet bulkhead refuse-cgnat".into(),
+            "refuse-cgnat (0 rules instead of 2",
+        ),
+    ] {
+        sh_in(&inside, &format!("nft {change}"));
+        let open = verify();
+        assert!(open.code != 0 && open.stdout.contains(named), "{open:?}");
+    }
+    drop(inside);
 
     let follow = ["--json", "net", "log", "-f", "named"];
     let mut follow = bulkhead.command(&follow);
