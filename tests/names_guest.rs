@@ -209,6 +209,8 @@ async fn an_open_policy_resolves_what_is_not_denied() {
             ("name good.org", GOOD),
             ("name evil.org", "try again"),
             ("name nas.lan", "try again"),
+            // 6,400 characters, of which some 2,000 get out.
+            ("tunnel big.org 160", "held"),
             ("tcp 93.184.215.14 22", "silent"),
             ("web good.org 80 good.org", "200 93.184.215.14"),
             ("tcp 93.184.215.14 8443", "refused"),
@@ -275,6 +277,14 @@ async fn strict_mode_reads_the_name_at_a_shared_address() {
             // The same address by another name, and by none.
             ("web shared.org 80 other.org", "403 host-not-allowed"),
             ("web shared.org 80 93.184.215.16", "403 host-missing"),
+            // The same in TLS: 49 is access_denied.
+            ("tls shared.org shared.org", "reached 93.184.215.16"),
+            ("tls shared.org other.org", "alert 49"),
+            ("tls shared.org -", "alert 49"),
+            ("tls shared.org shared.org ech", "alert 49"),
+            ("tls 93.184.215.15 shared.org", "reached 93.184.215.16"),
+            ("tls 93.184.215.15 evil.org", "alert 49"),
+            ("tls 8.8.8.8 dns.google", "alert 49"),
             // Through an allowed host, to another.
             ("relay shared.org 80 evil.org:443", "403 request-kind"),
             ("relay shared.org 80 shared.org:443", "403 request-kind"),
