@@ -1,24 +1,32 @@
-//! A machine on a bridge of the host's: it reaches what is there, by addresses of
-//! its own and no others.
+//! A machine on a bridge, or a tap, of the host's: it reaches what is there, by
+//! addresses of its own and no others.
 
 mod support;
 
 #[path = "support/matrix.rs"]
 mod matrix;
 
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
 use bulkhead::error::Explain;
-use bulkhead::plan::firewall::Family;
+use bulkhead::host::network::guarded;
+use bulkhead::host::nft;
+use bulkhead::plan::firewall::{Family, guard_name};
+use bulkhead::run::{Given, Machine, failures};
 use bulkhead::spec::{Bytes, Catalog, NetworkMode, NetworkPolicy, Request as Wish};
 use matrix::{Seen, counted, greet, matrix, tries};
 use support::live::{Live, sh};
 use support::net::{Place, World, note, sh_in};
 
 const BRIDGE: &str = "br0:10.99.0.50/24@10.99.0.1";
+const TAP: &str = "tap7:10.99.0.50/24@10.99.0.1";
 
-fn wish() -> Wish {
+fn wish(bridge: &str) -> Wish {
     Wish {
         network: None,
-        bridge: Some(BRIDGE.parse().unwrap()),
+        bridge: Some(bridge.parse().unwrap()),
         memory: Some(Bytes::mib(256)),
         ..Wish::default()
     }
@@ -40,6 +48,12 @@ fn lan(world: &World) -> Place {
     peer
 }
 
+/// The host's rules, but for what they counted.
+fn ruleset(world: &World) -> String {
+    let text = sh_in(&world.host.netns, "nft list ruleset");
+    text.replace(char::is_numeric, "")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
     let world = World::new();
@@ -47,14 +61,9 @@ async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
     let seen = Seen::default();
     greet(&peer.netns, "0.0.0.0:8080", &seen);
     greet(&world.host.netns, "10.99.0.1:80", &seen);
-    // But for what they counted.
-    let ruleset = || {
-        let text = sh_in(&world.host.netns, "nft list ruleset");
-        text.replace(char::is_numeric, "")
-    };
-    let rules = ruleset();
+    let rules = ruleset(&world);
     let live = Live::with_site(world.site());
-    let machine = live.start(wish()).await;
+    let machine = live.start(wish(BRIDGE)).await;
     matrix(
         &machine,
         &[
@@ -67,6 +76,26 @@ async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
     .await;
     let shown = sh(&machine, "cat /etc/resolv.conf /sys/class/net/eth0/address").await;
     assert_eq!(shown, "nameserver 10.99.0.1\n02:62:0a:63:00:32");
+    let counts = || counted(&machine, Family::Netdev);
+    held(&machine, &peer, "on a bridge", counts).await;
+    // The host's own rules are as they were, and nothing was added.
+    assert_eq!(ruleset(&world), rules);
+
+    let record = std::fs::read_to_string(machine.dir().join("network.jsonl")).unwrap();
+    assert!(record.contains("packet:arp"), "{record}");
+    machine.kill().await.unwrap();
+    world.settle();
+    let ports = sh_in(&world.host.netns, "ip -o link show master br0");
+    assert_eq!(ports.lines().count(), 1, "{ports}");
+}
+
+/// What is not the machine's own is stopped, and its neighbours do not notice.
+async fn held(
+    machine: &Machine,
+    peer: &Place,
+    place: &str,
+    counts: impl Fn() -> BTreeMap<String, u64>,
+) {
     let known = || {
         sh_in(
             &peer.netns,
@@ -89,16 +118,16 @@ async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
         ("broadcast", &["multicast", "dhcp-offer"]),
         ("dhcp", &["dhcp-unicast"]),
     ];
-    let counts = counted(&machine, Family::Netdev);
+    let first = counts();
     let all = frames.iter().flat_map(|(_, frames)| frames.iter());
     let lines: Vec<_> = all.map(|frame| format!("frame {frame}")).collect();
     let lines: Vec<_> = lines.iter().map(String::as_str).collect();
-    assert_eq!(tries(&machine, &lines).await, vec!["sent"; lines.len()]);
-    let after = counted(&machine, Family::Netdev);
+    assert_eq!(tries(machine, &lines).await, vec!["sent"; lines.len()]);
+    let after = counts();
     for (counter, frames) in frames {
-        let stopped = after[counter] - counts[counter];
+        let stopped = after[counter] - first[counter];
         let (expected, seen) = (frames.len(), stopped.min(frames.len() as u64));
-        let row = format!("on a bridge, frames {}", frames.join(", "));
+        let row = format!("{place}, frames {}", frames.join(", "));
         note(&row, &expected.to_string(), &seen.to_string());
         assert!(
             stopped >= expected as u64,
@@ -106,15 +135,6 @@ async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
         );
     }
     assert_eq!((macs(known()), before.len()), (before, 2));
-    // The host's own rules are as they were, and nothing was added.
-    assert_eq!(ruleset(), rules);
-
-    let record = std::fs::read_to_string(machine.dir().join("network.jsonl")).unwrap();
-    assert!(record.contains("packet:arp"), "{record}");
-    machine.kill().await.unwrap();
-    world.settle();
-    let ports = sh_in(&world.host.netns, "ip -o link show master br0");
-    assert_eq!(ports.lines().count(), 1, "{ports}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -148,4 +168,152 @@ fn wish_of(policy: &NetworkPolicy) -> Wish {
         bridge: policy.bridge.clone(),
         ..Wish::default()
     }
+}
+
+/// Somebody's tap, on the bridge.
+fn tap(world: &World) {
+    let script = "ip tuntap add tap7 mode tap; ip link set tap7 master br0 up";
+    sh_in(&world.host.netns, script);
+}
+
+/// The other end of it, as its owner has it.
+#[allow(unsafe_code)]
+fn end_of(world: &World) -> OwnedFd {
+    nix::ioctl_write_ptr_bad!(
+        set_iff,
+        nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
+        nix::libc::ifreq
+    );
+    let open = || {
+        let mut options = std::fs::File::options();
+        let end = options.read(true).write(true).open("/dev/net/tun").unwrap();
+        // SAFETY: all zeroes is a valid `ifreq`.
+        let mut request: nix::libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(b"tap7") {
+            *to = *from as nix::libc::c_char;
+        }
+        let flags = nix::libc::IFF_TAP | nix::libc::IFF_NO_PI;
+        request.ifr_ifru.ifru_flags = flags as nix::libc::c_short;
+        // SAFETY: a valid descriptor, and the kernel reads and writes one `ifreq`.
+        unsafe { set_iff(std::os::fd::AsRawFd::as_raw_fd(&end), &raw const request) }.unwrap();
+        end.into()
+    };
+    world.host.netns.run_in(open).unwrap()
+}
+
+/// What was stopped at the tap of a machine.
+fn stopped(live: &Live, machine: &Machine) -> BTreeMap<String, u64> {
+    let leases = bulkhead::run::Record::leased(&live.host.dirs, &machine.plan().id).unwrap();
+    let (netns, token) = guarded(&leases).unwrap().unwrap();
+    let count = || nft::counters_of(Family::Netdev, &guard_name(&token));
+    let counted = netns.run_in(count).unwrap().unwrap();
+    let packets = counted.into_iter().map(|(name, one)| (name, one.packets));
+    packets.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tap_of_the_hosts_is_used_and_left_as_it_was() {
+    let world = World::new();
+    let peer = lan(&world);
+    tap(&world);
+    let seen = Seen::default();
+    greet(&peer.netns, "0.0.0.0:8080", &seen);
+    greet(&world.host.netns, "10.99.0.1:80", &seen);
+    let links = || {
+        sh_in(
+            &world.host.netns,
+            "ip -br link | awk '{print $1, $3}'; ip -br link show master br0 | awk '{print $1}'",
+        )
+    };
+    let (rules, before) = (ruleset(&world), links());
+    let live = Live::with_site(world.site());
+    let machine = live.start(wish(TAP)).await;
+    let rows = [
+        ("tcp 10.99.0.9 8080", "open 10.99.0.50"),
+        ("tcp 10.99.0.1 80", "open 10.99.0.50"),
+        ("ping 10.99.0.9", "reply"),
+    ];
+    matrix(&machine, &rows).await;
+    held(&machine, &peer, "on a tap", || stopped(&live, &machine)).await;
+
+    // It is nobody else's meanwhile, and what cannot be limited is not said to be.
+    let other = |wish: Wish| {
+        let wish = wish.over(Wish {
+            image: Some("base".into()),
+            kernel: Some("tuned".into()),
+            accel: Some(bulkhead::spec::Accel::Tcg),
+            ..Wish::default()
+        });
+        wish.resolve_machine(&Catalog::default()).unwrap()
+    };
+    let error = live.host.start(&other(wish(TAP))).await.unwrap_err();
+    assert_eq!(error.code(), "network-refused", "{error:?}");
+    let mut limited = other(wish(TAP));
+    limited.network.limits.upload = Some(Bytes::mib(1));
+    let error = live.host.start(&limited).await.unwrap_err();
+    assert_eq!(error.code(), "network-no-limits", "{error:?}");
+
+    // Rules that somebody changes there are missed, too.
+    assert_eq!(failures(&machine.verify().await.unwrap()), [""; 0]);
+    let table = sh_in(&world.host.netns, "nft list tables netdev");
+    let table = table.trim().trim_start_matches("table ").to_owned();
+    sh_in(
+        &world.host.netns,
+        &format!("nft add rule {table} own accept"),
+    );
+    let failed = failures(&machine.verify().await.unwrap()).join("; ");
+    assert!(failed.contains("4 rules instead of 3"), "{failed}");
+    machine.kill().await.unwrap();
+    world.settle();
+    assert_eq!((ruleset(&world), links()), (rules, before));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tap_and_where_it_is_can_be_given_as_descriptors() {
+    let world = World::new();
+    let peer = lan(&world);
+    tap(&world);
+    let seen = Seen::default();
+    greet(&peer.netns, "0.0.0.0:8080", &seen);
+    let rules = ruleset(&world);
+    // It is told nothing of where that is.
+    let live = Live::new();
+    let netns = || {
+        Some(Arc::new(
+            std::fs::File::open(&world.host.path).unwrap().into(),
+        ))
+    };
+    let wish = |bridge: &str| {
+        let wish = wish(bridge).over(Wish {
+            image: Some("base".into()),
+            kernel: Some("tuned".into()),
+            accel: Some(bulkhead::spec::Accel::Tcg),
+            cpus: Some(1),
+            ..Wish::default()
+        });
+        wish.resolve_machine(&Catalog::default()).unwrap()
+    };
+    for (bridge, uplink) in [(BRIDGE, netns()), (TAP, None)] {
+        let given = Given {
+            uplink,
+            tap: Some(Arc::new(end_of(&world))),
+        };
+        let error = live.host.start_on(&wish(bridge), given).await.unwrap_err();
+        let codes = ["network-other-tap", "network-no-bridge"];
+        assert!(codes.contains(&error.code()), "{error:?}");
+    }
+    let given = Given {
+        uplink: netns(),
+        tap: Some(Arc::new(end_of(&world))),
+    };
+    let (_, machine) = live.host.start_on(&wish(TAP), given).await.unwrap();
+    matrix(&machine, &[("tcp 10.99.0.9 8080", "open 10.99.0.50")]).await;
+    tries(&machine, &["frame mac", "frame arp"]).await;
+    let counts = stopped(&live, &machine);
+    assert!(counts["mac"] > 0 && counts["arp"] > 0, "{counts:?}");
+    assert_eq!(failures(&machine.verify().await.unwrap()), [""; 0]);
+    machine.kill().await.unwrap();
+    world.settle();
+    assert_eq!(ruleset(&world), rules);
+    assert_eq!(support::net::mounts_below(&live.host.dirs.runtime), 0);
 }

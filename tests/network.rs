@@ -46,7 +46,9 @@ fn the_kernel_has_the_rules_that_were_planned() {
     for names in [Names::Any, Names::Fed, Names::Strict(8443)] {
         let other = world.wire_with("other", &everything(), names);
         for table in firewall::machine(&everything(), names, &[]).tables {
-            let seen = other.netns().run_in(|| nft::rules(table.family));
+            let seen = other
+                .netns()
+                .run_in(|| nft::rules(table.family, &table.name));
             assert_eq!(seen.unwrap().unwrap(), nft::planned(&table));
         }
     }
@@ -246,6 +248,110 @@ fn names_stand_for_addresses_for_a_time() {
     assert!(!set("allowed4").contains("elements"), "{}", set("allowed4"));
 }
 
+/// The handle of a rule of a chain, from 0.
+fn handle(netns: &Netns, chain: &str, rule: usize) -> String {
+    let text = sh_in(netns, &format!("nft -a list chain {chain}"));
+    let rules = text
+        .lines()
+        .filter(|line| line.contains(" # handle ") && !line.contains('{'));
+    let line = rules.into_iter().nth(rule).unwrap();
+    line.rsplit(' ').next().unwrap().to_owned()
+}
+
+#[test]
+fn one_operand_that_somebody_changes_is_found() {
+    let world = World::new();
+    let mut policy = policy();
+    policy.limits.total = Some(Bytes::gib(1));
+    let shapes = |wired: &Netns| {
+        let tables = firewall::machine(&policy, Names::Any, &[]).tables;
+        let of = |table: &firewall::Table| {
+            let seen = wired.run_in(|| nft::rules(table.family, &table.name));
+            (seen.unwrap().unwrap(), nft::planned(table))
+        };
+        tables.iter().map(of).collect::<Vec<_>>()
+    };
+    let wiring = world.wire("vm", &policy);
+    let netns = wiring.netns();
+    let tap = "netdev bulkhead";
+    let inet = "inet bulkhead";
+    // A rule, and what it becomes, of the same expressions. (Chains whose names are
+    // words of nft's cannot be named here.)
+    for (table, chain, rule, other) in [
+        (tap, "ingress", 0, "ether saddr 02:62:68:00:00:03 goto own"),
+        (tap, "own", 0, "ether type 0x86dd goto ip4"),
+        (tap, "ip4", 1, "@nh,96,32 0xc6120003 accept"),
+        (tap, "ip4", 1, "@nh,96,32 0xc6120002 return"),
+        (tap, "ip4", 1, "@nh,128,32 0xc6120002 accept"),
+        (inet, "forward", 0, "iifname out oifname out goto outgoing"),
+        (inet, "incoming", 2, "goto refuse-invalid"),
+        (
+            inet,
+            "service",
+            1,
+            "@nh,128,32 0xc6120001 meta l4proto udp th dport 54 accept",
+        ),
+        (
+            inet,
+            "service",
+            1,
+            "@nh,128,32 0xc6120001 meta l4proto tcp th dport 53 accept",
+        ),
+        (
+            inet,
+            "refuse-cgnat",
+            0,
+            "counter name cgnat limit rate 200/second burst 200 packets log prefix \"refused:cgnat\" group 2 snaplen 128",
+        ),
+    ] {
+        let fresh = world.wire("fresh", &policy);
+        let netns = fresh.netns();
+        assert!(shapes(netns).iter().all(|(seen, planned)| seen == planned));
+        let chain_of = format!("{table} {chain}");
+        let number = handle(netns, &chain_of, rule);
+        sh_in(
+            netns,
+            &format!("nft replace rule {chain_of} handle {number} '{other}'"),
+        );
+        let differing: Vec<_> = shapes(netns)
+            .into_iter()
+            .flat_map(|(seen, planned)| {
+                let chains = planned
+                    .into_iter()
+                    .filter(move |(name, chain)| seen.get(name) != Some(chain));
+                chains.map(|(name, _)| name).collect::<Vec<_>>()
+            })
+            .collect();
+        assert_eq!(differing, [chain], "{other}");
+    }
+    // What a chain does with packets that no rule decides.
+    sh_in(
+        netns,
+        "nft chain inet bulkhead forward '{ policy accept; }'",
+    );
+    let (seen, planned) = shapes(netns).pop().unwrap();
+    assert_ne!(seen["forward"].base, planned["forward"].base);
+
+    // What no machine may reach.
+    let ranges = || {
+        let read = || nft::ranges(firewall::Family::Inet, "bulkhead", "never4");
+        netns.run_in(read).unwrap().unwrap()
+    };
+    let lan: (std::net::IpAddr, _, _) = (
+        "192.168.0.0".parse().unwrap(),
+        "192.168.255.255".parse().unwrap(),
+        nft::leads_to("refuse-private"),
+    );
+    let before = ranges();
+    assert!(before.contains(&lan), "{before:#?}");
+    sh_in(
+        netns,
+        "nft delete element inet bulkhead never4 '{ 192.168.0.0/16 : goto refuse-private }'",
+    );
+    let after = ranges();
+    assert!(!after.contains(&lan) && after.len() == before.len() - 1);
+}
+
 #[test]
 fn a_pool_that_clashes_is_refused_or_passed_over() {
     use bulkhead::error::Explain;
@@ -256,7 +362,7 @@ fn a_pool_that_clashes_is_refused_or_passed_over() {
             pool: Some(pool.parse().unwrap()),
             ..world.site()
         };
-        let wires = Wires::choose(world.dir.path().join("x"), site);
+        let wires = Wires::choose(world.dir.path().join("x"), site, &policy());
         let error = wires.make(&policy(), Names::Any).unwrap_err();
         for lease in wires.leases().iter().rev() {
             lease.release().unwrap();

@@ -289,10 +289,14 @@ async fn ipv6_is_filtered_as_ipv4_is_and_exceptions_are_exact() {
             tries(&machine, &[&format!("frame {frame}")]).await,
             ["sent"]
         );
-        assert!(
-            counted(&machine, Family::Netdev)[counter] > before,
-            "{frame}"
+        let stopped = counted(&machine, Family::Netdev)[counter] > before;
+        let seen = if stopped { "stopped" } else { "not stopped" };
+        note(
+            &format!("frame {frame} as {counter}, with IPv6"),
+            "stopped",
+            seen,
         );
+        assert!(stopped, "{frame}");
     }
     machine.kill().await.unwrap();
 }

@@ -39,9 +39,9 @@ pub(super) struct MachineArgs {
     /// isolated (no network at all), or a network of the configuration [default: nat-filtered, which is dev].
     #[arg(long, value_name = "NAME")]
     network: Option<NetworkName>,
-    /// Instead, a bridge of this host, and the machine's address and gateway there:
+    /// Instead, a bridge or a tap of this host, and the machine's address and gateway there:
     /// br0:192.0.2.50/24@192.0.2.1. Advanced: what can be reached there is not filtered, it only
-    /// cannot take another's address.
+    /// cannot take another's address. IPv4 alone, and no DHCP.
     #[arg(
         long,
         value_name = "BRIDGE:ADDRESS/PREFIX@GATEWAY",

@@ -10,9 +10,9 @@ use super::message::{Failure, print_json, print_text};
 use super::net_learn;
 use super::net_log::{self, Log};
 use crate::host::netns::Netns;
-use crate::host::network::NetworkError;
+use crate::host::network::{NetworkError, guarded};
 use crate::host::nft::{self, Counted};
-use crate::plan::firewall::Family;
+use crate::plan::firewall::{Family, guard_name};
 use crate::run::Record;
 use crate::spec::{Exception, HostPattern, NetworkChange, NetworkPolicy, Port, SpecError, VmId};
 use crate::supervise::{Machines, Settings};
@@ -126,10 +126,13 @@ fn show(vm: &VmId, global: &Global) -> Result<i32, Failure> {
     // It is there while the machine runs, and root's to look into.
     let counters = Netns::open(&dirs.netns(vm)).and_then(|netns| {
         let count = || [Family::Netdev, Family::Inet].map(nft::counters);
-        let counted = netns
-            .run_in(count)?
-            .into_iter()
-            .collect::<Result<Vec<_>, _>>()?;
+        let counted = netns.run_in(count)?.into_iter();
+        let mut counted = counted.collect::<Result<Vec<_>, _>>()?;
+        let leases = Record::leased(&dirs, vm).map_err(std::io::Error::other)?;
+        if let Some((netns, token)) = guarded(&leases)? {
+            let count = || nft::counters_of(Family::Netdev, &guard_name(&token));
+            counted.push(netns.run_in(count)??);
+        }
         Ok(merged(counted))
     });
     let counters = match counters {

@@ -54,6 +54,9 @@ pub enum Lease {
         netns: Option<PathBuf>,
         /// Tells the machine from every other.
         token: String,
+        /// The bridge or tap it is on, where it is on one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        device: Option<String>,
     },
     /// A control group, with every process in it.
     Cgroup {
@@ -184,11 +187,16 @@ impl Lease {
                     source,
                 })
             }
-            Self::Uplink { netns, token } => network::release_uplink(netns.as_deref(), token)
-                .map_err(|source| LeaseError::Release {
+            Self::Uplink {
+                netns,
+                token,
+                device,
+            } => network::release_uplink(netns.as_deref(), token, device.is_some()).map_err(
+                |source| LeaseError::Release {
                     what: format!("the link bh{token}"),
                     source,
-                }),
+                },
+            ),
             Self::Cgroup { path } => cgroup::release(path).map_err(|source| LeaseError::Release {
                 what: format!("the control group {}", path.display()),
                 source,

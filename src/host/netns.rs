@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -55,6 +55,28 @@ impl Netns {
             Self::open(path)
         };
         std::thread::scope(|scope| join(scope.spawn(made)))?
+    }
+
+    /// Keeps somebody else's under `path`, too, until [`release`]: it has a name
+    /// then that whoever comes later finds it by.
+    ///
+    /// # Errors
+    /// Not allowed, it is none, or something is at `path`.
+    pub fn keep(theirs: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+        File::options().write(true).create_new(true).open(path)?;
+        let from = format!("/proc/thread-self/fd/{}", theirs.as_raw_fd());
+        let none = None::<&str>;
+        Ok(mount(Some(&*from), path, none, MsFlags::MS_BIND, none)?)
+    }
+
+    /// Whether both are the same.
+    ///
+    /// # Errors
+    /// One of them cannot be looked at.
+    pub fn is(&self, other: &Self) -> io::Result<bool> {
+        let [this, that] = [self, other].map(|one| nix::sys::stat::fstat(&one.0));
+        let (this, that) = (this?, that?);
+        Ok((this.st_dev, this.st_ino) == (that.st_dev, that.st_ino))
     }
 
     /// Does some work in a thread that is in this namespace, and waits for it.

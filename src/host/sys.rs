@@ -69,6 +69,12 @@ mod tun {
         nix::request_code_write!(b'T', 202, size_of::<nix::libc::c_int>()),
         nix::libc::ifreq
     );
+    nix::ioctl_read_bad!(
+        get_iff,
+        nix::request_code_read!(b'T', 210, size_of::<nix::libc::c_uint>()),
+        nix::libc::ifreq
+    );
+    nix::ioctl_none_bad!(get_netns, nix::request_code_none!(b'T', 227));
     nix::ioctl_write_int_bad!(
         set_persist,
         nix::request_code_write!(b'T', 203, size_of::<nix::libc::c_int>())
@@ -83,6 +89,18 @@ mod tun {
 /// # Errors
 /// No /dev/net/tun, not allowed, or the name is taken.
 pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    let tap = attach_tap(name)?;
+    // SAFETY: a valid descriptor, and the argument is a number.
+    unsafe { tun::set_persist(tap.as_raw_fd(), 1) }?;
+    Ok(tap)
+}
+
+/// Takes the other end of a tap of this name in the thread's network namespace,
+/// which stays as it is; makes one for as long as it is open where there is none.
+///
+/// # Errors
+/// As [`open_tap`]; somebody has its other end, or it is no tap.
+pub(crate) fn attach_tap(name: &str) -> io::Result<OwnedFd> {
     let tap = std::fs::File::options()
         .read(true)
         .write(true)
@@ -102,9 +120,29 @@ pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: a valid descriptor, and the kernel reads and writes one `ifreq`.
     unsafe { tun::set_iff(tap.as_raw_fd(), &raw const request) }?;
-    // SAFETY: a valid descriptor, and the argument is a number.
-    unsafe { tun::set_persist(tap.as_raw_fd(), 1) }?;
     Ok(tap.into())
+}
+
+/// The name of the tap whose other end this is, and the network namespace it is
+/// in; no name where it is a tun, or nothing of the kind.
+///
+/// # Errors
+/// Not allowed, or the kernel is older than Linux 5.2.
+pub(crate) fn tap_of(end: BorrowedFd<'_>) -> io::Result<(Option<String>, OwnedFd)> {
+    // SAFETY: all zeroes is a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: a valid descriptor, and the kernel writes one `ifreq`, whose flags
+    // it has set then; a name ends with a zero, and so does what is none.
+    let name = unsafe {
+        tun::get_iff(end.as_raw_fd(), &raw mut request)?;
+        request.ifr_name[libc::IFNAMSIZ - 1] = 0;
+        let tap = i32::from(request.ifr_ifru.ifru_flags) & libc::IFF_TAP != 0;
+        tap.then(|| std::ffi::CStr::from_ptr(request.ifr_name.as_ptr()))
+    };
+    let name = name.map(|name| name.to_string_lossy().into_owned());
+    // SAFETY: a valid descriptor; the answer is a new one that nobody else owns.
+    let netns = unsafe { OwnedFd::from_raw_fd(tun::get_netns(end.as_raw_fd())?) };
+    Ok((name, netns))
 }
 
 /// Lets the runtime watch a descriptor.

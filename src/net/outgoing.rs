@@ -4,7 +4,7 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use nix::sched::{CloneFlags, setns};
 use tokio::net::{TcpSocket, TcpStream, UdpSocket};
@@ -18,8 +18,18 @@ pub struct Outgoing(Where);
 enum Where {
     Here,
     /// A thread that is in that namespace, and ends with the last clone.
-    Within(Arc<mpsc::Sender<Order>>),
+    Within(Arc<Within>),
 }
+
+#[derive(Debug)]
+struct Within {
+    orders: mpsc::Sender<Order>,
+    /// Sockets for the next connections over IPv4 and IPv6, so that nobody waits for
+    /// the thread: they are nothing yet but of that namespace.
+    next: [Spare; 2],
+}
+
+type Spare = Arc<Mutex<Option<TcpSocket>>>;
 
 /// What to do there.
 type Order = Box<dyn FnOnce() + Send>;
@@ -50,7 +60,10 @@ impl Outgoing {
             .name("outgoing".into())
             .spawn(work)?;
         told.recv().map_err(io::Error::other)??;
-        Ok(Self(Where::Within(Arc::new(orders))))
+        let next = [Spare::default(), Spare::default()];
+        let within = Within { orders, next };
+        within.refill(false);
+        Ok(Self(Where::Within(Arc::new(within))))
     }
 
     /// Connects. The caller bounds the time this may take.
@@ -58,11 +71,16 @@ impl Outgoing {
     /// # Errors
     /// As connect(2).
     pub async fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        let open = move || match to {
-            SocketAddr::V4(_) => TcpSocket::new_v4(),
-            SocketAddr::V6(_) => TcpSocket::new_v6(),
+        let v6 = to.is_ipv6();
+        let socket = match &self.0 {
+            Where::Within(within) => within.next(v6),
+            Where::Here => None,
         };
-        self.open(open).await?.connect(to).await
+        let socket = match socket {
+            Some(socket) => socket,
+            None => self.open(move || unconnected(v6)).await?,
+        };
+        socket.connect(to).await
     }
 
     /// A socket for packets to and from this peer only.
@@ -89,7 +107,7 @@ impl Outgoing {
     ) -> io::Result<S> {
         let orders = match &self.0 {
             Where::Here => return open(),
-            Where::Within(orders) => orders,
+            Where::Within(within) => &within.orders,
         };
         let gone = || io::Error::other("the thread in the namespace is gone");
         let (wanted, socket) = oneshot::channel();
@@ -97,5 +115,33 @@ impl Outgoing {
         let order: Order = Box::new(move || drop(wanted.send(open())));
         orders.send(order).map_err(|_| gone())?;
         socket.await.map_err(|_| gone())?
+    }
+}
+
+impl Within {
+    /// The socket that is ready; another is opened behind the caller's back.
+    fn next(&self, v6: bool) -> Option<TcpSocket> {
+        let spare = &self.next[usize::from(v6)];
+        let next = spare.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.refill(v6);
+        next
+    }
+
+    fn refill(&self, v6: bool) {
+        let spare = Arc::clone(&self.next[usize::from(v6)]);
+        let order: Order = Box::new(move || {
+            // Without one, the next connection opens its own, and says why it cannot.
+            let socket = unconnected(v6).ok();
+            *spare.lock().unwrap_or_else(PoisonError::into_inner) = socket;
+        });
+        // Where the thread is gone, whoever connects is told.
+        let _ = self.orders.send(order);
+    }
+}
+
+fn unconnected(v6: bool) -> io::Result<TcpSocket> {
+    match v6 {
+        false => TcpSocket::new_v4(),
+        true => TcpSocket::new_v6(),
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::clone::Origin;
 use super::dirs::Dirs;
 use super::machine::{Machine, Memory, StartOptions};
+use super::network::Given;
 use super::record::Record;
 use super::{RunError, prove};
 use crate::guest::archive::HostDir;
@@ -169,13 +170,24 @@ impl Host {
         self.start_with(spec, None).await
     }
 
+    /// As [`Host::start`], with what the caller has for its network.
+    ///
+    /// # Errors
+    /// As [`Host::start`]; what is given does not go with the spec's network.
+    pub async fn start_on(&self, spec: &Spec, given: Given) -> Result<(Image, Machine), RunError> {
+        self.start_chosen(spec, None, given, self.choose(spec)?)
+            .await
+    }
+
     /// Starts a machine; `share` is the shared workspace, opened before.
     pub(super) async fn start_with(
         &self,
         spec: &Spec,
         share: Option<&HostDir>,
     ) -> Result<(Image, Machine), RunError> {
-        self.start_chosen(spec, share, self.choose(spec)?).await
+        let given = Given::default();
+        self.start_chosen(spec, share, given, self.choose(spec)?)
+            .await
     }
 
     /// Starts what [`Host::choose`] chose.
@@ -183,6 +195,7 @@ impl Host {
         &self,
         spec: &Spec,
         share: Option<&HostDir>,
+        given: Given,
         (image, plan, template): (Image, Plan, Option<Template>),
     ) -> Result<(Image, Machine), RunError> {
         self.prove(spec, &image, &plan).await?;
@@ -197,6 +210,7 @@ impl Host {
         let record = Record::create(&self.dirs, spec, &plan)?;
         let options = StartOptions {
             share: share.cloned(),
+            given,
             memory,
             ..self.options(&plan, &record)
         };
@@ -255,6 +269,7 @@ impl Host {
             disk: plan.keep_disk.then(|| record.dir().join("disk.img")),
             netns: self.dirs.netns(&plan.id),
             site: self.site.clone(),
+            given: Given::default(),
             violations: self.dirs.violations(),
             memory: Memory::Empty,
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),

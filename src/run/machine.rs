@@ -17,7 +17,7 @@ use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::jail;
-use super::network::Net;
+use super::network::{Given, Net};
 use super::record::{Record, RecordError};
 use super::verify::{self, Finding, Subject};
 use super::violation::Audit;
@@ -27,7 +27,7 @@ use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::host::netns::Netns;
-use crate::host::network::Site;
+use crate::host::network::{NetworkError, Site};
 use crate::image::Lock;
 use crate::net::Traffic;
 use crate::plan::{self, Plan};
@@ -60,6 +60,8 @@ pub struct StartOptions {
     pub netns: PathBuf,
     /// Where its network leads.
     pub site: Site,
+    /// What the caller has for its network.
+    pub given: Given,
     /// Where it is written down when the VMM does what it may not.
     pub violations: PathBuf,
     /// What its memory is at the start.
@@ -209,6 +211,7 @@ impl Machine {
                 ends.tap = Some(tap);
                 Some(network)
             }
+            None if options.given.tap.is_some() => return Err(NetworkError::NotThatTap.into()),
             None => None,
         };
         let descriptors = ends::descriptors(&plan, record.dir(), options, &mut ends)?;
@@ -397,6 +400,14 @@ impl Machine {
         &self.live.proof
     }
 
+    /// Reads every layer back, as `bulkhead verify` does.
+    ///
+    /// # Errors
+    /// The VMM or its monitor is gone, or the kernel does not answer.
+    pub async fn verify(&self) -> Result<Vec<Finding>, MachineError> {
+        self.subject().verify().await
+    }
+
     /// What can be looked at again at any time.
     pub(crate) fn subject(&self) -> Subject {
         subject(&self.live, &self.record)
@@ -570,6 +581,7 @@ fn subject(live: &Live, record: &Record) -> Subject {
         leases: record.leases().to_vec(),
         dir: record.dir().to_owned(),
         pid: live.process.pid(),
+        policy: live.network.as_ref().map(Net::held),
         monitor: live.monitor.clone(),
     }
 }

@@ -52,6 +52,7 @@ pub use error::MachineError;
 pub use grow::{Grown, lengthen};
 pub use host::Host;
 pub use machine::{Machine, Memory, Phases, StartOptions};
+pub use network::Given;
 #[cfg(feature = "cli")]
 pub(crate) use network::record_files;
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};

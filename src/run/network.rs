@@ -4,7 +4,8 @@
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::Path;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
@@ -13,6 +14,7 @@ use tokio::task::JoinSet;
 use super::error::MachineError;
 use super::machine::{StartOptions, io_error};
 use super::record::{Record, RecordError};
+use crate::host::lease::Lease;
 use crate::host::netns::Netns;
 use crate::host::network::{self, Site, Wires};
 use crate::host::{fault, nft};
@@ -39,11 +41,11 @@ pub(crate) fn record_files(dir: &Path) -> [std::path::PathBuf; 2] {
 /// A machine's network. Dropped, its filter ends: no name is resolved any more.
 #[derive(Debug)]
 pub(super) struct Net {
-    netns: Arc<Netns>,
+    netns: Netns,
     filter: Filter,
-    /// Held while what is let through changes, so that nothing is let through
-    /// by a policy that is none any more.
-    turn: Arc<Mutex<()>>,
+    /// What it is held to. Locked while what is let through changes, so that
+    /// nothing is let through by a policy that is none any more.
+    held: Arc<Mutex<NetworkPolicy>>,
     /// Lets through what the filter finds.
     feeding: JoinSet<()>,
 }
@@ -56,21 +58,26 @@ impl Net {
         plan: &Plan,
         record: &mut Record,
         options: &StartOptions,
-    ) -> Result<(Self, std::os::fd::OwnedFd), MachineError> {
-        let wires = Wires::choose(options.netns.clone(), options.site.clone());
+    ) -> Result<(Self, OwnedFd), MachineError> {
+        let (policy, given) = (&network.policy, &options.given);
         if let Some(dir) = options.netns.parent() {
             super::dirs::make_private(dir).map_err(io_error("make", dir))?;
         }
+        let mut site = options.site.clone();
+        if let Some(uplink) = &given.uplink {
+            site.uplink = Some(kept(uplink, record, options)?);
+        }
+        let wires = Wires::choose(options.netns.clone(), site.clone(), policy);
         for lease in wires.leases() {
             record.lease(lease).map_err(RecordError::from)?;
         }
-        let policy = &network.policy;
         if let Some(bridge) = &policy.bridge {
             let device = &bridge.device;
-            tracing::warn!("what this machine reaches on the bridge {device} is not filtered");
+            tracing::warn!("what this machine reaches on {device} is not filtered");
         }
-        let wired = wires.make(policy, Names::of(policy))?;
-        let net = Self::watch(wired.netns, policy, plan, record, options)?;
+        let tap = given.tap.as_ref().map(|tap| tap.as_fd());
+        let wired = wires.make_on(policy, Names::of(policy), tap)?;
+        let net = Self::watch(wired.netns, policy, plan, record, &site)?;
         Ok((net, wired.tap))
     }
 
@@ -87,7 +94,15 @@ impl Net {
         if policy.bridge.is_none() {
             network::change(&netns, policy, Names::of(policy), false, Some(&[]))?;
         }
-        Self::watch(netns, policy, plan, record, options)
+        let uplink = record.leases().iter().find_map(|lease| match lease {
+            Lease::Uplink { netns, .. } => netns.clone(),
+            _ => None,
+        });
+        let site = Site {
+            uplink,
+            ..options.site.clone()
+        };
+        Self::watch(netns, policy, plan, record, &site)
     }
 
     /// Starts the filter of a namespace.
@@ -96,33 +111,39 @@ impl Net {
         policy: &NetworkPolicy,
         plan: &Plan,
         record: &Record,
-        options: &StartOptions,
+        site: &Site,
     ) -> Result<Self, MachineError> {
         let start = || {
             fault::at("open filter")?;
-            let inside = netns.run_in(|| open(policy))??;
+            let opened = || io::Result::Ok((open(policy)?, nft::Allowing::open()?));
+            let (inside, allowing) = netns.run_in(opened)??;
             fault::at("start filter")?;
-            Filter::start(inside, config(policy, plan, record, &options.site)?)
+            let (filter, fed) = Filter::start(inside, config(policy, plan, record, site)?)?;
+            io::Result::Ok((filter, fed, allowing))
         };
-        let (filter, fed) = start().map_err(MachineError::Filter)?;
-        let (netns, turn) = (Arc::new(netns), Arc::new(Mutex::new(())));
+        let (filter, fed, allowing) = start().map_err(MachineError::Filter)?;
+        let held = Arc::new(Mutex::new(policy.clone()));
         let mut feeding = JoinSet::new();
-        feeding.spawn(feed(
-            fed,
-            filter.policy(),
-            Arc::clone(&netns),
-            Arc::clone(&turn),
-        ));
+        let feeder = Feeder {
+            allowing,
+            policy: filter.policy(),
+        };
+        feeding.spawn(feed(fed, feeder, Arc::clone(&held)));
         Ok(Self {
             netns,
             filter,
-            turn,
+            held,
             feeding,
         })
     }
 
     pub(super) fn netns(&self) -> &Netns {
         &self.netns
+    }
+
+    /// What it is held to now.
+    pub(super) fn held(&self) -> Arc<Mutex<NetworkPolicy>> {
+        Arc::clone(&self.held)
     }
 
     pub(super) fn traffic(&self) -> &Traffic {
@@ -137,7 +158,7 @@ impl Net {
     /// Changes what may be reached, all at once. With `deny`, connections there
     /// are have to pass the new rules, too.
     pub(super) fn change(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let before = Arc::clone(&self.filter.policy().borrow());
         let grants = self.filter.set_policy(Arc::new(Policy::new(policy)));
         let only: Vec<_> = grants
@@ -145,8 +166,9 @@ impl Net {
             .flat_map(|grant| entries(grant, &grant.ports))
             .collect();
         let changed = network::change(&self.netns, policy, Names::of(policy), deny, Some(&only));
-        if changed.is_err() {
-            self.filter.set_policy(before);
+        match changed.is_ok() {
+            true => held.clone_from(policy),
+            false => drop(self.filter.set_policy(before)),
         }
         Ok(changed?)
     }
@@ -158,7 +180,7 @@ impl Net {
             netns,
             filter,
             mut feeding,
-            turn: _,
+            held: _,
         } = self;
         if let Err(error) = network::forget_connections(&netns) {
             tracing::debug!("connections that are not in the record: {error}");
@@ -166,6 +188,33 @@ impl Net {
         filter.end().await;
         feeding.shutdown().await;
     }
+}
+
+/// What a caller has for a machine's network, in the place of what would be looked
+/// up by name. Both are used for as long as the machine lives, and stay the
+/// caller's.
+#[derive(Debug, Clone, Default)]
+pub struct Given {
+    /// The network namespace that the machine's network leads to, in the place of
+    /// that of its [`Site`].
+    pub uplink: Option<Arc<OwnedFd>>,
+    /// The other end of the tap that the network names (mode `bridge`), which is
+    /// in that namespace. Nobody else reads it.
+    pub tap: Option<Arc<OwnedFd>>,
+}
+
+/// Gives a namespace of the caller's a name, under which its leases are released
+/// by whoever comes after us.
+fn kept(
+    uplink: &OwnedFd,
+    record: &mut Record,
+    options: &StartOptions,
+) -> Result<PathBuf, MachineError> {
+    let path = options.netns.with_extension("uplink");
+    let lease = Lease::Netns { path: path.clone() };
+    record.lease(lease).map_err(RecordError::from)?;
+    Netns::keep(uplink.as_fd(), &path).map_err(io_error("keep the network namespace", &path))?;
+    Ok(path)
 }
 
 /// Opens the filter's sockets in the namespace of the calling thread.
@@ -226,30 +275,46 @@ fn entries(grant: &Grant, ports: &Ports) -> Vec<nft::Entry> {
     general.into_iter().chain(own).map(entry).collect()
 }
 
-/// Lets through what the resolver has found, as the policy is by then.
-async fn feed(
-    mut fed: mpsc::Receiver<Feed>,
+/// Who lets through what the resolver has found, as the policy is by then.
+struct Feeder {
+    allowing: nft::Allowing,
     policy: watch::Receiver<Arc<Policy>>,
-    netns: Arc<Netns>,
-    turn: Arc<Mutex<()>>,
-) {
+}
+
+impl Feeder {
+    fn let_through(&self, grants: &[Grant]) -> Result<(), String> {
+        let policy = Arc::clone(&self.policy.borrow());
+        let mut all = Vec::new();
+        for grant in grants {
+            let allowed = policy
+                .name(&grant.name)
+                .map_err(|error| error.to_string())?;
+            all.extend(entries(grant, &allowed.ports));
+        }
+        let allowed = self.allowing.allow(&all);
+        allowed.map_err(|error| format!("the address cannot be let through: {error}"))
+    }
+}
+
+/// Lets through for good. A guest waits for it with every new name: no thread is
+/// begun or waited for, but where somebody changes what may be reached.
+async fn feed(mut fed: mpsc::Receiver<Feed>, feeder: Feeder, held: Arc<Mutex<NetworkPolicy>>) {
+    let feeder = Arc::new(feeder);
     while let Some(Feed { grants, done }) = fed.recv().await {
-        let (policy, netns, turn) = (policy.clone(), Arc::clone(&netns), Arc::clone(&turn));
-        let work = move || {
-            let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-            let policy = Arc::clone(&policy.borrow());
-            let mut all = Vec::new();
-            for grant in &grants {
-                let allowed = policy
-                    .name(&grant.name)
-                    .map_err(|error| error.to_string())?;
-                all.extend(entries(grant, &allowed.ports));
+        let free = held.try_lock().ok();
+        let at_once = free.map(|_held| feeder.let_through(&grants));
+        let result = match at_once {
+            Some(result) => result,
+            None => {
+                let (feeder, held) = (Arc::clone(&feeder), Arc::clone(&held));
+                let work = move || {
+                    let _held = held.lock().unwrap_or_else(PoisonError::into_inner);
+                    feeder.let_through(&grants)
+                };
+                let result = tokio::task::spawn_blocking(work).await;
+                result.unwrap_or_else(|error| Err(error.to_string()))
             }
-            let allow = || nft::allow(&all);
-            let allowed = netns.run_in(allow).and_then(|allowed| allowed);
-            allowed.map_err(|error| format!("the address cannot be let through: {error}"))
         };
-        let result = tokio::task::spawn_blocking(work).await;
-        let _ = done.send(result.unwrap_or_else(|error| Err(error.to_string())));
+        let _ = done.send(result);
     }
 }

@@ -268,6 +268,15 @@ impl Record {
         read_json(&path)
     }
 
+    /// What is leased for a machine or a run, whoever has it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn leased(dirs: &Dirs, id: &VmId) -> Result<Vec<Lease>, RecordError> {
+        let journal = Journal::open(dirs.run(id).join(LEASES))?;
+        Ok(journal.leases().to_vec())
+    }
+
     /// The run's directory.
     pub fn dir(&self) -> &Path {
         &self.dir

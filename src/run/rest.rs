@@ -11,6 +11,7 @@ use super::clone;
 use super::connect::run_state;
 use super::host::Host;
 use super::machine::{Machine, missing};
+use super::network::Given;
 use super::{MachineError, RunError};
 use crate::host::sys;
 use crate::image::Image;
@@ -26,7 +27,10 @@ impl Host {
     pub async fn start_clone(&self, spec: &Spec) -> Result<(Image, Machine), RunError> {
         let chosen = self.choose(spec)?;
         match chosen.2 {
-            Some(_) => self.start_chosen(spec, None, chosen).await,
+            Some(_) => {
+                self.start_chosen(spec, None, Given::default(), chosen)
+                    .await
+            }
             None => Err(none(spec)),
         }
     }

@@ -6,6 +6,7 @@ mod process;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,7 @@ use super::MachineError;
 use crate::host::lease::Lease;
 use crate::plan::Plan;
 use crate::qmp::Monitor;
-use crate::spec::{Accel, JailLayer};
+use crate::spec::{Accel, JailLayer, NetworkPolicy};
 
 /// What came of looking at one thing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +61,8 @@ pub(crate) struct Subject {
     pub(super) dir: PathBuf,
     /// The VMM.
     pub(super) pid: i32,
+    /// What its network is held to now, where it has one.
+    pub(super) policy: Option<Arc<Mutex<NetworkPolicy>>>,
     /// Its monitor.
     pub(super) monitor: Monitor,
 }

@@ -1,4 +1,4 @@
-//! A bridge of the host that a machine is put on, and its address there.
+//! A bridge or tap of the host that a machine is put on, and its address there.
 
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -11,14 +11,14 @@ use super::units::{Malformed, as_text, malformed};
 /// Longest name of a network device (linux/if.h, IFNAMSIZ).
 const LONGEST: usize = 15;
 
-/// An existing bridge, and the machine's address and gateway there, such as
+/// An existing bridge or tap, and the machine's address and gateway there, such as
 /// `br0:192.0.2.50/24@192.0.2.1`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[cfg_attr(feature = "schema", schemars(with = "String"))]
 #[serde(try_from = "String", into = "String")]
 pub struct Bridge {
-    /// The bridge.
+    /// The bridge or tap.
     pub device: String,
     /// The machine's address, which is nobody else's there.
     pub address: Ipv4Addr,
@@ -52,10 +52,20 @@ impl FromStr for Bridge {
             };
             bridge.is_possible().then_some(bridge)
         };
-        let expected =
-            "a bridge, an address and a gateway there, such as `br0:192.0.2.50/24@192.0.2.1`";
-        parse().ok_or_else(|| malformed(text, expected))
+        parse().ok_or_else(|| malformed(text, expected(text)))
     }
+}
+
+/// What should have been there.
+fn expected(text: &str) -> &'static str {
+    let place = text.split_once(':').map_or("", |(_, place)| place);
+    if place == "dhcp" {
+        return "a bridge with an address there, such as `br0:192.0.2.50/24@192.0.2.1` (there is no DHCP: only an address that is known can be held to)";
+    }
+    if place.matches(':').count() > 1 {
+        return "a bridge with an IPv4 address there, such as `br0:192.0.2.50/24@192.0.2.1` (IPv6 is stopped on a bridge)";
+    }
+    "a bridge or tap, an address and a gateway there, such as `br0:192.0.2.50/24@192.0.2.1`"
 }
 
 impl Bridge {
@@ -112,6 +122,19 @@ mod tests {
             "a-name-too-long-x:192.0.2.50/24@192.0.2.1",
         ] {
             assert!(bad.parse::<Bridge>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_a_bridge_does_not_have_is_said() {
+        for (text, words) in [
+            ("br0:dhcp", "there is no DHCP"),
+            ("br0:[2001:db8::5]/64@2001:db8::1", "IPv6 is stopped"),
+            ("br0:2001:db8::5/64@2001:db8::1", "IPv6 is stopped"),
+            ("br0", "a bridge or tap"),
+        ] {
+            let error = text.parse::<Bridge>().unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
         }
     }
 }

@@ -68,7 +68,7 @@ pub struct Request {
     /// layers below the profile's asked for. Not part of files.
     #[serde(skip)]
     pub network_below: Option<NetworkName>,
-    /// In the place of a network, an existing bridge, and the machine's address
+    /// In the place of a network, an existing bridge or tap, and the machine's address
     /// and gateway there, such as `br0:192.0.2.50/24@192.0.2.1`. Advanced: what
     /// can be reached there is not filtered.
     pub bridge: Option<Bridge>,

@@ -22,7 +22,7 @@ pub enum NetworkMode {
     NatFiltered,
     /// No network device at all.
     Isolated,
-    /// On a bridge of the host's: whatever can be reached there, held to nothing
+    /// On a bridge or tap of the host's: whatever can be reached there, held to nothing
     /// but addresses of its own.
     Bridge,
 }
@@ -88,7 +88,7 @@ impl Default for NetworkName {
 pub struct NetworkPolicy {
     /// How its machines are connected.
     pub mode: NetworkMode,
-    /// The bridge with mode `bridge`, and the machine's address and gateway
+    /// The bridge or tap with mode `bridge`, and the machine's address and gateway
     /// there, such as `br0:192.0.2.50/24@192.0.2.1`. Of the other keys, only
     /// limits of bandwidth go with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -207,6 +207,7 @@ impl NetworkPolicy {
             None if self.mode == NetworkMode::Bridge => value("`bridge` does not say which"),
             None => Ok(()),
             Some(_) if self.mode != NetworkMode::Bridge => value("`bridge` goes with mode bridge"),
+            Some(_) if self.ipv6 => value("on a bridge, IPv6 is stopped"),
             Some(bridge) => {
                 let mut enforced = Self::of_bridge(bridge.clone());
                 enforced.limits.upload = self.limits.upload;

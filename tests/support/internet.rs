@@ -30,7 +30,7 @@ impl Internet {
         let netns = &world.internet.netns;
         for address in [GOOD, EVIL, SHARED] {
             sh_in(netns, &format!("ip addr add {address}/32 dev lo"));
-            for port in [22, 80, 8443] {
+            for port in [22, 80, 443, 8443] {
                 let address = format!("{address}:{port}");
                 serve(
                     netns

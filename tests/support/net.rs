@@ -108,7 +108,7 @@ impl World {
 
     /// As [`World::wire`], with what names have to do with it.
     pub(crate) fn wire_with(&self, name: &str, policy: &NetworkPolicy, names: Names) -> Wiring {
-        let wires = Wires::choose(self.dir.path().join(name), self.site());
+        let wires = Wires::choose(self.dir.path().join(name), self.site(), policy);
         let leases = wires.leases();
         let wired = wires.make(policy, names).unwrap();
         Wiring {

@@ -248,6 +248,7 @@ impl Soak {
             why,
             again: "cargo xtask soak".into(),
             ms: self.begin.elapsed().as_millis(),
+            tried: None,
         });
     }
 

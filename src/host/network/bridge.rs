@@ -18,17 +18,23 @@ use crate::spec::{Bridge, NetworkPolicy};
 /// Group of links of which the host's rules know nothing.
 const NO_GROUP: u32 = 0;
 
-/// Says whether the host has the bridge.
-pub(super) fn exists(uplink: &Netns, bridge: &Bridge) -> Result<(), NetworkError> {
+/// What a machine is put on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Device {
+    Bridge,
+    Tap,
+}
+
+/// Finds the device on the host.
+pub(super) fn find(uplink: &Netns, bridge: &Bridge) -> Result<Device, NetworkError> {
     let found = inside(uplink, "find the bridge", || {
         talk(async |handle| route::find(handle, &bridge.device).await)
     })?;
-    match found.is_some_and(|link| link.bridge) {
-        true => Ok(()),
-        false => Err(NetworkError::NoBridge {
+    found
+        .and_then(|link| link.device)
+        .ok_or_else(|| NetworkError::NoBridge {
             device: bridge.device.clone(),
-        }),
-    }
+        })
 }
 
 impl Wires {

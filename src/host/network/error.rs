@@ -36,12 +36,21 @@ pub enum NetworkError {
         /// The pool.
         pool: Cidr,
     },
-    /// No bridge has the name.
-    #[error("this host has no bridge {device}")]
+    /// No bridge and no tap has the name.
+    #[error("this host has no bridge and no tap {device}")]
     NoBridge {
         /// The name.
         device: String,
     },
+    /// The bandwidth of a tap of the host's is its owner's to limit.
+    #[error("the bandwidth of the tap {device} is not limited here")]
+    NoLimits {
+        /// Its name.
+        device: String,
+    },
+    /// The descriptor that was given is not of the tap that the policy names.
+    #[error("the tap that was given is not the one that the network names")]
+    NotThatTap,
     /// The host does not forward IPv6.
     #[error("this host does not forward IPv6")]
     NoForwarding6,
@@ -55,6 +64,8 @@ impl Explain for NetworkError {
             Self::Clash { .. } => "network-clash",
             Self::Full { .. } => "network-full",
             Self::NoBridge { .. } => "network-no-bridge",
+            Self::NoLimits { .. } => "network-no-limits",
+            Self::NotThatTap => "network-other-tap",
             Self::NoForwarding6 => "network-no-ipv6",
         }
     }
@@ -67,7 +78,15 @@ impl Explain for NetworkError {
             Self::NotRoot => "Run as root, or take --network isolated.".into(),
             Self::Clash { .. } => "Give machines other addresses with `network_pool`.".into(),
             Self::Full { .. } => "Stop a machine, or give a larger `network_pool`.".into(),
-            Self::NoBridge { .. } => "`ip link show type bridge` lists bridges.".into(),
+            Self::NoBridge { .. } => {
+                "`ip link show type bridge` lists bridges, `ip tuntap` lists taps.".into()
+            }
+            Self::NoLimits { device } => {
+                format!("Leave upload and download out, and limit {device} with tc(8).")
+            }
+            Self::NotThatTap => {
+                "Name that tap in the network (`bridge`), and give the network namespace it is in.".into()
+            }
             Self::NoForwarding6 => {
                 "Set net.ipv6.conf.all.forwarding=1, and accept_ra=2 on links that get their addresses by router advertisement; or leave --ipv6 out.".into()
             }

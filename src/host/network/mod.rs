@@ -9,15 +9,17 @@ mod bridge;
 mod error;
 mod route;
 mod sysctl;
+mod tap;
 mod tracked;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::libc;
 
+use self::bridge::Device;
 use self::error::kernel;
 use self::route::{End, talk};
 use super::lease::Lease;
@@ -30,6 +32,7 @@ use crate::plan::network::{
 use crate::spec::{Cidr, NetworkLimits, NetworkPolicy, fill_random};
 
 pub use self::error::NetworkError;
+pub use self::tap::guarded;
 
 /// Where machines' addresses are taken from unless said otherwise: the first
 /// that the host has no use for.
@@ -71,6 +74,8 @@ pub struct Wires {
     /// Where its namespace is kept.
     path: PathBuf,
     site: Site,
+    /// The bridge or tap of the host's that it is on, where it is on one.
+    device: Option<String>,
 }
 
 /// A network that was made.
@@ -86,10 +91,16 @@ pub struct Wired {
 
 impl Wires {
     /// Decides on names. Makes nothing yet.
-    pub fn choose(path: PathBuf, site: Site) -> Self {
+    pub fn choose(path: PathBuf, site: Site, policy: &NetworkPolicy) -> Self {
         let mut token = [0; 5];
         fill_random(&mut token);
-        Self { token, path, site }
+        let device = policy.bridge.as_ref().map(|bridge| bridge.device.clone());
+        Self {
+            token,
+            path,
+            site,
+            device,
+        }
     }
 
     /// What is written down before [`Wires::make`].
@@ -101,6 +112,7 @@ impl Wires {
             Lease::Uplink {
                 netns: self.site.uplink.clone(),
                 token: self.token(),
+                device: self.device.clone(),
             },
         ]
     }
@@ -122,6 +134,19 @@ impl Wires {
     /// Not root, or the host lacks something. What was made so far is the
     /// leases' to release.
     pub fn make(&self, policy: &NetworkPolicy, names: Names) -> Result<Wired, NetworkError> {
+        self.make_on(policy, names, None)
+    }
+
+    /// As [`Wires::make`], with the other end of the tap that the policy names.
+    ///
+    /// # Errors
+    /// As [`Wires::make`]; it is not that tap's, or the policy names none.
+    pub fn make_on(
+        &self,
+        policy: &NetworkPolicy,
+        names: Names,
+        given: Option<BorrowedFd<'_>>,
+    ) -> Result<Wired, NetworkError> {
         if !nix::unistd::geteuid().is_root() {
             return Err(NetworkError::NotRoot);
         }
@@ -130,8 +155,12 @@ impl Wires {
             .netns()
             .map_err(kernel("open the network namespace", place(&self.site)))?;
         let at = |point| fault::at(point).map_err(kernel("make", "a network"));
-        if let Some(bridge) = &policy.bridge {
-            bridge::exists(&uplink, bridge)?;
+        let device = match &policy.bridge {
+            Some(bridge) => Some(bridge::find(&uplink, bridge)?),
+            None => None,
+        };
+        if let (Some(_), None | Some(Device::Bridge)) = (given, device) {
+            return Err(NetworkError::NotThatTap);
         }
         at("make netns")?;
         let netns = Netns::make(&self.path).map_err(kernel(
@@ -139,7 +168,10 @@ impl Wires {
             self.path.display().to_string(),
         ))?;
         if let Some(bridge) = &policy.bridge {
-            let tap = self.make_bridged(&uplink, &netns, policy, bridge)?;
+            let tap = match device {
+                Some(Device::Tap) => self.take_tap(&uplink, policy, bridge, given)?,
+                _ => self.make_bridged(&uplink, &netns, policy, bridge)?,
+            };
             let outer = bridge.address;
             return Ok(Wired { netns, tap, outer });
         }
@@ -342,8 +374,9 @@ fn link_name(token: &str) -> String {
 /// Shuts a machine's link and takes its connections and its place at the gate
 /// away; only those of this very machine. The link goes with the machine's
 /// namespace: the kernel takes both away once nobody has that any more, which
-/// takes it a while that nobody has to wait for.
-pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<()> {
+/// takes it a while that nobody has to wait for. `guarded` is whether there may
+/// be rules at a tap of the host's.
+pub(super) fn release_uplink(uplink: Option<&Path>, token: &str, guarded: bool) -> io::Result<()> {
     let netns = match uplink {
         // With its namespace, everything of it is gone.
         Some(path) if !path.exists() => return Ok(()),
@@ -351,6 +384,9 @@ pub(super) fn release_uplink(uplink: Option<&Path>, token: &str) -> io::Result<(
         None => Netns::own()?,
     };
     netns.run_in(|| {
+        if guarded {
+            nft::remove(firewall::Family::Netdev, &firewall::guard_name(token))?;
+        }
         talk(async |handle| {
             let found = route::find(handle, &link_name(token)).await?;
             let Some(link) = found.filter(|link| is_ours(link, token)) else {

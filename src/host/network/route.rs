@@ -21,6 +21,7 @@ use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
 
+use super::bridge::Device;
 use crate::spec::Cidr;
 
 /// Marks the host's routes to machines: they are ours (rtnetlink(7), rtm_protocol).
@@ -54,8 +55,8 @@ pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mac: Vec<u8>,
-    /// Whether others can be put on it.
-    pub(super) bridge: bool,
+    /// What a machine can be put on.
+    pub(super) device: Option<Device>,
 }
 
 /// The link of this name, if there is one.
@@ -79,14 +80,19 @@ fn link(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         mac: Vec::new(),
-        bridge: false,
+        device: None,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Address(mac) => link.mac.clone_from(mac),
             LinkAttribute::LinkInfo(infos) => {
-                link.bridge = infos.contains(&LinkInfo::Kind(InfoKind::Bridge));
+                link.device = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(InfoKind::Bridge) => Some(Device::Bridge),
+                    // A tun, too: only its driver tells them apart.
+                    LinkInfo::Kind(InfoKind::Tun) => Some(Device::Tap),
+                    _ => None,
+                });
             }
             _ => {}
         }

@@ -28,17 +28,21 @@ pub(super) fn text(text: &str) -> CString {
 }
 
 pub(super) fn table(family: Family) -> nftnl::Table {
+    table_named(family, TABLE)
+}
+
+pub(super) fn table_named(family: Family, name: &str) -> nftnl::Table {
     let family = match family {
         Family::Inet => ProtoFamily::Inet,
         Family::Netdev => ProtoFamily::NetDev,
     };
-    nftnl::Table::new(text(TABLE), family)
+    nftnl::Table::new(text(name), family)
 }
 
 /// Adds all of a table. With `again`, it may be there already: its rules are
 /// replaced.
 pub(super) fn add_table(batch: &mut Batch, data: &Table, again: bool) {
-    let table = table(data.family);
+    let table = table_named(data.family, &data.name);
     batch.add(&table, MsgType::Add);
     for name in &data.counters {
         let name = text(name);
@@ -116,12 +120,15 @@ pub(super) fn let_through(batch: &mut Batch, entries: &[Entry], only: bool) {
 /// Whether the time of an element that is added again begins anew: kernels
 /// before 6.12 keep the old one.
 fn times_begin_anew() -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 12),
-        _ => false,
-    }
+    static ANEW: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 12),
+            _ => false,
+        }
+    });
+    *ANEW
 }
 
 impl Entry {
@@ -136,7 +143,7 @@ impl Entry {
     }
 }
 
-fn chain<'t>(data: &Chain, table: &'t nftnl::Table) -> nftnl::Chain<'t> {
+pub(super) fn chain<'t>(data: &Chain, table: &'t nftnl::Table) -> nftnl::Chain<'t> {
     let mut chain = nftnl::Chain::new(text(&data.name), table);
     if let Some(Base {
         nat,
@@ -271,11 +278,15 @@ pub(super) fn octets(address: IpAddr) -> Vec<u8> {
 }
 
 fn add_rules(batch: &mut Batch, rules: &[Rule], chain: &nftnl::Chain<'_>) {
-    for exprs in rules {
-        let mut rule = nftnl::Rule::new(chain);
-        for expr in exprs.iter().flat_map(raws) {
-            rule.add_expr(&expr);
-        }
-        batch.add(&rule, MsgType::Add);
+    for data in rules {
+        batch.add(&rule(data, chain), MsgType::Add);
     }
+}
+
+pub(super) fn rule<'c>(exprs: &Rule, chain: &'c nftnl::Chain<'c>) -> nftnl::Rule<'c> {
+    let mut rule = nftnl::Rule::new(chain);
+    for expr in exprs.iter().flat_map(raws) {
+        rule.add_expr(&expr);
+    }
+    rule
 }

@@ -32,6 +32,14 @@ pub struct Counted {
 /// # Errors
 /// The kernel does not answer.
 pub fn counters(family: Family) -> io::Result<BTreeMap<String, Counted>> {
+    counters_of(family, TABLE)
+}
+
+/// As [`counters`], of the table of this name.
+///
+/// # Errors
+/// The kernel does not answer.
+pub fn counters_of(family: Family, table: &str) -> io::Result<BTreeMap<String, Counted>> {
     let family = match family {
         Family::Inet => libc::NFPROTO_INET,
         Family::Netdev => libc::NFPROTO_NETDEV,
@@ -74,14 +82,14 @@ pub fn counters(family: Family) -> io::Result<BTreeMap<String, Counted>> {
                         .map_or(0, |code| i32::from_ne_bytes(*code));
                     return Err(io::Error::from_raw_os_error(-code));
                 }
-                _ => counters.extend(counter(message)),
+                _ => counters.extend(counter(message, table)),
             }
         }
     }
 }
 
-/// The counter in a message, if it is one of ours.
-fn counter(message: &[u8]) -> Option<(String, Counted)> {
+/// The counter in a message, if it is one of this table.
+fn counter(message: &[u8], table: &str) -> Option<(String, Counted)> {
     // In memory of its own: aligned, as the library reads it.
     let mut aligned = vec![0u64; message.len().div_ceil(8)];
     // SAFETY: the message is whole: its header's length is that of `message`,
@@ -95,7 +103,7 @@ fn counter(message: &[u8]) -> Option<(String, Counted)> {
             return None;
         }
         let found = (sys::nftnl_obj_nlmsg_parse(to.cast(), object) == 0)
-            .then(|| read(object))
+            .then(|| read(object, table))
             .flatten();
         sys::nftnl_obj_free(object);
         found
@@ -104,7 +112,7 @@ fn counter(message: &[u8]) -> Option<(String, Counted)> {
 
 /// # Safety
 /// The object is one.
-unsafe fn read(object: *mut sys::nftnl_obj) -> Option<(String, Counted)> {
+unsafe fn read(object: *mut sys::nftnl_obj, table: &str) -> Option<(String, Counted)> {
     // SAFETY: the library gives null for what is absent, and C strings.
     unsafe {
         if sys::nftnl_obj_get_u32(object, sys::NFTNL_OBJ_TYPE as u16) != NFT_OBJECT_COUNTER {
@@ -114,7 +122,7 @@ unsafe fn read(object: *mut sys::nftnl_obj) -> Option<(String, Counted)> {
             let pointer = sys::nftnl_obj_get_str(object, attribute as u16);
             (!pointer.is_null()).then(|| CStr::from_ptr(pointer).to_string_lossy().into_owned())
         };
-        if text(sys::NFTNL_OBJ_TABLE)? != TABLE {
+        if text(sys::NFTNL_OBJ_TABLE)? != table {
             return None;
         }
         let counted = Counted {

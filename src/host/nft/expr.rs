@@ -4,7 +4,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 
 use super::build::{octets, text};
 use super::raw::{self, Raw, Value};
-use crate::plan::firewall::{Expr, Field, LOG_GROUP, Rule, State};
+use crate::plan::firewall::{Expr, Field, LOG_GROUP, State};
 use crate::spec::Cidr;
 
 /// Source and destination register of every expression: the first.
@@ -190,13 +190,6 @@ fn reject(kind: i32, code: i32) -> Raw {
 fn device(name: &str) -> Vec<u8> {
     // With its end: the whole name, not a beginning.
     text(name).into_bytes_with_nul()
-}
-
-/// The names of a rule's expressions, as the kernel has them.
-pub(super) fn names(rule: &Rule) -> String {
-    let raws = rule.iter().flat_map(raws);
-    let names = raws.map(|raw| raw.name.to_string_lossy().into_owned());
-    names.collect::<Vec<_>>().join(" ")
 }
 
 /// The kernel's expressions for one of ours.

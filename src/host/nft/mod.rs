@@ -4,12 +4,14 @@
 mod build;
 mod counters;
 mod expr;
+mod operands;
 mod raw;
 mod readback;
 
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nftnl::{Batch, MsgType};
@@ -22,8 +24,8 @@ use nix::sys::socket::{
 
 use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_mark, gate_member};
 
-pub use counters::{Counted, counters};
-pub use readback::{Shape, planned, rules};
+pub use counters::{Counted, counters, counters_of};
+pub use readback::{ChainShape, Leading, Shape, planned, ranges, rules};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who
 /// changes rules.
@@ -39,6 +41,11 @@ pub(super) const NESTED: u16 = 1 << 15;
 /// Length of a netlink header.
 pub(super) const HEADER: usize = 16;
 
+/// What a map says of addresses that lead to a chain (see [`ranges`]).
+pub fn leads_to(chain: &str) -> String {
+    operands::goto(chain)
+}
+
 /// Makes tables that are not there yet, all of them or none.
 ///
 /// # Errors
@@ -49,6 +56,17 @@ pub fn apply(rules: &Ruleset) -> io::Result<()> {
         build::add_table(&mut batch, table, false);
     }
     send(batch)
+}
+
+/// Takes a table with everything in it away; nothing happens where it is not
+/// there.
+///
+/// # Errors
+/// As [`apply`].
+pub fn remove(family: Family, name: &str) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.add(&build::table_named(family, name), MsgType::Del);
+    gone(send(batch))
 }
 
 /// What is let through for a while.
@@ -81,9 +99,36 @@ pub fn change(changes: &Changes, only: Option<&[Entry]>) -> io::Result<()> {
 /// # Errors
 /// As [`apply`].
 pub fn allow(entries: &[Entry]) -> io::Result<()> {
-    let mut batch = Batch::new();
-    build::let_through(&mut batch, entries, false);
-    send(batch)
+    Allowing::open()?.allow(entries)
+}
+
+/// Lets one machine reach addresses, as [`allow`] does, from any thread and without
+/// a new socket each time.
+#[derive(Debug)]
+pub struct Allowing(Mutex<Socket>);
+
+impl Allowing {
+    /// That of the namespace of the calling thread.
+    ///
+    /// # Errors
+    /// No netlink socket is to be had.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self(Mutex::new(connect()?)))
+    }
+
+    /// As [`allow`].
+    ///
+    /// # Errors
+    /// As [`apply`].
+    pub fn allow(&self, entries: &[Entry]) -> io::Result<()> {
+        let mut batch = Batch::new();
+        build::let_through(&mut batch, entries, false);
+        // Whoever panicked got no answer, and those are thrown away.
+        send_over(
+            &self.0.lock().unwrap_or_else(PoisonError::into_inner),
+            batch,
+        )
+    }
 }
 
 /// Makes the host's table, or brings it up to date, and counts a machine in.
@@ -213,18 +258,24 @@ pub(super) fn connect() -> io::Result<Socket> {
 
 /// Sends a batch and waits until the kernel has taken all of it.
 fn send(batch: Batch) -> io::Result<()> {
+    send_over(&connect()?, batch)
+}
+
+/// As [`send`], over a socket of which nobody else waits for answers.
+fn send_over(socket: &Socket, batch: Batch) -> io::Result<()> {
     let batch = batch.finalize();
     // The last that is answered: older kernels do not answer a batch's end.
     let last = batch.sequence_numbers().end.saturating_sub(1);
     // One message to the kernel is one transaction.
     let mut bytes: Vec<u8> = batch.iter().flatten().copied().collect();
     answer_only(&mut bytes, last);
-    let socket = connect()?;
+    let mut answers = vec![0; 1 << 16];
+    // What is left of answers to a batch that was refused.
+    while recv(socket.as_raw_fd(), &mut answers, MsgFlags::MSG_DONTWAIT).is_ok() {}
     let to = NetlinkAddr::new(0, 0);
     sendto(socket.as_raw_fd(), &bytes, &to, MsgFlags::empty())?;
-    let mut answers = vec![0; 1 << 16];
     loop {
-        let length = receive(&socket, &mut answers)?;
+        let length = receive(socket, &mut answers)?;
         for (kind, seq, content) in messages(&answers[..length]) {
             let Some(code) = content.first_chunk().filter(|_| kind == NLMSG_ERROR) else {
                 continue;

@@ -219,6 +219,24 @@ unsafe impl NlMsg for EmptyTable<'_> {
 /// linux/netlink.h: not what is in it.
 const NLM_F_NONREC: u16 = 0x100;
 
+/// Room for one message, however long.
+pub(super) fn buffer() -> Vec<u64> {
+    vec![0; (nftnl::nft_nlmsg_maxsize() as usize).div_ceil(8)]
+}
+
+/// A message as the kernel would get it.
+pub(super) fn written(message: &dyn NlMsg, kind: MsgType, buffer: &mut [u64]) -> Vec<u8> {
+    let most = size_of_val(buffer);
+    // SAFETY: the buffer is [`buffer`]'s, as long as libnftnl's longest message,
+    // and aligned; what is written begins with a header that says its length.
+    unsafe {
+        message.write(buffer.as_mut_ptr().cast(), 0, kind);
+        let header = buffer.as_ptr().cast::<libc::nlmsghdr>();
+        let length = ((*header).nlmsg_len as usize).min(most);
+        std::slice::from_raw_parts(buffer.as_ptr().cast::<u8>(), length).to_vec()
+    }
+}
+
 /// Begins a message.
 ///
 /// # Safety

@@ -1,4 +1,5 @@
-//! The rules of a machine on a bridge of the host's: only that it is who it is.
+//! The rules of a machine on a bridge, or a tap, of the host's: only that it is
+//! who it is.
 
 use super::machine::{ARP, IP, refusal, refuse};
 use super::*;
@@ -14,6 +15,43 @@ const RULES: [&str; 6] = ["mac", "arp", "ip", "type", "broadcast", "dhcp"];
 /// All rules of a machine that is on a bridge. IPv4 and ARP by its own addresses
 /// and nothing else: no tags, no IPv6, and so no router advertisements.
 pub fn bridged(bridge: &Bridge) -> Ruleset {
+    let chains = own_alone(bridge, TAP);
+    ruleset(TABLE, chains, RULES.map(|rule| refusal(rule, &Expr::Drop)))
+}
+
+/// The same at a tap of the host's. The table is among the host's own, by a name
+/// of the machine's; what it stops is counted and not logged, for the host's log
+/// is others' to read.
+pub fn guard(bridge: &Bridge, token: &str) -> Ruleset {
+    let chains = own_alone(bridge, &bridge.device);
+    let stopped = |rule: &str| {
+        let counted = vec![Expr::Counter(rule.to_owned()), Expr::Drop];
+        chain(&format!("refuse-{rule}"), vec![counted])
+    };
+    ruleset(&guard_name(token), chains, RULES.map(stopped))
+}
+
+/// Name of the table of [`guard`].
+pub fn guard_name(token: &str) -> String {
+    format!("{TABLE}-{token}")
+}
+
+fn ruleset(name: &str, mut chains: Vec<Chain>, stopped: [Chain; RULES.len()]) -> Ruleset {
+    chains.extend(stopped);
+    Ruleset {
+        tables: vec![Table {
+            family: Family::Netdev,
+            name: name.to_owned(),
+            counters: RULES.map(str::to_owned).into(),
+            sets: Vec::new(),
+            chains,
+        }],
+    }
+}
+
+/// What comes in at the device and is not the machine's own goes to a chain that
+/// is called after what is wrong with it.
+fn own_alone(bridge: &Bridge, device: &str) -> Vec<Chain> {
     let (mac, address) = (bridge.mac(), bridge.address.octets());
     let ingress = vec![
         vec![Expr::is(Field::EtherSource, mac), Expr::goto("own")],
@@ -46,15 +84,11 @@ pub fn bridged(bridge: &Bridge) -> Ruleset {
         vec![from_guest(), Expr::Accept],
         vec![refuse("ip")],
     ]);
-    let mut chains = vec![base("ingress", Hook::Ingress(TAP), -500, false, ingress)];
-    chains.extend([chain("own", own), chain("ip4", ip4), chain("arp", arp)]);
-    chains.extend(RULES.map(|rule| refusal(rule, &Expr::Drop)));
-    Ruleset {
-        tables: vec![Table {
-            family: Family::Netdev,
-            counters: RULES.map(str::to_owned).into(),
-            sets: Vec::new(),
-            chains,
-        }],
-    }
+    let hook = Hook::Ingress(device.to_owned());
+    vec![
+        base("ingress", hook, -500, false, ingress),
+        chain("own", own),
+        chain("ip4", ip4),
+        chain("arp", arp),
+    ]
 }

@@ -29,6 +29,7 @@ pub fn gate() -> Table {
     ];
     Table {
         family: Family::Inet,
+        name: TABLE.into(),
         counters: ["inbound", "refused"].map(str::to_owned).into(),
         sets: Vec::new(),
         chains: vec![

@@ -107,7 +107,13 @@ fn at_the_tap(policy: &NetworkPolicy) -> Table {
         vec![from_guest(), Expr::Accept],
         vec![refuse("ip")],
     ];
-    let mut chains = vec![base("ingress", Hook::Ingress(TAP), -500, false, ingress)];
+    let mut chains = vec![base(
+        "ingress",
+        Hook::Ingress(TAP.into()),
+        -500,
+        false,
+        ingress,
+    )];
     chains.extend([chain("own", own), chain("ip4", ip4), chain("arp", arp)]);
     if policy.ipv6 {
         chains.extend([chain("ip6", ip6_at_the_tap()), neighbour6()]);
@@ -115,6 +121,7 @@ fn at_the_tap(policy: &NetworkPolicy) -> Table {
     chains.extend(AT_THE_TAP.map(|rule| refusal(rule, &Expr::Drop)));
     Table {
         family: Family::Netdev,
+        name: TABLE.into(),
         counters: AT_THE_TAP.map(str::to_owned).into(),
         sets: Vec::new(),
         chains,
@@ -227,6 +234,7 @@ fn beyond(policy: &NetworkPolicy, names: Names, host: &[IpAddr]) -> Table {
     }
     Table {
         family: Family::Inet,
+        name: TABLE.into(),
         counters,
         sets,
         chains,

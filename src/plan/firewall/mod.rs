@@ -15,13 +15,13 @@ use std::net::IpAddr;
 
 use crate::spec::{Cidr, Port, Protocol};
 
-pub use bridge::bridged;
+pub use bridge::{bridged, guard, guard_name};
 pub use changes::{Changes, Names, changes};
 pub use gate::{gate, gate_mark, gate_member};
 pub use machine::machine;
 pub use never::{Never, never};
 
-/// Name of every table of ours.
+/// Name of every table of ours in a machine's namespace, and of the gate.
 pub const TABLE: &str = "bulkhead";
 /// Group of every packet that is logged (NFLOG).
 pub const LOG_GROUP: u16 = 1;
@@ -54,6 +54,8 @@ pub enum Family {
 pub struct Table {
     /// Which packets it sees.
     pub family: Family,
+    /// Its name.
+    pub name: String,
     /// Its named counters.
     pub counters: Vec<String>,
     /// Its sets and maps.
@@ -129,7 +131,7 @@ pub enum Hook {
     /// After routing.
     Postrouting,
     /// In at a device.
-    Ingress(&'static str),
+    Ingress(String),
 }
 
 /// A rule: all of it, in order.

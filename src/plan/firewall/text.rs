@@ -17,7 +17,7 @@ impl Display for Table {
             Family::Inet => "inet",
             Family::Netdev => "netdev",
         };
-        writeln!(f, "table {family} {TABLE} {{")?;
+        writeln!(f, "table {family} {} {{", self.name)?;
         for counter in &self.counters {
             writeln!(f, "  counter {counter}")?;
         }
@@ -71,13 +71,13 @@ impl Display for Chain {
         writeln!(f, "  chain {} {{", self.name)?;
         if let Some(base) = &self.base {
             let kind = if base.nat { "nat" } else { "filter" };
-            let (hook, device) = match base.hook {
+            let (hook, device) = match &base.hook {
                 Hook::Prerouting => ("prerouting", ""),
                 Hook::Input => ("input", ""),
                 Hook::Forward => ("forward", ""),
                 Hook::Output => ("output", ""),
                 Hook::Postrouting => ("postrouting", ""),
-                Hook::Ingress(device) => ("ingress device", device),
+                Hook::Ingress(device) => ("ingress device", device.as_str()),
             };
             let space = if device.is_empty() { "" } else { " " };
             let policy = if base.accept { "accept" } else { "drop" };

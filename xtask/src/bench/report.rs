@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::facts::Facts;
 use super::plot;
 use super::rounds::Series;
-use super::stats::quantile;
+use super::stats::{median_within, quantile};
 
 /// Our subject.
 pub(super) const OURS: &str = "bulkhead";
@@ -87,6 +87,9 @@ pub(super) struct Ratio {
     /// Their lower and upper quartiles.
     pub(super) low: f64,
     pub(super) high: f64,
+    /// Between which the median of any number of rounds would lie, with 95 %.
+    #[serde(default)]
+    pub(super) within: (f64, f64),
 }
 
 impl Figures {
@@ -160,6 +163,10 @@ impl Ratio {
             p50: rounded(quantile(&pairs, 0.5)),
             low: rounded(quantile(&pairs, 0.25)),
             high: rounded(quantile(&pairs, 0.75)),
+            within: {
+                let (low, high) = median_within(&pairs);
+                (rounded(low), rounded(high))
+            },
         })
     }
 }
@@ -216,28 +223,36 @@ impl Report {
         let width = |names: &mut dyn Iterator<Item = usize>| names.max().unwrap_or(0);
         let subjects = width(&mut self.rows.iter().map(|row| row.subject.len())).max(7);
         let phases = width(&mut self.rows.iter().map(|row| row.phase.len())).max(5);
-        let line = |subject: &str, phase: &str, cells: [String; 4]| {
-            let [n, p50, p95, p99] = cells;
-            format!("{subject:subjects$}  {phase:phases$} {n:>5} {p50:>10} {p95:>10} {p99:>10}\n")
+        let line = |subject: &str, phase: &str, cells: [String; 6]| {
+            let [n, figures @ ..] = cells;
+            let figures = figures.map(|figure| format!("{figure:>10}")).join(" ");
+            format!("{subject:subjects$}  {phase:phases$} {n:>5} {figures}\n")
         };
         let unit = self.rows.first().map_or("ms", |row| row.figures.unit());
-        let head = ["n", "p50", "p95", "p99"].map(|name| match name {
+        let head = ["n", "p25", "p50", "p75", "p95", "p99"].map(|name| match name {
             "n" => name.to_owned(),
             _ => format!("{name} {unit}"),
         });
         text += &line("subject", "phase", head);
         for row in &self.rows {
-            let [_, p50, _, p95, p99] = row.figures.all().map(|value| format!("{value:.2}"));
-            let cells = [row.n.to_string(), p50, p95, p99];
+            let [p25, p50, p75, p95, p99] = row.figures.all().map(|value| format!("{value:.2}"));
+            let cells = [row.n.to_string(), p25, p50, p75, p95, p99];
             text += &line(&row.subject, &row.phase, cells);
         }
         if !self.ratios.is_empty() {
-            text += "\nratio: median of the rounds (lower and upper quartile)\n";
+            text += "\nratio: median of the rounds (quartiles; with 95 % the median is within)\n";
         }
         for ratio in &self.ratios {
             text += &format!(
-                "{:phases$}  {} / {}: {:.2} ({:.2} to {:.2})\n",
-                ratio.phase, ratio.of, ratio.to, ratio.p50, ratio.low, ratio.high
+                "{:phases$}  {} / {}: {:.2} ({:.2} to {:.2}; within {:.2} to {:.2})\n",
+                ratio.phase,
+                ratio.of,
+                ratio.to,
+                ratio.p50,
+                ratio.low,
+                ratio.high,
+                ratio.within.0,
+                ratio.within.1
             );
         }
         for missing in &self.missing {

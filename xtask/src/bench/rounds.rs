@@ -43,6 +43,13 @@ pub(super) struct Series {
 }
 
 impl Series {
+    /// Takes in more phases of the same rounds.
+    pub(super) fn add(&mut self, more: Self) {
+        for (round, more) in self.rounds.iter_mut().zip(more.rounds) {
+            round.0.extend(more.0);
+        }
+    }
+
     pub(super) fn column(&self, phase: &str) -> Vec<f64> {
         let cells = self.rounds.iter().filter_map(|round| round.get(phase));
         cells.collect()

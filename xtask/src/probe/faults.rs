@@ -233,6 +233,7 @@ fn at_point(work: &Work, kit: &Kit, rows: &Rows, exhaustive: bool) {
             came,
             why,
             ms: begin.elapsed().as_millis(),
+            tried: None,
         });
         if !exhaustive {
             return;

@@ -89,6 +89,7 @@ async fn look(host: &Host, args: &Args, kind: MachineType) -> Result<Vec<Row>> {
         why: vec![seen],
         again: "cargo xtask probe guest".into(),
         ms: begin.elapsed().as_millis(),
+        tried: None,
     };
     let mut rows = Vec::new();
     // Linux: include/uapi/linux/virtio_ids.h. Two disks and the ports.

@@ -75,6 +75,16 @@ pub(crate) struct Row {
     pub(crate) again: String,
     /// How long it took.
     pub(crate) ms: u128,
+    /// What should have been seen, and what was, where that is all there is.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub(crate) tried: Option<Tried>,
+}
+
+/// What should come of a try, and what came.
+#[derive(Debug, Serialize)]
+pub(crate) struct Tried {
+    pub(crate) expected: String,
+    pub(crate) seen: String,
 }
 
 /// The cases so far. What fails is said at once.
@@ -134,6 +144,7 @@ mod tests {
             why: Vec::new(),
             again: String::new(),
             ms: 0,
+            tried: None,
         };
         let rows = [Came::Passed, Came::Failed, Came::Passed, Came::Skipped].map(row);
         assert_eq!(closing(&rows), "2 passed, 1 failed, 1 skipped");

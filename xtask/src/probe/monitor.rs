@@ -199,6 +199,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             why: vec![why],
             again: "cargo xtask probe qmp".into(),
             ms: begin.elapsed().as_millis(),
+            tried: None,
         });
     }
     rows.close(args.json)

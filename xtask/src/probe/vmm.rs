@@ -236,6 +236,7 @@ async fn attempt(host: &Host, args: &Args, number: usize, name: &str, filter: bo
         why: vec![why],
         again: format!("cargo xtask probe vmm --only {name:?}"),
         ms: begin.elapsed().as_millis(),
+        tried: None,
     })
 }
 
@@ -311,5 +312,6 @@ fn unchanged(before: &Seen, after: &Seen, host: &Host) -> Row {
         why,
         again: "cargo xtask probe vmm".into(),
         ms: 0,
+        tried: None,
     }
 }

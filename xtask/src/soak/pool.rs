@@ -60,6 +60,7 @@ pub(super) fn run(args: &Args, place: &Place, rows: &Rows) -> Result<()> {
             why,
             again: "cargo xtask soak --pool".into(),
             ms: begin.elapsed().as_millis(),
+            tried: None,
         });
     };
     let work = runtime.block_on(cycles(args, place, &mut samples))?;

@@ -3,7 +3,7 @@
 
 use std::net::Ipv4Addr;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bulkhead::host::netns::Netns;
 use bulkhead::plan::network::GATEWAY4;
 use bulkhead::run::Machine;
@@ -27,6 +27,14 @@ const UP: &str = "upload";
 const REQUEST: &str = "request";
 /// The same to a name that was never asked for.
 const FIRST: &str = "first-request";
+/// What of that is beyond the bare tap's, in the same round.
+const EXTRA: &str = "first-extra";
+/// Each by itself, all guests in turn: rounds are short, so that what the host does
+/// meanwhile meets the guests alike.
+const PHASES: [&str; 4] = [DOWN, UP, REQUEST, FIRST];
+/// Names that a guest can ask for before it looks as if it sent data in them
+/// (src/net/resolver/budget.rs: 8 KiB, about five characters each).
+const NAMES: u64 = 1500;
 
 /// A guest, and who resolves names for it.
 struct Guest {
@@ -48,12 +56,50 @@ pub(super) async fn measure(bed: &Bed, world: &World, args: &Args) -> Result<Vec
     let ours = Guest::start(bed, world, args, closed, GATEWAY4).await?;
     let read = Guest::start(bed, world, args, strict, GATEWAY4).await?;
     let guests = [(BARE, &bare), (OURS, &ours), (STRICT, &read)];
-    let subjects = guests.map(|(name, guest)| Subject::new(name, move || guest.once(args)));
-    let all = interleaved("net", args.common.n, subjects.into()).await?;
+    let mut all: Vec<Series> = Vec::new();
+    for phase in PHASES {
+        let subjects =
+            guests.map(|(name, guest)| Subject::new(name, move || guest.once(args, phase)));
+        let name = format!("net {phase}");
+        let measured = interleaved(&name, args.common.n, subjects.into()).await?;
+        match all.is_empty() {
+            true => all = measured,
+            false => all
+                .iter_mut()
+                .zip(measured)
+                .for_each(|(one, more)| one.add(more)),
+        }
+    }
+    beyond(&mut all);
     for guest in [bare, ours, read] {
         ours::stop(guest.machine).await?;
     }
     Ok(all)
+}
+
+/// Says of each round what a first request took beyond the bare tap's.
+fn beyond(all: &mut [Series]) {
+    let Some((bare, others)) = all.split_first_mut() else {
+        return;
+    };
+    for series in others {
+        for (one, bare) in series.rounds.iter_mut().zip(&bare.rounds) {
+            if let (Some(ours), Some(bare)) = (one.get(FIRST), bare.get(FIRST)) {
+                one.set(EXTRA, ours - bare);
+            }
+        }
+    }
+}
+
+/// Says whether so much can be measured.
+pub(super) fn check(args: &Args) -> Result<()> {
+    let round = args.connections + PHASES.len() as u64;
+    let names = (args.common.n as u64 + 1) * round;
+    ensure!(
+        names <= NAMES,
+        "{names} names would be asked for, and the resolver takes {NAMES}: fewer rounds or --connections"
+    );
+    Ok(())
 }
 
 /// Takes all rules from a machine, on both sides, and masquerades by one of the
@@ -91,7 +137,7 @@ impl Guest {
         Ok(Self { machine, echo, dns })
     }
 
-    async fn once(&self, args: &Args) -> Result<Sample> {
+    async fn once(&self, args: &Args, phase: &'static str) -> Result<Sample> {
         let mut echo = self.echo.lock().await;
         let size = args.mib << 20;
         let web = |count, up, down, dns| Web {
@@ -102,17 +148,14 @@ impl Guest {
             down,
         };
         let none = Ipv4Addr::UNSPECIFIED;
-        // So that the others find its name known.
+        // So that its name is known, and nobody has been asleep.
         echo.web(web(1, 0, 1, self.dns)).await?;
-        let mut sample = Sample::default();
-        for (phase, wanted) in [
-            (DOWN, web(1, 0, size, none)),
-            (UP, web(1, size, 0, none)),
-            (REQUEST, web(args.connections, 0, 1, none)),
-            (FIRST, web(args.connections, 0, 1, self.dns)),
-        ] {
-            sample.set(phase, echo.web(wanted).await?);
-        }
-        Ok(sample)
+        let wanted = match phase {
+            DOWN => web(1, 0, size, none),
+            UP => web(1, size, 0, none),
+            REQUEST => web(args.connections, 0, 1, none),
+            _ => web(args.connections, 0, 1, self.dns),
+        };
+        Ok(Sample::from(vec![(phase, echo.web(wanted).await?)]))
     }
 }

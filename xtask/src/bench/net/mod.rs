@@ -5,8 +5,10 @@ mod guests;
 mod sets;
 mod world;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use nix::sched::{CloneFlags, setns};
 
+use self::world::World;
 use super::config::{Bed, Common};
 use super::facts::Facts;
 use super::report::{Report, Unit};
@@ -24,27 +26,32 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1000)]
     cycles: usize,
     /// MiB moved at a time.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     mib: u64,
-    /// Connections of which the median is taken.
-    #[arg(long, default_value_t = 50)]
+    /// Connections of which the median is taken, in each round.
+    #[arg(long, default_value_t = 20)]
     connections: u64,
 }
 
 /// Runs the bench.
 pub(crate) fn run(args: Args) -> Result<()> {
-    super::block_on(measure(args))
-}
-
-async fn measure(args: Args) -> Result<()> {
-    let common = &args.common;
     ensure!(
         nix::unistd::geteuid().is_root(),
         "networks are root's to make"
     );
+    guests::check(&args)?;
+    let dir = tempfile::tempdir()?;
+    let world = World::new(dir.path())?;
+    // Every thread to come is there: machines' networks lead to it as they would to
+    // a host's own.
+    setns(&world.host, CloneFlags::CLONE_NEWNET).context("cannot enter the bench's host")?;
+    super::block_on(measure(args, world))
+}
+
+async fn measure(args: Args, world: World) -> Result<()> {
+    let common = &args.common;
     let bed = Bed::new(common)?;
     let mut facts = Facts::gather(&bed, &common.config)?;
-    let world = world::World::new(&bed.temp().join("net"))?;
     // First, while nobody's connections are there.
     let left = sets::cycles(&world, args.cycles)?;
     facts.versions.insert("cycles".into(), left);

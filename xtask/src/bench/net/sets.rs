@@ -29,8 +29,8 @@ struct Set {
 
 impl Set {
     fn make(world: &World, name: &str) -> Result<Self> {
-        let wires = Wires::choose(world.file(name), world.site());
         let policy = NetworkPolicy::of_mode(NetworkMode::NatFiltered);
+        let wires = Wires::choose(world.file(name), world.site(), &policy);
         let wired = wires.make(&policy, Names::Any).map_err(explain)?;
         Ok(Self { wires, wired })
     }

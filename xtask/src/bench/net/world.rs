@@ -72,9 +72,9 @@ impl World {
         Ok(world)
     }
 
+    /// The host's side is where this process is.
     pub(super) fn site(&self) -> Site {
         Site {
-            uplink: Some(self.dir.join("host")),
             resolvers: vec![(DNS, 53).into()],
             ..Site::default()
         }
