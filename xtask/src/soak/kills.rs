@@ -25,6 +25,9 @@ const SIZE: [&str; 6] = ["--memory", "256M", "--cpus", "1", "--disk", "64M"];
 /// Whoever is killed is killed within this.
 const MOMENT: u64 = 2500;
 
+/// Every so many kills something is said.
+const TELL: usize = 10;
+
 const VERBS: [(&str, &[&str]); 7] = [
     ("save", &["snapshot", "save", VM, NEW]),
     ("save disk", &["snapshot", "save", "--disk-only", VM, NEW]),
@@ -95,15 +98,19 @@ pub(super) fn run(args: &Args, count: usize, place: &Place, rows: &Rows) -> Resu
             };
             let round = round(place, words, victim, moment, &mut chance);
             let told = format!("{survivors} {at}: {what}, {victim:?} after {moment:?}");
+            let mut fail = |why: String| {
+                eprintln!("failed: {why}");
+                failed.push(why);
+            };
             match round {
                 Ok(hit) => *killed.entry((victim, hit)).or_insert(0) += 1,
-                Err(error) => failed.push(format!("{told}: {error:#}")),
+                Err(error) => fail(format!("{told}: {error:#}")),
             }
-            if std::io::IsTerminal::is_terminal(&std::io::stderr()) {
-                eprint!("\r{told}            ");
+            if at % TELL == TELL - 1 {
+                eprintln!("{told}: {} s so far", begin.elapsed().as_secs());
             }
             if let Err(error) = whole(place) {
-                failed.push(format!("after {told}: {error:#}"));
+                fail(format!("after {told}: {error:#}"));
                 // Once more from the beginning, to see the next one for itself.
                 clear(place)?;
                 mark(place, survivors)?;
