@@ -141,10 +141,8 @@ fn forks_and_the_machine_that_was_forked_draw_different_things() {
     let _vm = bulkhead.create("vm", &["--disk", "64M", "--start"]);
     let sh = |vm: &str, script: &str| bulkhead.must(&["exec", vm, "sh", "-c", script]);
     sh("vm", &begin());
+    let _forks = ["f-1", "f-2"].map(|name| bulkhead.made(name));
     bulkhead.must(&["fork", "vm", "-n", "2", "--name", "f"]);
     let told = ["vm", "f-1", "f-2"].map(|vm| sh(vm, ASK));
     differ(&told, 1);
-    for name in ["f-1", "f-2"] {
-        bulkhead.must(&["rm", "--force", name]);
-    }
 }

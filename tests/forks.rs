@@ -23,16 +23,14 @@ fn snapshots(bulkhead: &Bulkhead, vm: &str) -> Vec<String> {
     all
 }
 
-/// Forks the machine, and kills that as soon as the machine was saved for it.
+/// Forks the machine, and kills that as soon as the first fork is begun.
 fn fork_and_die(bulkhead: &Bulkhead, prefix: &str) {
     let mut fork = bulkhead.command(&["fork", "vm", "-n", "2", "--name", prefix]);
     let mut fork = fork.stderr(std::process::Stdio::null()).spawn().unwrap();
     let begin = Instant::now();
-    while snapshots(bulkhead, "vm").is_empty() {
-        assert!(
-            begin.elapsed() < Duration::from_secs(60),
-            "nothing is saved"
-        );
+    let first = bulkhead.state().join(format!("runs/{prefix}-1"));
+    while !first.exists() {
+        assert!(begin.elapsed() < Duration::from_secs(60), "nothing is made");
         std::thread::sleep(Duration::from_millis(1));
     }
     let pid = Pid::from_raw(i32::try_from(fork.id()).unwrap());
@@ -103,6 +101,7 @@ async fn machines_with_a_network_are_saved_restored_and_forked() {
     bulkhead.must(&["snapshot", "restore", "vm", "s"]);
     assert_eq!(look("vm"), first);
     bulkhead.must(&["verify", "vm"]);
+    let forks = ["f-1", "f-2"].map(|name| bulkhead.made(name));
     assert_eq!(
         bulkhead.must(&["fork", "vm", "-n", "2", "--name", "f"]),
         "f-1\nf-2\n"
@@ -119,9 +118,7 @@ async fn machines_with_a_network_are_saved_restored_and_forked() {
         .stdout;
     assert!(!denied.contains("200 "), "{denied}");
     assert_eq!(look("f-2"), first);
-    for name in ["f-1", "f-2"] {
-        bulkhead.must(&["rm", "--force", name]);
-    }
+    drop(forks);
     drop(vm);
     internet.world.settle();
 }
