@@ -218,6 +218,92 @@ fn what_is_damaged_or_does_not_fit_leaves_the_machine_alone() {
     bulkhead.must(&["snapshot", "restore", "vm", "s"]);
 }
 
+/// A program of the guest that runs when it becomes another, and fails.
+const BAD_HOOK: &str = "mkdir -p /etc/bulkhead/restore.d; cd /etc/bulkhead/restore.d; \
+     printf '#!/bin/sh\\necho no keys; exit 3\\n' > 10-fail; chmod 755 10-fail; sync";
+
+#[test]
+fn a_hook_that_fails_is_a_clone_s_and_not_that_of_the_machine_saved() {
+    let bulkhead = bulkhead();
+    let vm = started(&bulkhead, "vm", &[]);
+    sh(&bulkhead, "vm", &format!("{COUNTER}; {BAD_HOOK}"));
+    let at = count(&bulkhead, "vm");
+    bulkhead.must(&["snapshot", "save", "vm", "s"]);
+    // It is no clone: it goes on as before, and is saved again.
+    assert!(count(&bulkhead, "vm") >= at);
+    bulkhead.must(&["snapshot", "save", "vm", "again"]);
+    let told = bulkhead.must_fail(&["fork", "vm", "--name", "f"], "clone-not-unique");
+    assert!(
+        told.contains("10-fail") && told.contains("no keys"),
+        "{told}"
+    );
+    bulkhead.must(&["rm", "--force", "f-1"]);
+    assert_eq!(vm.state(), "running");
+    assert!(count(&bulkhead, "vm") >= at);
+    bulkhead.must_fail(&["snapshot", "restore", "vm", "s"], "clone-not-unique");
+    bulkhead.must(&["snapshot", "restore", "--disk-only", "vm", "s"]);
+    vm.start();
+    assert_eq!(bulkhead.exec(&["vm", "echo", "fine"]).stdout, "fine\n");
+}
+
+#[test]
+fn a_reset_leads_to_a_named_snapshot_too() {
+    let bulkhead = bulkhead();
+    let vm = started(&bulkhead, "vm", &[]);
+    assert_eq!(vm.inspect()["snapshot"], Value::Null);
+    sh(&bulkhead, "vm", "echo one > /tmp/mark");
+    bulkhead.must(&["snapshot", "save", "vm", "one"]);
+    sh(&bulkhead, "vm", "echo two > /tmp/mark");
+    bulkhead.must(&["snapshot", "save", "vm", "two"]);
+    assert_eq!(vm.inspect()["snapshot"], "two");
+    let id = sh(&bulkhead, "vm", "cat /etc/machine-id");
+    bulkhead.must(&["reset", "vm", "--to", "one"]);
+    assert_eq!(vm.inspect()["snapshot"], "one");
+    let shown = bulkhead.must(&["inspect", "vm"]);
+    assert!(
+        shown.lines().any(|line| line == "snapshot    one"),
+        "{shown}"
+    );
+    assert_eq!(sh(&bulkhead, "vm", "cat /tmp/mark"), "one\n");
+    assert_eq!(sh(&bulkhead, "vm", "cat /etc/machine-id"), id);
+    bulkhead.must_fail(&["reset", "vm", "--to", "three"], "snapshot-not-found");
+    // A fork is at its own snapshot, and leaves its parent where it was.
+    bulkhead.must(&["fork", "vm", "--name", "f"]);
+    assert_eq!(vm.inspect()["snapshot"], "one");
+    let fork = bulkhead.json(&["inspect", "f-1"]);
+    assert!(
+        fork["snapshot"].as_str().unwrap().starts_with("fork-"),
+        "{fork}"
+    );
+    bulkhead.must(&["rm", "--force", "f-1"]);
+    bulkhead.must(&["reset", "vm"]);
+    assert_eq!(vm.inspect()["snapshot"], Value::Null);
+    assert_eq!(bulkhead.exec(&["vm", "cat", "/tmp/mark"]).code, 1);
+}
+
+#[test]
+fn the_clock_is_right_after_an_hour_that_nobody_saw() {
+    let bulkhead = bulkhead();
+    let _vm = started(&bulkhead, "vm", &[]);
+    let off = || {
+        let guest: f64 = sh(&bulkhead, "vm", "date +%s.%N").trim().parse().unwrap();
+        let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        host.unwrap().as_secs_f64() - guest
+    };
+    // An hour behind when it is saved; it is right again when it was saved.
+    for name in ["one", "two"] {
+        sh(&bulkhead, "vm", "date -s @$(( $(date +%s) - 3600 ))");
+        assert!(off() > 3500.0);
+        bulkhead.must(&["snapshot", "save", "vm", name]);
+        // The command's own way back is in it.
+        assert!(off().abs() < 2.0, "{}", off());
+    }
+    for name in ["one", "two"] {
+        bulkhead.must(&["snapshot", "restore", "vm", name]);
+        assert!(off().abs() < 2.0, "{}", off());
+    }
+}
+
 #[test]
 fn forks_have_what_it_had_and_are_unlike_each_other() {
     let bulkhead = bulkhead();

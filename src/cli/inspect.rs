@@ -58,6 +58,12 @@ fn show(view: &View) {
     for (name, value) in &view.labels {
         line("label", format!("{name}={value}"));
     }
+    if let Some(name) = &view.snapshot {
+        line("snapshot", name.to_string());
+    }
+    if let Some(name) = &view.restore {
+        line("next start", format!("goes on from snapshot {name}"));
+    }
     if let Some(at) = view.deadline_ms {
         line("until", clock(at));
     }

@@ -106,6 +106,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
                 description,
                 tags: tags.into_iter().collect(),
                 disk_only,
+                transient: false,
             };
             machines.save(&vm, wish).await?;
             match global.json {

@@ -3,6 +3,7 @@
 use super::Global;
 use super::each::each;
 use super::message::Failure;
+use crate::snapshot::SnapshotName;
 use crate::spec::{Timeout, VmId};
 use crate::supervise::Machines;
 
@@ -31,6 +32,10 @@ pub(super) struct Reset {
     /// Names of machines.
     #[arg(required = true)]
     vms: Vec<VmId>,
+    /// Back to this snapshot of each, as `snapshot restore` does, instead of to
+    /// the beginning
+    #[arg(long, value_name = "SNAPSHOT")]
+    to: Option<SnapshotName>,
 }
 
 /// Starts machines and waits until they are up.
@@ -63,8 +68,9 @@ pub(super) async fn reset(args: Reset, global: &Global) -> Result<i32, Failure> 
     let settings = global.settings()?;
     let machines = Machines::new(settings.host());
     let launcher = settings.launcher();
-    each(&args.vms, global, async |vm| {
-        machines.reset(vm, &launcher).await
+    each(&args.vms, global, async |vm| match &args.to {
+        Some(name) => machines.restore(vm, name, false, &launcher).await,
+        None => machines.reset(vm, &launcher).await,
     })
     .await
 }

@@ -211,7 +211,6 @@ pub(crate) async fn take_over(
     host: &Host,
     spec: &Spec,
     record: Record,
-    machine_id: String,
 ) -> Result<Detached, (RunError, Record)> {
     let prepared = || {
         let mut plan = record.plan()?;
@@ -237,7 +236,7 @@ pub(crate) async fn take_over(
         Ok(mut machine) => {
             machine.hold(lock);
             let mut warnings = Vec::new();
-            let woken = super::snapshot::wake_after_loss(&machine, spec, machine_id).await;
+            let woken = super::snapshot::wake_after_loss(&machine, spec).await;
             // It says why to whoever asks it for something.
             warnings.extend(woken.err().map(|error| error.to_string()));
             let bound = publish::bind(&spec.publish);

@@ -4,17 +4,18 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulkhead_agent::{Configure, Life, Request};
+use bulkhead_agent::{Configure, Request};
 use qapi::qmp::{cont, migrate, migrate_cancel, stop};
 use serde_json::json;
 
 use super::clone::{Origin, migrated, tell_memory, told};
 use super::host::Host;
 use super::machine::Machine;
-use super::runner::{fresh, identity};
-use super::template::{rest, write_down};
+use super::runner::fresh;
+use super::template::{is_unknown, rest, write_down};
 use super::transfer::joined;
 use super::{MachineError, RunError, now_ms};
+use crate::guest::GuestError;
 use crate::host::{fault, lease};
 use crate::image::Image;
 use crate::plan::{Channel, Plan, Ram};
@@ -35,7 +36,7 @@ const BANDWIDTH: u64 = 64 << 30;
 const BESIDES: u64 = 1 << 30;
 /// How long what QEMU has told already may take.
 const TOLD: Duration = Duration::from_secs(1);
-/// How long the guest may take to go on: the image's hooks run, too.
+/// How long the guest may take to go on.
 const WAKE: Duration = Duration::from_secs(45);
 
 /// What is to be saved, and of whom.
@@ -45,8 +46,6 @@ pub(crate) struct Saving {
     pub(crate) wish: Wish,
     /// The snapshot that the machine is at.
     pub(crate) parent: Option<SnapshotName>,
-    /// What the guest knows its machine by.
-    pub(crate) machine_id: String,
 }
 
 /// Saves a machine, which goes on.
@@ -68,6 +67,8 @@ pub(crate) async fn save(
         false => Some(savable(plan).and_then(|()| key(host, spec, plan))?),
     };
     let staged = store.stage()?;
+    // Whom nobody could wake must not be put to rest.
+    wake(machine).await?;
     let begun = async {
         let life = rest(machine).await?;
         let taken = take(machine, staged.path(), key.is_some()).await;
@@ -80,13 +81,10 @@ pub(crate) async fn save(
     let begun = begun.await;
     // Whatever came of it: the machine goes on.
     let went_on = machine.monitor().execute(cont {}).await;
+    let woken = wake(machine).await;
     let (life, taken) = begun?;
     went_on.map_err(MachineError::from)?;
-    let identity = Configure {
-        machine_id: Some(saving.machine_id),
-        ..identity(spec)
-    };
-    wake(machine, &life, &identity).await?;
+    woken?;
     let paused_ms = taken?;
     let qemu = machine.monitor().version().clone();
     let backed = plan.ram.is_backed();
@@ -105,7 +103,9 @@ pub(crate) async fn save(
             }),
         };
         let manifest = Manifest::new(&wish, saving.parent, image.id, saved, disk, now_ms());
-        store.commit(staged, &manifest)
+        store.commit(staged, &manifest)?;
+        // The fork that wanted it may be dead by now.
+        store.sweep_forks()
     };
     Ok(joined(tokio::task::spawn_blocking(keep).await)?)
 }
@@ -298,22 +298,12 @@ async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError>
 /// Has a machine serve again whose supervisor died while it saved it.
 ///
 /// # Errors
-/// The guest does not answer, or cannot go on.
-pub(super) async fn wake_after_loss(
-    machine: &Machine,
-    spec: &Spec,
-    machine_id: String,
-) -> Result<(), MachineError> {
-    let store = Store::new(machine.dir(), &spec.id);
-    if !store.is_unfinished() {
-        return Ok(());
+/// The guest does not answer.
+pub(super) async fn wake_after_loss(machine: &Machine, spec: &Spec) -> Result<(), MachineError> {
+    match Store::new(machine.dir(), &spec.id).is_unfinished() {
+        true => wake(machine).await,
+        false => Ok(()),
     }
-    let life = rest(machine).await?;
-    let identity = Configure {
-        machine_id: Some(machine_id),
-        ..identity(spec)
-    };
-    wake(machine, &life, &identity).await
 }
 
 /// Time since 1970, as QEMU's events have it.
@@ -322,13 +312,23 @@ fn now() -> Duration {
     since.unwrap_or_default()
 }
 
-/// Has the guest serve again, as the next generation of itself.
-async fn wake(machine: &Machine, life: &Life, identity: &Configure) -> Result<(), MachineError> {
-    let request = Request::Restored {
-        generation: life.generation + 1,
-        identity: fresh(identity),
+/// Has the guest serve again as what it was, with entropy that is in no
+/// snapshot, and the right time. One that serves does not mind.
+///
+/// # Errors
+/// It does not answer, or is too old to be asked.
+async fn wake(machine: &Machine) -> Result<(), MachineError> {
+    let request = Request::Resumed {
+        identity: fresh(&Configure::default()),
     };
-    let channel = machine.channel();
-    told(channel.ask("go on", &request, WAKE).await?)?;
-    Ok(())
+    match machine.channel().ask("go on", &request, WAKE).await {
+        Ok(reply) => told(reply).map(drop).map_err(Into::into),
+        Err(error) if is_unknown(&error) => Err(MachineError::OldAgent { what: "be saved" }),
+        // It serves all the same.
+        Err(error @ GuestError::Refused { .. }) => {
+            tracing::warn!("{} goes on as it was: {error}", machine.plan().id);
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
 }

@@ -226,10 +226,7 @@ pub(super) async fn rest(machine: &Machine) -> Result<Life, MachineError> {
         .await;
     match asked {
         Ok(Reply::Life(life)) => Ok(life),
-        Err(GuestError::Refused { failure, .. })
-            if failure.kind == FailureKind::Invalid
-                && failure.message.contains(UNKNOWN_REQUEST) =>
-        {
+        Err(error) if is_unknown(&error) => {
             let what = "be cloned";
             Err(MachineError::OldAgent { what })
         }
@@ -239,6 +236,12 @@ pub(super) async fn rest(machine: &Machine) -> Result<Life, MachineError> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether the agent is older than what it was asked for.
+pub(super) fn is_unknown(error: &GuestError) -> bool {
+    matches!(error, GuestError::Refused { failure, .. }
+        if failure.kind == FailureKind::Invalid && failure.message.contains(UNKNOWN_REQUEST))
 }
 
 /// Writes the state of the devices to a file; the machine stands still then,

@@ -1,5 +1,7 @@
 //! Where the snapshots of one machine are kept: one directory each.
 
+mod forks;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -41,6 +43,9 @@ pub struct Wish {
     pub tags: BTreeMap<String, String>,
     /// Without memory and devices.
     pub disk_only: bool,
+    /// A fork makes it for itself, and removes it.
+    #[serde(default)]
+    pub transient: bool,
 }
 
 /// Memory and devices of a machine that ran.
@@ -75,6 +80,9 @@ pub struct Manifest {
     pub tags: BTreeMap<String, String>,
     /// The snapshot that the machine was at.
     pub parent: Option<SnapshotName>,
+    /// A fork made it for itself: without one under way it is removed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub transient: bool,
     /// When it was made, in milliseconds since 1970.
     pub created_ms: u64,
     /// Id of the image that the disk belongs to.
@@ -238,11 +246,8 @@ impl Store {
 
     /// A directory to make one in; what interrupted makers left is removed.
     pub(crate) fn stage(&self) -> Result<Staged, SnapshotError> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.dir)
-            .map_err(SnapshotError::io("make", &self.dir))?;
+        self.make()?;
+        self.sweep_forks()?;
         let _guard = self.guard()?;
         Staging::sweep(&self.dir)?;
         fault::at("make snapshot").map_err(SnapshotError::io("make", &self.dir))?;
@@ -264,6 +269,7 @@ impl Store {
         if !self.dir.exists() {
             return Ok(());
         }
+        self.sweep_forks()?;
         let _guard = self.guard()?;
         Ok(Staging::sweep(&self.dir)?)
     }
@@ -305,6 +311,7 @@ impl Store {
     pub(crate) fn adopt(&self, from: &Self, name: &SnapshotName) -> Result<(), SnapshotError> {
         let manifest = Manifest {
             parent: None,
+            transient: false,
             ..from.manifest(name)?
         };
         let staged = self.stage()?;
@@ -316,6 +323,14 @@ impl Store {
             }
         }
         self.commit(staged, &manifest)
+    }
+
+    fn make(&self) -> Result<(), SnapshotError> {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.dir)
+            .map_err(SnapshotError::io("make", &self.dir))
     }
 
     fn guard(&self) -> Result<Flock<File>, SnapshotError> {
@@ -375,6 +390,7 @@ impl Manifest {
             name: wish.name.clone(),
             description: wish.description.clone(),
             tags: wish.tags.clone(),
+            transient: wish.transient,
             parent,
             created_ms,
             image,
@@ -401,6 +417,7 @@ mod tests {
             description: Some("why".into()),
             tags: BTreeMap::new(),
             disk_only: true,
+            transient: false,
         };
         let disk = Store::piece(staged.path(), DISK)?;
         store.commit(

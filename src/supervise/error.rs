@@ -35,10 +35,12 @@ pub enum SuperviseError {
         source: io::Error,
     },
     /// Its supervisor ended without a word.
-    #[error("the supervisor of {id} ended before the machine was up{}", said(.words))]
+    #[error("the supervisor of {id} ended ({how}) before the machine was up{}", said(.words))]
     Silent {
         /// The machine.
         id: VmId,
+        /// With which exit status, or by which signal.
+        how: String,
         /// What it left in its log.
         words: String,
     },

@@ -78,11 +78,13 @@ impl Launcher {
                 Err(SuperviseError::Told(report))
             }
             Err(_) => {
-                let _ = child.wait();
+                let ended = child.wait();
+                let how = ended.map_or_else(|error| error.to_string(), |how| how.to_string());
                 let words = std::fs::read(&log_path).unwrap_or_default();
                 let tail = &words[words.len().saturating_sub(WORDS)..];
                 Err(SuperviseError::Silent {
                     id: id.clone(),
+                    how,
                     words: crate::guest::archive::printable(tail),
                 })
             }

@@ -351,6 +351,8 @@ impl Machines {
             created_ms: status.created_ms,
             started_ms: status.started_ms,
             deadline_ms: status.deadline_ms,
+            snapshot: status.snapshot,
+            restore: status.restore,
             supervisor: status.supervisor,
             ended: status.ended,
             history: status.history,

@@ -9,6 +9,9 @@ use crate::run::{Machine, Record, RecordError, RunError, Saving, check, copy_dis
 use crate::snapshot::{SnapshotError, SnapshotName, Store, Wish};
 use crate::spec::{Bytes, Spec, VmId};
 
+/// Forks that are started at once.
+const AT_ONCE: usize = 8;
+
 impl Supervisor<'_> {
     /// Begins to save the machine; what QEMU tells of it meanwhile is no news.
     pub(super) fn save<'a>(
@@ -21,7 +24,6 @@ impl Supervisor<'_> {
         let saving = Saving {
             wish,
             parent: self.state.status().snapshot.clone(),
-            machine_id: self.machine_id(),
         };
         async move { crate::run::save(&host, &spec, machine, saving).await }
     }
@@ -154,22 +156,27 @@ impl Machines {
             description: Some(format!("{id} as it was forked")),
             tags: [("fork".to_owned(), id.to_string())].into(),
             disk_only: false,
+            transient: true,
         };
-        self.client(id).save(wish.clone()).await?;
         let store = self.snapshots(id)?;
+        // Should this process die, the next who looks finds nobody here.
+        let _forking = store.forking()?;
+        self.client(id).save(wish.clone()).await?;
         let forked = async {
             let spec = self.spec(id)?;
             let (image, _) = self.host().plan(&spec).map_err(SuperviseError::Run)?;
-            for name in names {
+            for some in names.chunks(AT_ONCE) {
                 let lock = image.lock().map_err(crate::run::RunError::from)?;
-                let child = child(&spec, name);
-                Record::keep_with(self.dirs(), &child, &image, &view.image.name, |dir| {
-                    let adopted = Store::new(dir, name).adopt(&store, &wish.name);
-                    adopted.map_err(SuperviseError::from)?;
-                    Ok::<_, SuperviseError>(Some(wish.name.clone()))
-                })?;
+                for name in some {
+                    let child = child(&spec, name);
+                    Record::keep_with(self.dirs(), &child, &image, &view.image.name, |dir| {
+                        let adopted = Store::new(dir, name).adopt(&store, &wish.name);
+                        adopted.map_err(SuperviseError::from)?;
+                        Ok::<_, SuperviseError>(Some(wish.name.clone()))
+                    })?;
+                }
                 drop(lock);
-                self.start(name, launcher).await?;
+                self.start_all(some, launcher).await?;
             }
             Ok::<_, SuperviseError>(())
         };
@@ -178,6 +185,17 @@ impl Machines {
         let removed = store.rm(&wish.name);
         forked?;
         Ok(removed?)
+    }
+
+    /// Starts machines at once; all that can are up when one could not be.
+    async fn start_all(&self, names: &[VmId], launcher: &Launcher) -> Result<(), SuperviseError> {
+        let mut starts = tokio::task::JoinSet::new();
+        for name in names {
+            let (machines, name, launcher) = (self.clone(), name.clone(), launcher.clone());
+            starts.spawn(async move { machines.start(&name, &launcher).await });
+        }
+        let all = starts.join_all().await;
+        all.into_iter().collect()
     }
 
     fn spec(&self, id: &VmId) -> Result<Spec, SuperviseError> {

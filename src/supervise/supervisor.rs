@@ -268,7 +268,7 @@ impl Supervisor<'_> {
                     let cancelled = cancel.notified();
                     detached::boot(&host, &spec, record, how, cancelled).await
                 }
-                Start::TakeOver => detached::take_over(&host, &spec, record, how.machine_id).await,
+                Start::TakeOver => detached::take_over(&host, &spec, record).await,
             }
         };
         let mut boot = std::pin::pin!(boot);

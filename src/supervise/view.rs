@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Status, Transition, Violation};
+use crate::snapshot::SnapshotName;
 use crate::spec::{
     Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
 };
@@ -64,6 +65,12 @@ pub struct View {
     pub labels: BTreeMap<LabelName, String>,
     /// Its main command; empty for none.
     pub command: Vec<String>,
+    /// The snapshot it was saved as, or restored from, last; absent for none.
+    #[serde(default)]
+    pub snapshot: Option<SnapshotName>,
+    /// The snapshot whose memory its next start goes on from; absent for none.
+    #[serde(default)]
+    pub restore: Option<SnapshotName>,
     /// Its supervisor.
     pub supervisor: Option<Owner>,
     /// What its supervisor says of it; absent when it does not run or the
@@ -151,6 +158,8 @@ impl View {
             tuning: spec.tuning,
             labels: spec.labels.clone(),
             command: script.chain(command.argv.iter().cloned()).collect(),
+            snapshot: None,
+            restore: None,
             supervisor: None,
             live: None,
             ended: None,

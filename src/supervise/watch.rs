@@ -350,7 +350,10 @@ impl Supervisor<'_> {
                 })
             }
             Ask::Save { wish } if state == State::Running => {
-                let after = After::Saved(wish.name.clone());
+                let after = match wish.transient {
+                    true => After::Nothing,
+                    false => After::Saved(wish.name.clone()),
+                };
                 let save = self.save(machine, *wish);
                 Box::pin(async move { Done::of(asked, save.await, after) })
             }

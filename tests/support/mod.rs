@@ -244,6 +244,14 @@ impl Bulkhead {
         }
     }
 
+    /// A machine that a verb makes, such as a fork; it may be there or not.
+    pub(crate) fn made(&self, name: &str) -> Detached<'_> {
+        Detached {
+            bulkhead: self,
+            name: name.to_owned(),
+        }
+    }
+
     /// A call that must succeed; gives its stdout.
     pub(crate) fn must(&self, words: &[&str]) -> String {
         let ran = self.raw(words);

@@ -1,6 +1,7 @@
 //! `cargo xtask soak`: many machines, many runs, for a while; nothing may fail,
 //! grow, slow down or stay.
 
+mod kills;
 mod pool;
 
 use std::collections::BTreeMap;
@@ -49,6 +50,13 @@ pub(crate) struct Args {
     /// With --pool: callers at a time.
     #[arg(long, default_value_t = 20)]
     callers: usize,
+    /// So many SIGKILLs instead, of a machine's owner, its QEMU, or the verb,
+    /// while machines are saved, restored, forked, reset and made.
+    #[arg(long, conflicts_with_all = ["machines", "minutes", "jobs", "pool", "runs"])]
+    kills: Option<usize>,
+    /// With --kills: what chance begins with [default: the time].
+    #[arg(long, requires = "kills")]
+    seed: Option<u64>,
     /// kvm or tcg.
     #[arg(long, default_value = "kvm")]
     accel: String,
@@ -128,9 +136,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
         networks: nix::unistd::geteuid().is_root(),
     };
     let (rows, json) = (Rows::default(), args.json);
-    if args.pool {
-        pool::run(&args, &Place::new(&kit)?, &rows)?;
-        drop(copy);
+    if args.pool || args.kills.is_some() {
+        let place = Place::new(&kit)?;
+        match args.kills {
+            Some(count) => kills::run(&args, count, &place, &rows)?,
+            None => pool::run(&args, &place, &rows)?,
+        }
+        drop((place, copy));
         if !rows.close(json)? {
             std::process::exit(1);
         }

@@ -87,6 +87,18 @@ impl Lives {
         Ok(life(&now))
     }
 
+    /// Goes on in place, after it was saved: it is no clone, and whatever becomes
+    /// of its entropy and its clock, it serves.
+    ///
+    /// # Errors
+    /// The identity could not be taken.
+    pub(crate) fn resumed(&self, identity: &Configure) -> Result<Life> {
+        let mut now = self.now();
+        let taken = identity::apply(identity);
+        now.rests = false;
+        taken.map(|()| life(&now))
+    }
+
     /// Sets the clock.
     ///
     /// # Errors
@@ -140,6 +152,25 @@ mod tests {
             assert!(lives.restored(generation, identity).is_err());
             assert!(lives.awake().is_err(), "{generation}");
         }
+    }
+
+    #[test]
+    fn what_was_saved_goes_on_as_itself_whatever_fails() {
+        let lives = Lives::default();
+        let saved = lives.quiesce().unwrap();
+        let went_on = lives.resumed(&Configure::default()).unwrap();
+        assert_eq!(
+            (went_on.generation, went_on.session),
+            (saved.generation, saved.session)
+        );
+        lives.awake().unwrap();
+        lives.quiesce().unwrap();
+        let bad = Configure {
+            seed: Some("no digits".into()),
+            ..Configure::default()
+        };
+        assert!(lives.resumed(&bad).is_err());
+        lives.awake().unwrap();
     }
 
     #[test]

@@ -258,8 +258,8 @@ pub enum Request {
     /// Identity of this machine: applied before any command runs.
     Configure(Configure),
     /// Write everything to disk and run nothing any more until
-    /// [`Request::Restored`]: the machine is about to be saved. Answered with
-    /// [`Reply::Life`].
+    /// [`Request::Restored`] or [`Request::Resumed`]: the machine is about to be
+    /// saved. Answered with [`Reply::Life`].
     Quiesce,
     /// The machine was saved after [`Request::Quiesce`], and this is a clone of
     /// it: take the identity, run the image's hooks ([`HOOKS`]), and serve
@@ -268,6 +268,13 @@ pub enum Request {
         /// One more than the agent told last.
         generation: u64,
         /// All of it is needed.
+        identity: Configure,
+    },
+    /// The machine was saved after [`Request::Quiesce`], and this is itself, not
+    /// a clone: serve again, then take the entropy and the clock. No hook runs.
+    /// Answered with [`Reply::Life`]; it serves after a failure, too.
+    Resumed {
+        /// Names are not needed: it has them.
         identity: Configure,
     },
     /// Set the wall clock, in nanoseconds since 1970-01-01 UTC; answered with

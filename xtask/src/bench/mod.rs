@@ -10,6 +10,8 @@ mod exec;
 mod facts;
 mod files;
 mod floor;
+mod fork;
+mod kept;
 mod memory;
 mod net;
 mod ours;
@@ -56,6 +58,8 @@ enum Bench {
     Clone(clone::Args),
     /// A clone out of a pool against one that is started.
     Pool(pool::Args),
+    /// Machines that branch off from a running one against one that is booted.
+    Fork(fork::Args),
     /// A machine back to its template against a clone that is started.
     Reset(reset::Args),
     /// Say what moved between two results (--json) beyond their noise.
@@ -80,6 +84,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Bench::Density(args) => density::run(args),
         Bench::Clone(args) => clone::run(args),
         Bench::Pool(args) => pool::run(args),
+        Bench::Fork(args) => fork::run(args),
         Bench::Reset(args) => reset::run(args),
         Bench::Compare(args) => compare::run(&args),
         Bench::Reap(args) => peers::reap::run(&args),

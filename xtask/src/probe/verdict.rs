@@ -2,10 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use bulkhead::run::{State, StateFile, Transition};
+use bulkhead::snapshot::Store;
+use bulkhead::spec::VmId;
 use bulkhead::supervise::{Kind, View};
 
 use super::place::{Place, VERB, entries};
@@ -162,6 +165,7 @@ impl Place {
             } else if dir.is_dir() && !StateFile::is_in(&dir) {
                 wrong.push(format!("{} has no state", dir.display()));
             }
+            wrong.extend(snapshots(&dir));
             for file in entries(&dir) {
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
                 if name.starts_with('.') || name == "scratch.img" {
@@ -182,6 +186,29 @@ impl Place {
         }
         Ok(found)
     }
+}
+
+/// What is wrong with the snapshots of the machine with this record.
+fn snapshots(record: &Path) -> Vec<String> {
+    let name = record.file_name().and_then(|name| name.to_str());
+    let Some(vm) = name.and_then(|name| name.parse::<VmId>().ok()) else {
+        return Vec::new();
+    };
+    let half = entries(&record.join("snapshots"))
+        .into_iter()
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with('.') && name != ".lock" && name != ".forks"
+        });
+    let half = half.map(|path| format!("{} is half made", path.display()));
+    let (all, errors) = match Store::new(record, &vm).list() {
+        Ok(listed) => listed,
+        Err(error) => return vec![error.to_string()],
+    };
+    let forks = all.into_iter().filter(|one| one.manifest.transient);
+    let forks = forks.map(|one| format!("{} of a dead fork of {vm} is left", one.manifest.name));
+    let errors = errors.into_iter().map(|error| error.to_string());
+    half.chain(forks).chain(errors).collect()
 }
 
 /// What is wrong with a history.

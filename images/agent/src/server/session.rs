@@ -205,6 +205,7 @@ impl Session {
             Request::Ping
                 | Request::Quiesce
                 | Request::Restored { .. }
+                | Request::Resumed { .. }
                 | Request::Clock { .. }
                 | Request::Info
                 | Request::PowerOff
@@ -271,6 +272,9 @@ impl Session {
                 generation,
                 identity,
             } => self.live(stream, move |lives| lives.restored(generation, &identity)),
+            Request::Resumed { identity } => {
+                self.live(stream, move |lives| lives.resumed(&identity));
+            }
             Request::Clock { unix_ns } => {
                 let life = self.server.lives.set_clock(unix_ns)?;
                 answer(stream, &Reply::Life(life));
