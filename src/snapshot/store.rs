@@ -25,7 +25,7 @@ pub(crate) const STATE: &str = "state";
 pub(crate) const DISK: &str = "disk";
 const MANIFEST: &str = "snapshot.json";
 /// Format of the manifest.
-const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 /// Largest manifest, in bytes.
 const LONGEST: u64 = 1 << 20;
 
