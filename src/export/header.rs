@@ -99,13 +99,24 @@ impl Header {
             ))),
         };
         known("its header", self.schema, SCHEMA)?;
-        match &self.content {
+        let text = match &self.content {
             Content::Template(manifest) => {
-                known("its template", manifest.schema, template::SCHEMA)?
+                known("its template", manifest.schema, template::SCHEMA)?;
+                serde_json::to_vec_pretty(manifest)
             }
             Content::Snapshot { manifest, .. } => {
                 known("its snapshot", manifest.schema, snapshot::SCHEMA)?;
+                serde_json::to_vec_pretty(manifest)
             }
+        };
+        let len = text
+            .map_err(|error| Flaw::Corrupt(error.to_string()))?
+            .len();
+        if len as u64 > template::LONGEST {
+            // The store would not read it again.
+            let most = template::LONGEST;
+            let told = format!("a manifest of {len} bytes, and {most} are the most");
+            return Err(Flaw::TooLarge(told));
         }
         let mut sum = 0;
         for (name, piece) in self.content.parts() {

@@ -221,6 +221,17 @@ fn what_claims_too_much_is_refused_before_it_is_made() {
     assert_eq!(code(&seal(&less)), "export-too-large");
     // A header of 4 GiB.
     assert_eq!(code(&seal(&[0xff; 64])), "export-too-large");
+    // A manifest that nobody would read again.
+    let long = forged(
+        |header| {
+            let Content::Snapshot { manifest, .. } = &mut header.content else {
+                panic!("it is a snapshot");
+            };
+            manifest.description = Some("x".repeat(1 << 20));
+        },
+        &[END],
+    );
+    assert_eq!(code(&seal(&long)), "export-too-large");
     // More than the host has room for.
     let full = forged(
         |header| {

@@ -334,7 +334,7 @@ fn now() -> Duration {
 /// Has the guest serve again, as the next generation of itself.
 async fn wake(machine: &Machine, life: &Life, identity: &Configure) -> Result<(), MachineError> {
     let request = Request::Restored {
-        generation: life.generation + 1,
+        generation: life.generation.saturating_add(1),
         identity: fresh(identity),
     };
     let channel = machine.channel();

@@ -17,7 +17,7 @@ use crate::host::lease::write_durably;
 use crate::image::staging::Staging;
 use crate::qmp::Version;
 use crate::spec::VmId;
-use crate::template::{Key, Piece, of_sparse};
+use crate::template::{Key, LONGEST, Piece, of_sparse};
 
 /// Memory and devices, as QEMU writes them.
 pub(crate) const STATE: &str = "state";
@@ -26,8 +26,6 @@ pub(crate) const DISK: &str = "disk";
 const MANIFEST: &str = "snapshot.json";
 /// Format of the manifest.
 pub(crate) const SCHEMA: u32 = 1;
-/// Largest manifest, in bytes.
-const LONGEST: u64 = 1 << 20;
 
 /// What a snapshot is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

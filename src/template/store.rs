@@ -414,7 +414,7 @@ fn open_in(dir: &File, name: &str) -> io::Result<File> {
 }
 
 /// Largest manifest, in bytes.
-const LONGEST: u64 = 1 << 20;
+pub(crate) const LONGEST: u64 = 1 << 20;
 
 fn read(dir: &File, name: &str) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
