@@ -8,6 +8,7 @@ mod create;
 mod doctor;
 mod each;
 mod exec;
+mod export;
 mod forward;
 mod gc;
 mod image;

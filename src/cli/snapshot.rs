@@ -1,8 +1,11 @@
 //! `bulkhead snapshot` and `bulkhead fork`.
 
+use std::path::PathBuf;
+
 use serde_json::json;
 
 use super::Global;
+use super::export;
 use super::message::{Failure, print_json, print_report, print_text, visible};
 use super::table::Table;
 use crate::error::Report;
@@ -66,6 +69,17 @@ enum Verb {
         #[arg(long)]
         disk_only: bool,
     },
+    /// Write a snapshot, with what its machine is made of, to one file
+    Export {
+        /// Name of the machine
+        vm: VmId,
+        /// Name of the snapshot
+        name: SnapshotName,
+        /// A file that is not there yet (`-`: stdout)
+        file: PathBuf,
+    },
+    /// Make a machine of such a file: its first start goes on from there
+    Import(Box<export::Args>),
 }
 
 /// Options of `bulkhead fork`.
@@ -155,6 +169,12 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
                 false => print_text(&format!("{vm}\n")),
             }
         }
+        Verb::Export { vm, name, file } => {
+            export::export(&file, global.json, |to, of| {
+                machines.export(&vm, &name, to, of)
+            })?;
+        }
+        Verb::Import(args) => return export::import(*args, global).await,
     }
     Ok(0)
 }

@@ -1,15 +1,17 @@
 //! `bulkhead template`: build, show and remove templates.
 
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
 use super::Global;
+use super::export;
 use super::machine_args::MachineArgs;
 use super::message::{Failure, print_json, print_report, print_text, visible};
 use super::run::signals;
 use crate::error::Report;
-use crate::run::{Build, FAILED, Io, build};
+use crate::run::{Build, FAILED, Io, build, import_template, now_ms};
 use crate::spec::{Request, Timeout};
 use crate::template::Summary;
 
@@ -44,6 +46,18 @@ enum Verb {
         /// All of them
         #[arg(long, conflicts_with = "templates")]
         all: bool,
+    },
+    /// Write a template to one file
+    Export {
+        /// Id, or how it begins
+        template: String,
+        /// A file that is not there yet (`-`: stdout)
+        file: PathBuf,
+    },
+    /// Take such a file in, where the same image, kernel, QEMU and processor are
+    Import {
+        /// An export of a template (`-`: from stdin)
+        file: PathBuf,
     },
 }
 
@@ -85,6 +99,19 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
             match global.json {
                 true => print_json(&json!({ "removed": removed })),
                 false => removed.iter().for_each(|id| print_text(&format!("{id}\n"))),
+            }
+        }
+        Verb::Export { template, file } => {
+            let template = store.get(&template)?;
+            export::export(&file, global.json, |to, of| {
+                crate::export::template(template, now_ms(), to, of)
+            })?;
+        }
+        Verb::Import { file } => {
+            let template = import_template(&global.host()?, export::open(&file)?)?;
+            match global.json {
+                true => print_json(&json!({ "id": template.id, "manifest": template.manifest })),
+                false => print_text(&format!("{}\n", template.id)),
             }
         }
     }

@@ -276,7 +276,7 @@ pub(super) async fn settle(
         })
     })?;
     let request = Request::Restored {
-        generation: saved.generation + 1,
+        generation: saved.generation.saturating_add(1),
         identity: super::runner::fresh(&origin.identity),
     };
     let what = "become unlike its siblings";
@@ -331,7 +331,7 @@ fn prove(origin: &Origin, saved: &Life, life: &Life) -> Result<(), CloneError> {
         let why = format!("its boot is {}, not {}", life.boot_id, saved.boot_id);
         return Err(stranger(why));
     }
-    if life.generation != saved.generation + 1 || life.uptime_ms < saved.uptime_ms {
+    if life.generation != saved.generation.saturating_add(1) || life.uptime_ms < saved.uptime_ms {
         return Err(stranger(format!(
             "generation {} after {} ms, and it was saved in {} after {} ms",
             life.generation, life.uptime_ms, saved.generation, saved.uptime_ms

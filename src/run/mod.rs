@@ -13,6 +13,7 @@ pub mod doctor;
 mod ends;
 mod error;
 mod exchange;
+mod export;
 mod follow;
 mod grow;
 mod host;
@@ -49,6 +50,7 @@ pub use control::{ControlError, Controller};
 pub use dirs::Dirs;
 pub use disk::{DiskState, DiskWatch};
 pub use error::MachineError;
+pub use export::import_template;
 pub use grow::{Grown, lengthen};
 pub use host::Host;
 pub use machine::{Machine, Memory, Phases, StartOptions};
@@ -63,7 +65,8 @@ pub(crate) use recovery::{abandon, look};
 #[cfg(feature = "service")]
 pub(crate) use rest::rests;
 pub use runner::{Io, Progress, Signal, run};
-pub(crate) use snapshot::{Saving, check, copy_disk, save, save_disk};
+pub(crate) use snapshot::{Saving, check, copy_disk, differences, save, save_disk};
+pub(crate) use state::Beginning;
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
 pub use stats::Stats;
@@ -73,6 +76,7 @@ pub use verify::{Finding, Verdict, failures};
 pub use violation::{Violation, violations};
 
 use crate::error::Explain;
+use crate::export::ExportError;
 use crate::host::probe::ProbeError;
 use crate::image::Error as ImageError;
 use crate::plan::PlanError;
@@ -95,6 +99,9 @@ pub enum RunError {
     /// The snapshot cannot be made or used.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// An export cannot be written or taken in.
+    #[error(transparent)]
+    Export(#[from] ExportError),
     /// What a template was to be warmed up with failed.
     #[error("the warm-up {}; no template was made", script_end(*.code, *.timed_out))]
     WarmUp {
@@ -180,6 +187,7 @@ impl Explain for RunError {
             Self::Image(error) => error.code(),
             Self::Template(error) => error.code(),
             Self::Snapshot(error) => error.code(),
+            Self::Export(error) => error.code(),
             Self::WarmUp { .. } => "warm-up-failed",
             Self::Kernel { .. } => "kernel-unusable",
             Self::Probe(error) => error.code(),
@@ -211,6 +219,7 @@ impl Explain for RunError {
             Self::Image(error) => error.remedy(),
             Self::Template(error) => error.remedy(),
             Self::Snapshot(error) => error.remedy(),
+            Self::Export(error) => error.remedy(),
             Self::WarmUp { .. } => {
                 "Look at its output above; --timeout gives it more time.".into()
             }

@@ -9,13 +9,12 @@ use nix::fcntl::{Flock, FlockArg};
 use super::control::is_served;
 use super::dirs::{Dirs, make_private};
 use super::recovery::{self, Found};
-use super::state::{ImageUse, StateError, StateFile};
+use super::state::{Beginning, ImageUse, StateError, StateFile};
 use crate::error::Explain;
 use crate::host::lease::{Journal, Lease, LeaseError, write_durably};
 use crate::host::{fault, process};
 use crate::image::Image;
 use crate::plan::Plan;
-use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Survivors, VmId};
 
 /// The record of a run could not be kept.
@@ -182,11 +181,11 @@ impl Record {
     /// # Errors
     /// The name is taken, or the disk refuses; nothing is left then.
     pub fn keep(dirs: &Dirs, spec: &Spec, image: &Image, name: &str) -> Result<(), RecordError> {
-        Self::keep_with(dirs, spec, image, name, |_| Ok(None))
+        Self::keep_with(dirs, spec, image, name, |_| Ok(Beginning::Fresh))
     }
 
     /// As [`Record::keep`]; `prepare` puts something into the directory, and
-    /// gives the snapshot that the first start goes on from.
+    /// says what of it the first start begins with.
     ///
     /// # Errors
     /// As [`Record::keep`], or what `prepare` gives.
@@ -195,7 +194,7 @@ impl Record {
         spec: &Spec,
         image: &Image,
         name: &str,
-        prepare: impl FnOnce(&Path) -> Result<Option<SnapshotName>, E>,
+        prepare: impl FnOnce(&Path) -> Result<Beginning, E>,
     ) -> Result<(), E> {
         let (dir, _lock) = make_dir(dirs, spec)?;
         let mut kept = None;
@@ -224,8 +223,8 @@ impl Record {
                 name: name.to_owned(),
                 id: image.id.clone(),
             };
-            let restore = prepare(&dir)?;
-            StateFile::create(&dir, &spec.id, image, restore).map_err(RecordError::from)?;
+            let beginning = prepare(&dir)?;
+            StateFile::create(&dir, &spec.id, image, beginning).map_err(RecordError::from)?;
             Ok(())
         };
         make().inspect_err(|_| {

@@ -23,7 +23,7 @@ use crate::snapshot::{
     DISK, Manifest, STATE, Saved, Snapshot, SnapshotError, SnapshotName, Store, Wish,
 };
 use crate::spec::{Spec, VmId};
-use crate::template::Key;
+use crate::template::{Difference, Key};
 
 /// How long a machine is saved while it runs; then it stands still for the rest.
 const LIVE: Duration = Duration::from_secs(5);
@@ -164,7 +164,7 @@ pub(super) fn revive(
     };
     let backed = saved.backed;
     let (image, plan, key) = host.plan_with(spec, Ram::Restored { backed })?;
-    fits(&vm, name, &key, &saved.key)?;
+    fits(&vm, name, &key.differences(&saved.key))?;
     copy_disk(&snapshot, record)?;
     let origin = Origin::snapshot(name, saved, state, configure.clone());
     Ok((image, plan, origin))
@@ -179,24 +179,33 @@ pub(crate) fn check(host: &Host, spec: &Spec, snapshot: &Snapshot) -> Result<(),
     let Some(saved) = &snapshot.manifest.saved else {
         return Ok(());
     };
-    let backed = saved.backed;
-    let (_, _, key) = host.plan_with(spec, Ram::Restored { backed })?;
-    fits(&spec.id, &snapshot.manifest.name, &key, &saved.key)
+    let differences = differences(host, spec, saved)?;
+    fits(&spec.id, &snapshot.manifest.name, &differences)
 }
 
-fn fits(vm: &VmId, name: &SnapshotName, key: &Key, saved: &Key) -> Result<(), RunError> {
-    let differences = key.differences(saved);
+/// What the machine of `spec`, as it would be started now, has otherwise than
+/// the one that was saved.
+///
+/// # Errors
+/// It cannot be planned.
+pub(crate) fn differences(
+    host: &Host,
+    spec: &Spec,
+    saved: &Saved,
+) -> Result<Vec<Difference>, RunError> {
+    let backed = saved.backed;
+    let (_, _, key) = host.plan_with(spec, Ram::Restored { backed })?;
+    Ok(key.differences(&saved.key))
+}
+
+fn fits(vm: &VmId, name: &SnapshotName, differences: &[Difference]) -> Result<(), RunError> {
     if differences.is_empty() {
         return Ok(());
     }
-    let told = |one: &crate::template::Difference| {
-        let (part, now, then) = (&one.part, &one.machine, &one.template);
-        format!("{part} is {now}, and was {then}")
-    };
     Err(SnapshotError::Mismatch {
         vm: vm.clone(),
         name: name.clone(),
-        differences: differences.iter().map(told).collect::<Vec<_>>().join("; "),
+        differences: Difference::told(differences),
     }
     .into())
 }

@@ -218,6 +218,17 @@ pub struct Status {
     pub history: Vec<Transition>,
 }
 
+/// What the first start of a machine begins with.
+#[derive(Debug)]
+pub(crate) enum Beginning {
+    /// Nothing.
+    Fresh,
+    /// The memory and the disk of this snapshot.
+    Memory(SnapshotName),
+    /// The disk of this snapshot, which it has already.
+    Disk(SnapshotName),
+}
+
 /// The state of a machine could not be kept.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
@@ -373,15 +384,25 @@ impl StateFile {
         dir: &Path,
         id: &VmId,
         image: ImageUse,
-        restore: Option<SnapshotName>,
+        beginning: Beginning,
     ) -> Result<Self, StateError> {
+        let status = Status::new(image);
+        let status = match beginning {
+            Beginning::Fresh => status,
+            Beginning::Memory(name) => Status {
+                restore: Some(name),
+                ..status
+            },
+            Beginning::Disk(name) => Status {
+                snapshot: Some(name),
+                provisioned: true,
+                ..status
+            },
+        };
         let file = Self {
             id: id.clone(),
             path: dir.join(Self::NAME),
-            status: Status {
-                restore,
-                ..Status::new(image)
-            },
+            status,
         };
         file.write(&file.status)?;
         Ok(file)
@@ -543,7 +564,7 @@ mod tests {
         fn the_file_tells_the_truth(asked in proptest::collection::vec(any_state(), 0..40)) {
             let dir = tempfile::tempdir().unwrap();
             let id: VmId = "vm1".parse().unwrap();
-            let mut file = StateFile::create(dir.path(), &id, image(), None).unwrap();
+            let mut file = StateFile::create(dir.path(), &id, image(), Beginning::Fresh).unwrap();
             for (at, to) in asked.into_iter().enumerate() {
                 let before = file.status().clone();
                 let reason = format!("step {at}");
@@ -588,7 +609,7 @@ mod tests {
     fn an_end_forgets_the_supervisor_and_a_refused_write_changes_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let id: VmId = "vm1".parse().unwrap();
-        let mut file = StateFile::create(dir.path(), &id, image(), None).unwrap();
+        let mut file = StateFile::create(dir.path(), &id, image(), Beginning::Fresh).unwrap();
         file.advance(State::Starting, "asked to").unwrap();
         file.update(|status| status.supervisor = Some(Owner::current()))
             .unwrap();

@@ -7,7 +7,7 @@ mod store;
 pub use error::SnapshotError;
 pub use store::{Manifest, Saved, Snapshot, Store, Summary, Wish};
 
-pub(crate) use store::{DISK, STATE};
+pub(crate) use store::{DISK, SCHEMA, STATE};
 
 use crate::spec::Malformed;
 

@@ -19,7 +19,7 @@ use crate::host::lease::write_durably;
 use crate::image::staging::Staging;
 use crate::qmp::Version;
 use crate::spec::VmId;
-use crate::template::{Key, Piece, of_sparse};
+use crate::template::{Key, LONGEST, Piece, of_sparse};
 
 /// Memory and devices, as QEMU writes them.
 pub(crate) const STATE: &str = "state";
@@ -27,9 +27,7 @@ pub(crate) const STATE: &str = "state";
 pub(crate) const DISK: &str = "disk";
 const MANIFEST: &str = "snapshot.json";
 /// Format of the manifest.
-const SCHEMA: u32 = 1;
-/// Largest manifest, in bytes.
-const LONGEST: u64 = 1 << 20;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// What a snapshot is to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

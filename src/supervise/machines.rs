@@ -454,7 +454,7 @@ impl Machines {
 }
 
 /// A path as it is from anywhere; the name of an installed kernel stays.
-fn absolute(kernel: &str) -> String {
+pub(super) fn absolute(kernel: &str) -> String {
     match kernel.contains('/').then(|| std::path::absolute(kernel)) {
         Some(Ok(path)) => path.to_string_lossy().into_owned(),
         _ => kernel.to_owned(),

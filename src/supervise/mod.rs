@@ -11,6 +11,7 @@ mod copy;
 mod end;
 mod error;
 mod execs;
+mod exports;
 mod health;
 mod idle;
 mod launch;

@@ -5,7 +5,9 @@ use super::launch::Launcher;
 use super::machines::Machines;
 use super::supervisor::{Supervisor, save_spec};
 use crate::host::fault;
-use crate::run::{Machine, Record, RecordError, RunError, Saving, check, copy_disk, save_disk};
+use crate::run::{
+    Beginning, Machine, Record, RecordError, RunError, Saving, check, copy_disk, save_disk,
+};
 use crate::snapshot::{SnapshotError, SnapshotName, Store, Wish};
 use crate::spec::{Bytes, Spec, VmId};
 
@@ -172,7 +174,7 @@ impl Machines {
                     Record::keep_with(self.dirs(), &child, &image, &view.image.name, |dir| {
                         let adopted = Store::new(dir, name).adopt(&store, &wish.name);
                         adopted.map_err(SuperviseError::from)?;
-                        Ok::<_, SuperviseError>(Some(wish.name.clone()))
+                        Ok::<_, SuperviseError>(Beginning::Memory(wish.name.clone()))
                     })?;
                 }
                 drop(lock);
@@ -198,12 +200,12 @@ impl Machines {
         all.into_iter().collect()
     }
 
-    fn spec(&self, id: &VmId) -> Result<Spec, SuperviseError> {
+    pub(super) fn spec(&self, id: &VmId) -> Result<Spec, SuperviseError> {
         Ok(Record::spec(self.dirs(), id)?)
     }
 }
 
-fn with_disk(mut spec: Spec, size: Bytes) -> Spec {
+pub(super) fn with_disk(mut spec: Spec, size: Bytes) -> Spec {
     spec.limits.disk = size;
     spec
 }

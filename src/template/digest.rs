@@ -14,9 +14,9 @@ use crate::host::lease::write_durably;
 use crate::host::stamp::Stamp;
 
 /// What is zero or not as a whole, in bytes.
-const BLOCK: usize = 4096;
-/// Blocks read at once.
-const BLOCKS: usize = 64;
+pub(crate) const BLOCK: usize = 4096;
+/// Bytes read, and given away, at once.
+pub(crate) const MOST: usize = 64 * BLOCK;
 
 pub(super) fn hex(digest: impl AsRef<[u8]>) -> String {
     let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
@@ -26,44 +26,107 @@ pub(super) fn hex(digest: impl AsRef<[u8]>) -> String {
 /// Digest of a file's size and of every block that is not zero, with its
 /// place: holes cost nothing, and it does not matter where there are any.
 pub(crate) fn of_sparse(file: &File) -> io::Result<String> {
+    let mut hash = SparseHash::new(file.metadata()?.len());
+    each_run(file, |at, bytes| {
+        hash.add(at, bytes);
+        Ok(())
+    })?;
+    Ok(hash.finish())
+}
+
+/// The digest of [`of_sparse`] in the making.
+pub(crate) struct SparseHash(Sha256);
+
+impl SparseHash {
+    /// Of a file of `size` bytes.
+    pub(crate) fn new(size: u64) -> Self {
+        Self(Sha256::new_with_prefix(size.to_le_bytes()))
+    }
+
+    /// Takes in blocks that are not zero, after those before them.
+    pub(crate) fn add(&mut self, at: u64, bytes: &[u8]) {
+        for (number, block) in bytes.chunks(BLOCK).enumerate() {
+            self.0.update((at + (number * BLOCK) as u64).to_le_bytes());
+            self.0.update(block);
+        }
+    }
+
+    pub(crate) fn finish(self) -> String {
+        hex(self.0.finalize())
+    }
+}
+
+/// Gives away every part of a file that is no hole, in whole blocks: where it
+/// begins and ends.
+pub(crate) fn each_extent(
+    file: &File,
+    mut take: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
     let size = file.metadata()?.len();
-    let mut hash = Sha256::new();
-    hash.update(size.to_le_bytes());
+    let block = BLOCK as u64;
     let mut at = 0;
     loop {
-        at = match lseek64(file, at, Whence::SeekData) {
-            // From the block it is in: extents need not begin with one.
-            Ok(data) if data.unsigned_abs() < size => data / BLOCK as i64 * BLOCK as i64,
+        let from = i64::try_from(at).map_err(io::Error::other)?;
+        let data = match lseek64(file, from, Whence::SeekData) {
+            Ok(data) if data.unsigned_abs() < size => data,
             // The end, or what came after it meanwhile.
-            Ok(_) | Err(Errno::ENXIO) => return Ok(hex(hash.finalize())),
+            Ok(_) | Err(Errno::ENXIO) => return Ok(()),
             Err(errno) => return Err(errno.into()),
         };
-        let end = lseek64(file, at, Whence::SeekHole)?;
-        while at < end && at.unsigned_abs() < size {
-            at += i64::try_from(blocks(file, at, size, &mut hash)?).map_err(io::Error::other)?;
+        let hole = lseek64(file, data, Whence::SeekHole)?.unsigned_abs();
+        // Extents need not begin and end with a block.
+        let begin = at.max(data.unsigned_abs() / block * block);
+        at = hole.next_multiple_of(block).min(size);
+        if begin < at {
+            take(begin, at)?;
+        }
+        if at == size {
+            return Ok(());
         }
     }
 }
 
-/// Takes some blocks in; gives how many bytes they have.
-fn blocks(file: &File, at: i64, size: u64, hash: &mut Sha256) -> io::Result<u64> {
-    let at = u64::try_from(at).map_err(io::Error::other)?;
-    let most = (size - at).min((BLOCK * BLOCKS) as u64);
-    let mut bytes = [0; BLOCK * BLOCKS];
-    let bytes = &mut bytes[..usize::try_from(most).map_err(io::Error::other)?];
-    file.read_exact_at(bytes, at)?;
-    for (number, block) in bytes.chunks(BLOCK).enumerate() {
-        if *block != [0; BLOCK][..block.len()] {
-            hash.update((at + (number * BLOCK) as u64).to_le_bytes());
-            hash.update(block);
+/// Gives away every block of a file that is not zero, several at once where
+/// they follow each other, with the place of the first.
+pub(crate) fn each_run(
+    file: &File,
+    mut take: impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; MOST];
+    each_extent(file, |mut at, end| {
+        while at < end {
+            let most = (end - at).min(MOST as u64);
+            let bytes = &mut buffer[..usize::try_from(most).map_err(io::Error::other)?];
+            file.read_exact_at(bytes, at)?;
+            runs(at, bytes, &mut take)?;
+            at += most;
         }
+        Ok(())
+    })
+}
+
+fn runs(
+    mut at: u64,
+    mut rest: &[u8],
+    take: &mut impl FnMut(u64, &[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let is_zero = |block: &[u8]| *block == [0; BLOCK][..block.len()];
+    while let Some(first) = rest.chunks(BLOCK).next() {
+        let zero = is_zero(first);
+        let alike = rest.chunks(BLOCK).take_while(|one| is_zero(one) == zero);
+        let (run, after) = rest.split_at(alike.map(<[u8]>::len).sum());
+        if !zero {
+            take(at, run)?;
+        }
+        at += run.len() as u64;
+        rest = after;
     }
-    Ok(most)
+    Ok(())
 }
 
 /// Digest of all there is to be read.
 fn of_bytes(mut from: impl Read) -> io::Result<String> {
-    let (mut hash, mut bytes) = (Sha256::new(), vec![0; BLOCK * BLOCKS]);
+    let (mut hash, mut bytes) = (Sha256::new(), vec![0; MOST]);
     loop {
         match from.read(&mut bytes)? {
             0 => return Ok(hex(hash.finalize())),
@@ -122,6 +185,36 @@ mod tests {
         assert_ne!(sparse, file(&[(b"data", 5000 + 4096)], size));
         assert_ne!(sparse, file(&[(b"data", 5000)], size + 1));
         assert_ne!(sparse, file(&[(b"data", 5000), (b"x", 2 << 20)], size));
+    }
+
+    #[test]
+    fn blocks_that_are_not_zero_come_in_runs_and_in_order() {
+        let file = tempfile::tempfile().unwrap();
+        let size = (3 << 20) + 100;
+        file.set_len(size).unwrap();
+        for at in [4096, 2 * 4096 + 7, 5 * 4096, 1 << 20, size - 1] {
+            file.write_all_at(b"x", at).unwrap();
+        }
+        let mut seen = Vec::new();
+        each_run(&file, |at, bytes| {
+            seen.push((at, bytes.len()));
+            Ok(())
+        })
+        .unwrap();
+        let expected = [
+            (4096, 2 * 4096),
+            (5 * 4096, 4096),
+            (1 << 20, 4096),
+            (3 << 20, 100),
+        ];
+        assert_eq!(seen, expected);
+        let mut data = 0;
+        each_extent(&file, |begin, end| {
+            data += end - begin;
+            Ok(())
+        })
+        .unwrap();
+        assert!((4 * 4096 + 100..1 << 20).contains(&data), "{data}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -31,6 +31,21 @@ pub struct Difference {
     pub machine: String,
     /// As the template has it.
     pub template: String,
+}
+
+impl Difference {
+    /// Each in the words for what was saved elsewhere, or earlier.
+    pub(crate) fn told(all: &[Self]) -> String {
+        // Who made an export may have written books into it.
+        let brief = |text: &str| text.chars().take(2000).collect::<String>();
+        let one = |one: &Self| {
+            let [part, now, then] =
+                [&one.part, &one.machine, &one.template].map(|text| brief(text));
+            format!("{part} is {now}, and was {then}")
+        };
+        let all: Vec<String> = all.iter().map(one).collect();
+        all.join("; ")
+    }
 }
 
 impl fmt::Display for Difference {
@@ -121,6 +136,37 @@ impl Key {
             })
             .filter(|one| one.machine != one.template)
             .collect()
+    }
+
+    /// What this host has otherwise of what no machine on it can choose.
+    /// `kernels` are those that a machine can have besides the image's own.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub(crate) fn elsewhere(
+        &self,
+        image: &Image,
+        kernels: &[PathBuf],
+        facts: &HostFacts,
+        cache: &Path,
+    ) -> io::Result<Vec<Difference>> {
+        let mut here = self.clone();
+        let mut part = |name: &str, value: String| drop(here.0.insert(name.to_owned(), value));
+        part("image", image.id.clone());
+        part("agent", image.manifest.agent.sha256.clone());
+        part("qemu", qemu(facts, cache)?);
+        if self.0.contains_key("host cpu") {
+            part("host cpu", host_cpu()?);
+        }
+        let own = image.manifest.kernel.image.sha256.clone();
+        let mut known = vec![own.clone()];
+        for kernel in kernels {
+            known.push(digest::cached(kernel, cache)?);
+        }
+        if !known.iter().any(|kernel| kernel == self.part("kernel")) {
+            part("kernel", own);
+        }
+        Ok(here.differences(self))
     }
 
     /// All parts: name and value.

@@ -10,5 +10,5 @@ pub use error::TemplateError;
 pub use key::{Difference, Key};
 pub use store::{Manifest, Piece, Store, Summary, Template};
 
-pub(crate) use digest::of_sparse;
-pub(crate) use store::{DISK, Described, RAM, STATE, Staged};
+pub(crate) use digest::{BLOCK, MOST, SparseHash, each_extent, each_run, of_sparse};
+pub(crate) use store::{DISK, Described, LONGEST, RAM, SCHEMA, STATE, Staged};

@@ -30,7 +30,7 @@ pub(crate) const DISK: &str = "disk";
 const MANIFEST: &str = "template.json";
 const SEEN: &str = "seen.json";
 /// Format of the manifest.
-const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// A file of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -238,26 +238,26 @@ impl Store {
         Ok(Staging::sweep(&self.dir)?)
     }
 
-    /// Puts a template whose files are in `staged` in its place, in that of an
-    /// older one with the same key where there is one: a crash leaves the old
-    /// or the new.
-    pub(crate) fn commit(&self, staged: Staged, of: Described) -> Result<Template, TemplateError> {
-        let dir = staged.path().to_owned();
-        let piece = |name: &str| {
-            let path = dir.join(name);
-            let make = || {
-                fault::at(&format!("keep template {name}"))?;
-                let file = File::open(&path)?;
-                // Whoever can write to it now is root.
-                file.set_permissions(fs::Permissions::from_mode(0o400))?;
-                file.sync_all()?;
-                Ok(Piece {
-                    size: file.metadata()?.len(),
-                    sha256: digest::of_sparse(&file)?,
-                })
-            };
-            make().map_err(TemplateError::io("read", &path))
+    /// Measures a file in `staged` and makes it nobody's to write.
+    pub(crate) fn piece(staged: &Path, name: &str) -> Result<Piece, TemplateError> {
+        let path = staged.join(name);
+        let make = || {
+            fault::at(&format!("keep template {name}"))?;
+            let file = File::open(&path)?;
+            // Whoever can write to it now is root.
+            file.set_permissions(fs::Permissions::from_mode(0o400))?;
+            file.sync_all()?;
+            Ok(Piece {
+                size: file.metadata()?.len(),
+                sha256: digest::of_sparse(&file)?,
+            })
         };
+        make().map_err(TemplateError::io("read", &path))
+    }
+
+    /// Keeps a template whose files are in `staged`.
+    pub(crate) fn commit(&self, staged: Staged, of: Described) -> Result<Template, TemplateError> {
+        let piece = |name: &str| Self::piece(staged.path(), name);
         let manifest = Manifest {
             schema: SCHEMA,
             key: of.key,
@@ -271,12 +271,24 @@ impl Store {
             warm: of.warm,
             qemu: of.qemu,
         };
+        self.publish(staged, &manifest)
+    }
+
+    /// Puts a template whose files are in `staged`, and as `manifest` says, in
+    /// its place, in that of an older one with the same key where there is one:
+    /// a crash leaves the old or the new.
+    pub(crate) fn publish(
+        &self,
+        staged: Staged,
+        manifest: &Manifest,
+    ) -> Result<Template, TemplateError> {
+        let dir = staged.path();
         let path = dir.join(MANIFEST);
-        serde_json::to_vec_pretty(&manifest)
+        serde_json::to_vec_pretty(manifest)
             .map_err(io::Error::from)
             .and_then(|text| write_durably(&path, &text))
             .map_err(TemplateError::io("write", path))?;
-        remember(&dir);
+        remember(dir);
         let id = manifest.key.id();
         let place = self.dir.join(&id);
         let _guard = self.guard()?;
@@ -284,10 +296,10 @@ impl Store {
             // The old one goes with what was staged.
             true => {
                 let cwd = rustix::fs::CWD;
-                renameat_with(cwd, &dir, cwd, &place, RenameFlags::EXCHANGE)?;
+                renameat_with(cwd, dir, cwd, &place, RenameFlags::EXCHANGE)?;
                 Ok(())
             }
-            false => fs::rename(&dir, &place),
+            false => fs::rename(dir, &place),
         };
         fault::at("publish template")
             .and_then(|()| swapped())
@@ -402,7 +414,7 @@ fn open_in(dir: &File, name: &str) -> io::Result<File> {
 }
 
 /// Largest manifest, in bytes.
-const LONGEST: u64 = 1 << 20;
+pub(crate) const LONGEST: u64 = 1 << 20;
 
 fn read(dir: &File, name: &str) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

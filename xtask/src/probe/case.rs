@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
-use super::place::{Kit, Place, Process, VERB, end};
+use super::place::{EXPORT, Kit, Place, Process, VERB, end};
 use super::points::{Point, REACHED, Scenario, Since, VM, arm, reached};
 use super::verdict::Found;
 
@@ -181,11 +181,15 @@ impl Case<'_> {
     fn kept(&self, found: &Found, code: Option<i32>) -> Option<String> {
         let machine = found.of(VM);
         let live = machine.map(|view| view.state.is_live());
-        let (verb, failed) = (self.scenario.verb[0], matches!(self.fault, Fault::Fail(_)));
+        let failed = matches!(self.fault, Fault::Fail(_));
+        let verb = match self.scenario.name {
+            name @ "snapshot-import" => name,
+            _ => self.scenario.verb[0],
+        };
         let wanted = match (verb, code == Some(0)) {
-            ("create", true) => live == Some(false),
+            ("create" | "snapshot-import", true) => live == Some(false),
             // What is refused is not half there.
-            ("create", false) if failed => live.is_none(),
+            ("create" | "snapshot-import", false) if failed => live.is_none(),
             ("start" | "restart" | "reset", true) if failed => live == Some(true),
             ("stop", true) => live == Some(false),
             ("rm" | "run", true) => live.is_none(),
@@ -220,6 +224,7 @@ impl Case<'_> {
                     "take-over",
                     "clone",
                     "reset",
+                    "snapshot-import",
                 ];
                 if view.state.may_start() && starts.contains(&self.scenario.name) {
                     must(&["start", VM])?;
@@ -228,6 +233,19 @@ impl Case<'_> {
             None => must(&["create", "--name", VM])?,
         }
         must(&["rm", "--force", VM])?;
+        // So is an export.
+        if place.file(EXPORT).exists() {
+            match self.scenario.verb[0] {
+                "template" => {
+                    must(&["template", "rm", "--all"])?;
+                    must(&["template", "import", EXPORT])?;
+                }
+                _ => {
+                    must(&["snapshot", "import", EXPORT])?;
+                    must(&["rm", VM])?;
+                }
+            }
+        }
         // Forks are machines of their own.
         for fork in found.machines.iter().filter(|view| view.id.as_str() != VM) {
             must(&["rm", "--force", fork.id.as_str()])?;

@@ -1,7 +1,7 @@
 //! A state and a runtime directory of one's own, and every process that belongs
 //! to them, whatever Bulkhead says of it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
@@ -21,6 +21,10 @@ use nix::unistd::Pid;
 pub(crate) const VERB: Duration = Duration::from_secs(90);
 /// Longer than the kernel takes to remove a link.
 const SETTLED: Duration = Duration::from_secs(10);
+
+/// Words of verbs for a file of the place's own, and for its only template.
+pub(crate) const EXPORT: &str = "@export";
+pub(crate) const TEMPLATE: &str = "@template";
 
 /// The namespace that stands for the host's network.
 const HOST: &str = "host.netns";
@@ -158,7 +162,7 @@ impl Place {
             Some(_) => "nat-filtered",
         };
         command
-            .args(words)
+            .args(words.into_iter().map(|word| self.word(word.as_ref())))
             .env("BULKHEAD_CONFIG", "none")
             .env("BULKHEAD_NETWORK", network)
             .env("BULKHEAD_STATE_DIR", &dirs.state)
@@ -173,6 +177,20 @@ impl Place {
             command.env("BULKHEAD_KERNEL", kernel);
         }
         Ok(command)
+    }
+
+    /// A word of a verb: [`EXPORT`] and [`TEMPLATE`] stand for what is here.
+    fn word(&self, word: &OsStr) -> OsString {
+        let template = || {
+            let all = entries(&self.dirs().state.join("templates")).into_iter();
+            let mut names = all.filter_map(|path| Some(path.file_name()?.to_owned()));
+            names.find(|name| !name.as_bytes().starts_with(b"."))
+        };
+        match word.to_str() {
+            Some(EXPORT) => self.file(EXPORT).into(),
+            Some(TEMPLATE) => template().unwrap_or_else(|| word.to_owned()),
+            _ => word.to_owned(),
+        }
     }
 
     /// Runs a verb to its end.

@@ -7,7 +7,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 use std::time::Duration;
 
-use super::place::{Kit, Place, VERB, end, wait};
+use super::place::{EXPORT, Kit, Place, TEMPLATE, VERB, end, wait};
 use anyhow::{Context as _, Result, bail};
 
 /// Name of the machine in every scenario.
@@ -47,14 +47,16 @@ const ADOPT: &[&str] = &[
     "adopt",
 ];
 const START: &[&str] = &["start", VM];
-const TEMPLATE: &[&str] = &["template", "build", "--memory", "256M", "--cpus", "1"];
+const BUILD: &[&str] = &["template", "build", "--memory", "256M", "--cpus", "1"];
 const SAVE: &[&str] = &["snapshot", "save", VM, "s"];
+const EXPORT_SNAPSHOT: &[&str] = &["snapshot", "export", VM, "s", EXPORT];
+const EXPORT_TEMPLATE: &[&str] = &["template", "export", TEMPLATE, EXPORT];
 const CREATED: Step = Step::Verb(CREATE);
 const ADOPTABLE: Step = Step::Verb(ADOPT);
 const STARTED: Step = Step::Verb(START);
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 23] = {
+pub(super) const SCENARIOS: [Scenario; 27] = {
     const fn of(
         name: &'static str,
         before: &'static [Step],
@@ -99,13 +101,13 @@ pub(super) const SCENARIOS: [Scenario; 23] = {
             ],
         ),
         of("restart", &[CREATED, STARTED], &["restart", VM]),
-        of("template", &[], TEMPLATE),
+        of("template", &[], BUILD),
         of(
             "template-rm",
-            &[Step::Verb(TEMPLATE)],
+            &[Step::Verb(BUILD)],
             &["template", "rm", "--all"],
         ),
-        of("clone", &[Step::Verb(TEMPLATE), CREATED], START),
+        of("clone", &[Step::Verb(BUILD), CREATED], START),
         of("reset", &[CREATED, STARTED], &["reset", VM]),
         of("snapshot-save", &[CREATED, STARTED], SAVE),
         of(
@@ -124,6 +126,32 @@ pub(super) const SCENARIOS: [Scenario; 23] = {
             &["snapshot", "rm", VM, "s"],
         ),
         of("fork", &[CREATED, STARTED], &["fork", VM]),
+        of(
+            "snapshot-export",
+            &[CREATED, STARTED, Step::Verb(SAVE)],
+            EXPORT_SNAPSHOT,
+        ),
+        of(
+            "snapshot-import",
+            &[
+                CREATED,
+                STARTED,
+                Step::Verb(SAVE),
+                Step::Verb(EXPORT_SNAPSHOT),
+                Step::Verb(&["rm", "--force", VM]),
+            ],
+            &["snapshot", "import", EXPORT],
+        ),
+        of("template-export", &[Step::Verb(BUILD)], EXPORT_TEMPLATE),
+        of(
+            "template-import",
+            &[
+                Step::Verb(BUILD),
+                Step::Verb(EXPORT_TEMPLATE),
+                Step::Verb(&["template", "rm", "--all"]),
+            ],
+            &["template", "import", EXPORT],
+        ),
     ]
 };
 

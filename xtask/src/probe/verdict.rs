@@ -69,9 +69,15 @@ impl Place {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 name.starts_with('.') && name != ".lock"
             });
+        // The file of an export that came to nothing.
+        let files = fs::read_dir(dirs.state.parent().unwrap_or(&dirs.state));
+        let files = files.into_iter().flatten().flatten();
+        let half_made = |name: &str| name.starts_with(".bulkhead-export-");
+        let files = files.filter(|file| half_made(&file.file_name().to_string_lossy()));
         let places = places
             .into_iter()
             .flatten()
+            .chain(files.map(|file| file.path()))
             .chain(self.used_by())
             .chain(half);
         let more = places.filter(|path| !allowed.contains(path));

@@ -1,5 +1,7 @@
 //! Writes the seeds in corpus/ again: `cargo run --example corpus`.
 
+mod saved;
+
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::symlink;
@@ -22,7 +24,9 @@ fn main() {
     archive();
     changes();
     image();
-    template();
+    saved::template();
+    saved::snapshot();
+    saved::export();
     layers();
     spec();
     dns();
@@ -273,30 +277,6 @@ fn image() {
     vast.initramfs.size = u64::MAX;
     let text = serde_json::to_vec(&vast).expect("it can be encoded");
     seed("image", "vast", &[&text]);
-}
-
-fn template() {
-    // Of an empty file: eight bytes of size, and nothing else.
-    let digest = Sha256::digest(0_u64.to_le_bytes());
-    let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let piece = serde_json::json!({ "size": 0, "sha256": digest });
-    let mut manifest = serde_json::json!({
-        "schema": 1,
-        "key": { "image": "sha256-0", "machine": "microvm", "memory": "268435456" },
-        "life": {
-            "boot_id": "9f9f3c2e-0000-4000-8000-000000000000", "generation": 0,
-            "uptime_ms": 812, "session": "0".repeat(32), "unix_ns": 1_700_000_000_000_000_000_u64,
-        },
-        "ram": piece, "state": piece, "disk": piece,
-        "created_ms": 1_700_000_000_000_u64, "image": "base", "profile": "light",
-        "warm": "python3 -c pass",
-        "qemu": { "major": 7, "minor": 2, "micro": 22, "package": "Debian" },
-    });
-    let text = serde_json::to_vec_pretty(&manifest).expect("it can be encoded");
-    seed("template", "manifest.json", &[&text]);
-    manifest["ram"]["size"] = u64::MAX.into();
-    let text = serde_json::to_vec(&manifest).expect("it can be encoded");
-    seed("template", "vast", &[&text]);
 }
 
 fn layers() {
