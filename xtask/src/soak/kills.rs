@@ -83,6 +83,7 @@ pub(super) fn run(args: &Args, count: usize, place: &Place, rows: &Rows) -> Resu
             why,
             again,
             ms,
+            tried: None,
         });
     };
     for survivors in ["kill", "adopt"] {
