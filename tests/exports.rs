@@ -136,11 +136,15 @@ fn what_is_damaged_leaves_nothing_and_says_what_it_is() {
         ("--memory", "512M", "memory is 512M, and was 256M"),
         ("--domain", "other", "domain is other, and was default"),
         ("--network", "dev", "devices is"),
+        ("--disk", "1G", "disk is 1G"),
     ] {
         let all = import(&export.file, &[option, value]);
         let told = bulkhead.must_fail(&words(&all), "export-mismatch");
         assert!(told.contains(part), "{told}");
     }
+    let all = import(&export.file, &["--disk", "1G", "--disk-only"]);
+    let told = bulkhead.must_fail(&words(&all), "export-mismatch");
+    assert!(told.contains("disk is 1G"), "{told}");
     let all = import(&export.file, &["--qemu", &qemu, "--disk-only", "--start"]);
     bulkhead.must(&words(&all));
     assert_eq!(
@@ -201,6 +205,12 @@ fn a_template_is_taken_in_and_cloned() {
         "export-mismatch",
     );
     assert!(told.contains("qemu is"), "{told}");
+    // Whoever made the file does not say whose machines are cloned from it.
+    let told = bulkhead.must_fail(
+        &["template", "import", "--domain", "ci", file],
+        "export-mismatch",
+    );
+    assert!(told.contains("domain is ci, and was default"), "{told}");
     let mut bad = output.stdout.clone();
     let middle = bad.len() / 2;
     bad[middle] ^= 4;

@@ -83,7 +83,7 @@ pub(super) async fn import(args: Args, global: &Global) -> Result<i32, Failure> 
     let file = args.machine.spec.clone();
     let mut request = args.lifetime.into_request(args.machine.request());
     request.name = args.name;
-    let merged = settings.with(request.over(below), file.as_deref())?;
+    let merged = settings.with_below(below, request, file.as_deref())?;
     let spec = merged.resolve_machine()?;
     let machines = Machines::new(settings.host());
     machines.import(import, spec.clone(), args.disk_only)?;

@@ -150,7 +150,25 @@ impl Settings {
     /// # Errors
     /// The file cannot be used.
     pub(super) fn with(&self, flags: Request, spec: Option<&Path>) -> Result<Merged, SpecError> {
+        self.with_below(Request::default(), flags, spec)
+    }
+
+    /// As [`Settings::with`], of a machine that is `below` unless the file of
+    /// `--spec` or a flag says otherwise.
+    ///
+    /// # Errors
+    /// The file cannot be used.
+    pub(super) fn with_below(
+        &self,
+        below: Request,
+        flags: Request,
+        spec: Option<&Path>,
+    ) -> Result<Merged, SpecError> {
         let mut layers = self.layers.clone();
+        layers.push(Layer::flags(Config {
+            machine: below,
+            ..Config::default()
+        }));
         if let Some(path) = spec {
             let text = std::fs::read_to_string(path).map_err(|source| unreadable(path, source))?;
             layers.push(Layer::spec(path, &text)?);

@@ -12,7 +12,7 @@ use super::message::{Failure, print_json, print_report, print_text, visible};
 use super::run::signals;
 use crate::error::Report;
 use crate::run::{Build, FAILED, Io, build, import_template, now_ms};
-use crate::spec::{Request, Timeout};
+use crate::spec::{DomainName, Request, Timeout};
 use crate::template::Summary;
 
 /// Digits of an id that tell templates apart.
@@ -58,6 +58,9 @@ enum Verb {
     Import {
         /// An export of a template (`-`: from stdin)
         file: PathBuf,
+        /// Trust domain whose machines are to be cloned from it
+        #[arg(long, value_name = "NAME", default_value_t)]
+        domain: DomainName,
     },
 }
 
@@ -107,8 +110,8 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
                 crate::export::template(template, now_ms(), to, of)
             })?;
         }
-        Verb::Import { file } => {
-            let template = import_template(&global.host()?, export::open(&file)?)?;
+        Verb::Import { file, domain } => {
+            let template = import_template(&global.host()?, export::open(&file)?, &domain)?;
             match global.json {
                 true => print_json(&json!({ "id": template.id, "manifest": template.manifest })),
                 false => print_text(&format!("{}\n", template.id)),

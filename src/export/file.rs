@@ -72,13 +72,14 @@ impl Fresh {
         let path = self.path.clone();
         let publish = || {
             fault::at("sync export")?;
+            let dir = File::open(dir(&path))?;
             self.file().sync_all()?;
             fault::at("publish export")?;
             match self.made {
                 Made::Nameless(file) => name(&file, &path)?,
                 Made::Named(file) => drop(file.persist_noclobber(&path)?),
             }
-            File::open(dir(&path))?.sync_all()
+            dir.sync_all()
         };
         publish().map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => ExportError::Exists { path: path.clone() },

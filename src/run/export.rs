@@ -5,26 +5,43 @@ use std::path::PathBuf;
 
 use super::RunError;
 use super::host::Host;
-use crate::export::{ExportError, Import};
+use crate::export::{ExportError, Flaw, Import};
 use crate::host::probe;
+use crate::spec::{Bytes, DomainName};
 use crate::template::{Manifest, Template, TemplateError};
 
-/// Takes a template in, where machines here could be cloned from it. Blocks.
+/// Takes a template in, where machines here, of the trust domain that the
+/// importer names, could be cloned from it. Blocks.
 ///
 /// # Errors
-/// Its image is not here; kernel, QEMU or processor are others, which are
-/// named; or what [`Import::keep_template`] gives. Nothing is left then.
-pub fn import_template<R: Read>(host: &Host, import: Import<R>) -> Result<Template, RunError> {
-    fits(host, import.template()?, import.of())?;
+/// Its image is not here; trust domain, kernel, QEMU or processor are others,
+/// which are named; or what [`Import::keep_template`] gives. Nothing is left then.
+pub fn import_template<R: Read>(
+    host: &Host,
+    import: Import<R>,
+    domain: &DomainName,
+) -> Result<Template, RunError> {
+    fits(host, import.template()?, import.of(), domain)?;
     Ok(import.keep_template(&host.templates())?)
 }
 
-fn fits(host: &Host, manifest: &Manifest, of: &str) -> Result<(), RunError> {
+fn fits(host: &Host, manifest: &Manifest, of: &str, domain: &DomainName) -> Result<(), RunError> {
     let key = &manifest.key;
+    let has = [("disk", &manifest.disk), ("memory", &manifest.ram)];
+    for (part, piece) in has {
+        // Each clone copies the one, and maps the other.
+        if key.part(part).parse() != Ok(Bytes(piece.size)) {
+            return Err(ExportError::Refused {
+                of: of.to_owned(),
+                flaw: Flaw::Corrupt(format!("its {part} is not of the size that its key says")),
+            }
+            .into());
+        }
+    }
     let image = host.images().inspect(key.part("image"))?;
     let qemu = probe::find_qemu(host.qemu.as_deref())?;
     let facts = probe::facts(qemu, &host.dirs.cache());
-    let differences = key.elsewhere(&image, &kernels(host), &facts, &host.dirs.cache());
+    let differences = key.elsewhere(domain, &image, &kernels(host), &facts, &host.dirs.cache());
     let differences = differences.map_err(|source| TemplateError::Io {
         action: "read what the key of a template is made of in",
         path: image.dir.clone(),
@@ -35,7 +52,8 @@ fn fits(host: &Host, manifest: &Manifest, of: &str) -> Result<(), RunError> {
         false => Err(ExportError::Elsewhere {
             of: of.to_owned(),
             differences,
-            cure: "Build one here, with `bulkhead template build` and the same options.",
+            cure: "Build one here, with `bulkhead template build` and the same options; where \
+                 only the trust domain differs, and you trust who made it, name that: --domain.",
         }
         .into()),
     }

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use super::error::SuperviseError;
 use super::machines::{Machines, absolute};
-use super::snapshots::with_disk;
 use crate::export::{self, ExportError, Import};
-use crate::run::{Beginning, Record, RunError, StateFile, copy_disk, differences, now_ms};
+use crate::run::{
+    Beginning, Record, RunError, StateFile, copy_disk, detached, differences, now_ms,
+};
 use crate::snapshot::{Manifest, SnapshotName, Store};
 use crate::spec::{Bytes, Spec, VmId};
 use crate::template::Difference;
@@ -56,8 +57,10 @@ impl Machines {
         let image = image.map_err(RunError::from)?;
         let spec = Spec {
             image: image.id.clone(),
+            // Its supervisor works elsewhere.
             kernel: spec.kernel.as_ref().map(|kernel| absolute(kernel)),
-            ..with_disk(spec, Bytes(manifest.disk.size))
+            workspace: detached::resolve(&spec.workspace)?,
+            ..spec
         };
         self.fits(&spec, manifest, import.of(), disk_only)?;
         let _lock = image.lock().map_err(RunError::from)?;
@@ -85,7 +88,7 @@ impl Machines {
         of: &str,
         disk_only: bool,
     ) -> Result<(), SuperviseError> {
-        let differences = match manifest.saved.as_ref().filter(|_| !disk_only) {
+        let mut differences = match manifest.saved.as_ref().filter(|_| !disk_only) {
             Some(saved) => differences(self.host(), spec, saved)?,
             // A disk belongs to its image.
             None if spec.image != manifest.image => vec![Difference {
@@ -95,6 +98,14 @@ impl Machines {
             }],
             None => Vec::new(),
         };
+        let disk = Bytes(manifest.disk.size);
+        if spec.limits.disk != disk && !differences.iter().any(|one| one.part == "disk") {
+            differences.push(Difference {
+                part: "disk".into(),
+                machine: spec.limits.disk.to_string(),
+                template: disk.to_string(),
+            });
+        }
         match differences.is_empty() {
             true => Ok(()),
             false => Err(RunError::from(ExportError::Elsewhere {

@@ -138,13 +138,15 @@ impl Key {
             .collect()
     }
 
-    /// What this host has otherwise of what no machine on it can choose.
+    /// What this host has otherwise of what no machine on it can choose, and
+    /// whether it is of another trust domain.
     /// `kernels` are those that a machine can have besides the image's own.
     ///
     /// # Errors
     /// A file cannot be read.
     pub(crate) fn elsewhere(
         &self,
+        domain: &DomainName,
         image: &Image,
         kernels: &[PathBuf],
         facts: &HostFacts,
@@ -152,6 +154,7 @@ impl Key {
     ) -> io::Result<Vec<Difference>> {
         let mut here = self.clone();
         let mut part = |name: &str, value: String| drop(here.0.insert(name.to_owned(), value));
+        part("domain", domain.to_string());
         part("image", image.id.clone());
         part("agent", image.manifest.agent.sha256.clone());
         part("qemu", qemu(facts, cache)?);
