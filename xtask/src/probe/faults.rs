@@ -34,6 +34,10 @@ pub(crate) struct Args {
     /// Only cases whose name contains this: `VERB: ROLE N POINT: FAULT`.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Only a part of the points, such as 1/4: `--all` takes hours of a small
+    /// machine.
+    #[arg(long, value_name = "K/N", value_parser = part)]
+    part: Option<(usize, usize)>,
     /// Only list the cases there are.
     #[arg(long)]
     list: bool,
@@ -52,6 +56,17 @@ pub(crate) struct Args {
     /// Where images are kept.
     #[arg(long, env = "BULKHEAD_STATE_DIR", default_value_os_t = setup::usual_state_dir())]
     state_dir: PathBuf,
+}
+
+/// Reads `K/N`.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let numbers = text
+        .split_once('/')
+        .and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)));
+    match numbers {
+        Some((part, of)) if (1..=of).contains(&part) => Ok((part, of)),
+        _ => Err("it is K/N with K from 1 to N, such as 1/4".into()),
+    }
 }
 
 /// The faults to be tried at one point.
@@ -79,6 +94,9 @@ pub(crate) fn run(args: Args) -> Result<bool> {
     eprintln!("{} points, up to {cases} cases", work.len());
     if !args.all && args.only.is_none() && !args.list {
         work = picked(work, args.sample, args.seed);
+    }
+    if let Some((part, of)) = args.part {
+        work = work.into_iter().skip(part - 1).step_by(of).collect();
     }
     if args.list {
         for Work {
@@ -249,4 +267,17 @@ fn binary() -> Result<PathBuf> {
     cargo.env("CARGO_TARGET_DIR", &target);
     setup::call(cargo.args(["--features", "faults"]))?;
     Ok(target.join("debug/bulkhead"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_told_from_other_words() {
+        assert_eq!(part("4/4"), Ok((4, 4)));
+        for wrong in ["0/4", "5/4", "1/0", "1", "a/b", ""] {
+            assert!(part(wrong).is_err(), "{wrong}");
+        }
+    }
 }
