@@ -483,7 +483,7 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
     ]);
 
     // Somebody changes its rules, until it is started again: one address in one of
-    // them; what no machine may reach; all of a chain.
+    // them; what no machine may reach; all of a chain; a port; a whole table.
     let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
     let inside = inside.unwrap();
     let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '2s/.* //p'";
@@ -501,6 +501,14 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         (
             "flush chain inet bulkhead refuse-cgnat".into(),
             "refuse-cgnat (0 rules instead of 2",
+        ),
+        (
+            "add element inet bulkhead ports-tcp '{ 8000 }'".into(),
+            "ports-tcp: other ports",
+        ),
+        (
+            "add table netdev bulkhead '{ flags dormant; }'".into(),
+            "ip4 (0 rules instead of",
         ),
     ] {
         sh_in(&inside, &format!("nft {change}"));

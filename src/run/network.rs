@@ -168,7 +168,16 @@ impl Net {
         let changed = network::change(&self.netns, policy, Names::of(policy), deny, Some(&only));
         match changed.is_ok() {
             true => held.clone_from(policy),
-            false => drop(self.filter.set_policy(before)),
+            false => {
+                let grants = self.filter.set_policy(before);
+                let entries = grants.iter().flat_map(|grant| entries(grant, &grant.ports));
+                let only: Vec<_> = entries.collect();
+                // What failed may have come after the rules.
+                let back = network::change(&self.netns, &held, Names::of(&held), true, Some(&only));
+                if let Err(error) = back {
+                    tracing::warn!("the network's rules may be those that were refused: {error}");
+                }
+            }
         }
         Ok(changed?)
     }

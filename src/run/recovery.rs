@@ -141,6 +141,9 @@ impl Ownerless {
                 file.status().state,
                 State::Running | State::Paused | State::Lost
             )
+            // It came up once: what was restored and is not unlike its siblings
+            // is nobody's.
+            && file.status().came_up()
             && self.journal.leases().iter().any(Lease::is_live_process)
     }
 

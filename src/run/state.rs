@@ -307,6 +307,12 @@ pub(crate) fn now_ms() -> u64 {
 }
 
 impl Status {
+    /// Whether it came up with what it has: nothing of it is still as it was
+    /// saved, and like its siblings.
+    pub(crate) fn came_up(&self) -> bool {
+        self.provisioned && self.restore.is_none()
+    }
+
     /// A machine that was just created.
     pub(super) fn new(image: ImageUse) -> Self {
         let mut status = Self {

@@ -42,7 +42,7 @@ pub struct Wish {
     /// Without memory and devices.
     pub disk_only: bool,
     /// A fork makes it for itself, and removes it.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub transient: bool,
 }
 

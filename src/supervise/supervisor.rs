@@ -62,7 +62,7 @@ pub async fn supervise(
     let found = state.status().clone();
     let fits = match start {
         Start::Boot => found.state.may_start(),
-        Start::TakeOver => found.state == State::Lost,
+        Start::TakeOver => found.state == State::Lost && found.came_up(),
     };
     if !fits {
         return Err(SuperviseError::WrongState {

@@ -26,6 +26,8 @@ struct Now {
     session: String,
     /// About to be saved, or restored and not yet another: nothing is served.
     rests: bool,
+    /// How often it was told to go on as itself.
+    resumed: u64,
 }
 
 impl Lives {
@@ -50,10 +52,22 @@ impl Lives {
     /// Brings the machine to rest.
     ///
     /// # Errors
-    /// It has no random pool to name this life by.
+    /// It has no random pool to name this life by, or was told to go on before
+    /// everything was on its disk: then nobody waits for that any more.
     pub(crate) fn quiesce(&self) -> Result<Life> {
+        self.quiesce_after(sync)
+    }
+
+    fn quiesce_after(&self, sync: impl FnOnce()) -> Result<Life> {
+        let resumed = self.now().resumed;
         sync();
         let mut now = self.now();
+        if now.resumed != resumed {
+            return Err(failure(
+                FailureKind::System,
+                "the machine was told to go on meanwhile",
+            ));
+        }
         if now.session.is_empty() {
             now.session = draw()?;
         }
@@ -96,6 +110,7 @@ impl Lives {
         let mut now = self.now();
         let taken = identity::apply(identity);
         now.rests = false;
+        now.resumed += 1;
         taken.map(|()| life(&now))
     }
 
@@ -170,6 +185,14 @@ mod tests {
             ..Configure::default()
         };
         assert!(lives.resumed(&bad).is_err());
+        lives.awake().unwrap();
+    }
+
+    #[test]
+    fn a_rest_that_comes_too_late_is_none() {
+        let lives = Lives::default();
+        let late = lives.quiesce_after(|| drop(lives.resumed(&Configure::default())));
+        assert!(late.unwrap_err().message.contains("meanwhile"));
         lives.awake().unwrap();
     }
 

@@ -5,7 +5,7 @@
 //! in the tap's namespace.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use super::bridge::Device;
 use super::error::{NetworkError, kernel};
@@ -47,6 +47,8 @@ impl Wires {
         inside(uplink, "put rules at the tap", || {
             nft::apply(&firewall::guard(bridge, &self.token()))
         })?;
+        // Whatever was renamed meanwhile.
+        is_of(tap.as_fd(), uplink, bridge)?;
         Ok(tap)
     }
 }

@@ -46,6 +46,11 @@ pub fn leads_to(chain: &str) -> String {
     operands::goto(chain)
 }
 
+/// As [`leads_to`], of an element that leads nowhere: one of a set.
+pub fn leads_nowhere() -> String {
+    operands::verdict(&[])
+}
+
 /// Makes tables that are not there yet, all of them or none.
 ///
 /// # Errors

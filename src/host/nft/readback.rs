@@ -16,9 +16,13 @@ use crate::plan::firewall::{Family, Table};
 /// linux/netlink.h and linux/netfilter/nf_tables.h.
 const NLMSG_DONE: u16 = 3;
 const SUBSYSTEM: u16 = 10 << 8;
+const GET_TABLE: u16 = 1;
 const GET_CHAIN: u16 = 4;
 const GET_RULE: u16 = 7;
 const GET_ELEMENTS: u16 = 13;
+const TABLE_NAME: u16 = 1;
+const TABLE_FLAGS: u16 = 2;
+const DORMANT: u32 = 1;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const CHAIN_HOOK: u16 = 4;
@@ -77,7 +81,7 @@ fn content(message: &[u8]) -> &[u8] {
 }
 
 /// What the table of this family and name looks like, in the namespace of the
-/// calling thread; empty where there is no such table.
+/// calling thread; empty where there is no such table, or no packet enters it.
 ///
 /// # Errors
 /// The kernel does not answer.
@@ -86,9 +90,23 @@ pub fn rules(family: Family, table: &str) -> io::Result<Shape> {
     dump(GET_CHAIN, family, &[], |content| {
         take_chain(&mut shape, table, content)
     })?;
-    dump(GET_RULE, family, &[], |content| {
-        take_rule(&mut shape, table, content)
+    // Of this table only: the kernel begins anew where others' change.
+    dump(
+        GET_RULE,
+        family,
+        &strings(&[(RULE_TABLE, table)]),
+        |content| take_rule(&mut shape, table, content),
+    )?;
+    let mut dormant = false;
+    dump(GET_TABLE, family, &[], |content| {
+        let all = content.get(GENERAL..).unwrap_or_default();
+        let name = attribute(all, TABLE_NAME).map(text);
+        let flags = attribute(all, TABLE_FLAGS).map_or(0, number32);
+        dormant |= name.as_deref() == Some(table) && flags & DORMANT != 0;
     })?;
+    if dormant {
+        shape.clear();
+    }
     Ok(shape)
 }
 
@@ -101,14 +119,7 @@ pub type Leading = (IpAddr, IpAddr, String);
 /// # Errors
 /// The kernel does not answer; there is no such map.
 pub fn ranges(family: Family, table: &str, map: &str) -> io::Result<Vec<Leading>> {
-    let mut ask = Vec::new();
-    for (kind, name) in [(ELEMENTS_TABLE, table), (ELEMENTS_SET, map)] {
-        let length = (GENERAL + name.len() + 1) as u16;
-        ask.extend([length.to_ne_bytes(), kind.to_ne_bytes()].concat());
-        ask.extend(name.as_bytes());
-        ask.push(0);
-        ask.resize(ask.len().next_multiple_of(4), 0);
-    }
+    let ask = strings(&[(ELEMENTS_TABLE, table), (ELEMENTS_SET, map)]);
     let mut all = Vec::new();
     dump(GET_ELEMENTS, family, &ask, |content| {
         let list = attribute(content.get(GENERAL..).unwrap_or_default(), ELEMENTS);
@@ -132,6 +143,19 @@ pub fn ranges(family: Family, table: &str, map: &str) -> io::Result<Vec<Leading>
         Some((address(*key), last, verdict.clone()))
     });
     Ok(ranges.collect())
+}
+
+/// Attributes that are strings.
+fn strings(all: &[(u16, &str)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, text) in all {
+        let length = (GENERAL + text.len() + 1) as u16;
+        bytes.extend([length.to_ne_bytes(), kind.to_ne_bytes()].concat());
+        bytes.extend(text.as_bytes());
+        bytes.push(0);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    bytes
 }
 
 /// Where a range begins, of which family, and its verdict; or where it ends.

@@ -116,8 +116,8 @@ fn difference(table: &Table, chain: &str, seen: &ChainShape, planned: &ChainShap
     }
 }
 
-/// The maps of what no machine may reach. Those of a machine also have what were
-/// the host's addresses when it started.
+/// The maps of what no machine may reach, and the ports that it may. Those of a
+/// machine also have what were the host's addresses when it started.
 fn sets(netns: &Netns, tables: &[Table]) -> io::Result<Finding> {
     let (mut seen_count, mut count, mut others) = (0, 0, Vec::new());
     for table in tables {
@@ -133,6 +133,10 @@ fn sets(netns: &Netns, tables: &[Table]) -> io::Result<Finding> {
             };
             seen_count += seen.len();
             count += planned.len();
+            if matches!(set.elements, Elements::Ports(_)) {
+                others.extend((seen != planned).then(|| format!("{}: other ports", set.name)));
+                continue;
+            }
             let other = other(&seen, &planned);
             others.extend(other.map(|other| format!("{}: {other}", set.name)));
         }
@@ -154,13 +158,27 @@ fn sets(netns: &Netns, tables: &[Table]) -> io::Result<Finding> {
 
 /// The ranges of a map as they are planned.
 fn leading(set: &Set) -> Option<Vec<Leading>> {
-    let Elements::Chains { ranges, .. } = &set.elements else {
-        return None;
-    };
-    let leading = ranges
-        .iter()
-        .map(|(cidr, chain)| (cidr.first(), cidr.last(), nft::leads_to(chain)));
-    Some(leading.collect())
+    match &set.elements {
+        Elements::Chains { ranges, .. } => {
+            let leading = ranges
+                .iter()
+                .map(|(cidr, chain)| (cidr.first(), cidr.last(), nft::leads_to(chain)));
+            Some(leading.collect())
+        }
+        Elements::Ports(ranges) => {
+            // As numbers of addresses; where the last has no end, nor has it.
+            let end = |last: u16| last.checked_add(1).map_or(u32::MAX, |_| last.into());
+            let address = |number: u32| IpAddr::V4(number.into());
+            let mut ports: Vec<_> = ranges
+                .iter()
+                .map(|(first, last)| (address((*first).into()), address(end(*last))))
+                .map(|(first, last)| (first, last, nft::leads_nowhere()))
+                .collect();
+            ports.sort();
+            Some(ports)
+        }
+        Elements::Timed { .. } => None,
+    }
 }
 
 /// The first address that does not lead where it is planned to, nor is the host's.
