@@ -40,6 +40,9 @@ pub(super) fn build(
         options.push("no_timer_check".into());
         // Alternatives are patched for SMP from the start; saves 170 ms and more.
         options.push("noreplace-smp".into());
+        // Tests of ciphers, which only cost time; a second processor once hung
+        // in one.
+        options.push("cryptomgr.notests".into());
         if spec.machine == MachineType::Microvm {
             // Without it most boots hang ("Unable to calibrate against PIT").
             if let Some(khz) = facts.tsc_khz {

@@ -67,7 +67,13 @@ impl Vmtest {
 /// What our command line says of clocks and processors: anybody's kernel boots
 /// faster for it.
 pub(super) fn hints(cmdline: &str) -> String {
-    let known = ["tsc", "tsc_early_khz", "no_timer_check", "noreplace-smp"];
+    let known = [
+        "tsc",
+        "tsc_early_khz",
+        "no_timer_check",
+        "noreplace-smp",
+        "cryptomgr.notests",
+    ];
     let words = cmdline.split(' ').filter(|word| {
         let name = word.split('=').next().unwrap_or_default();
         known.contains(&name)
