@@ -37,7 +37,7 @@ pub struct Header {
     pub content: Content,
 }
 
-/// What is in an export. Its files follow in the order of [`Content::parts`].
+/// What is in an export. Its files follow in the order of `parts`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Content {

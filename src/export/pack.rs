@@ -49,7 +49,7 @@ pub fn template(
     write(content, exported_ms, &parts, to, of)
 }
 
-/// Writes a snapshot of `machine`, as [`template`] does.
+/// Writes a snapshot of `machine`, as [`template()`] does.
 ///
 /// # Errors
 /// There is none of this name, it is damaged, or it cannot be written.

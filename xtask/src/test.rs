@@ -198,7 +198,7 @@ type Brief = (&'static str, &'static [&'static str], usize);
 const BRIEF: [Brief; 9] = [
     ("boot", &["-n", "1"], 17),
     ("exec", &["-n", "1"], 10),
-    ("files", &["-n", "1", "--files", "50"], 8),
+    ("files", &["-n", "1", "--files", "50"], 10),
     ("memory", &["-n", "1", "--settle", "0"], 7),
     ("density", &["--most", "2"], 2),
     (
