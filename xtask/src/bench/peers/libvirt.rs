@@ -72,7 +72,7 @@ cp "$BUSYBOX" bin/busybox
 ln -s busybox bin/sh
 cp "$TRUE" bin/true
 cp "$AGENT" usr/sbin/qemu-ga
-ldd "$AGENT" "$TRUE" | grep -o '/[^ ]*' | while read -r library; do
+for program in "$AGENT" "$TRUE"; do ldd "$program"; done | grep -o '/[^ ]*' | while read -r library; do
     mkdir -p ".$(dirname "$library")"
     cp -L "$library" ".$library"
 done
