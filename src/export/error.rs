@@ -89,14 +89,14 @@ pub enum ExportError {
         flaw: Flaw,
     },
     /// The host has no room for it.
-    #[error("{of} needs {needed} bytes, and {free} are free in {path}")]
+    #[error("{of} needs {needed} bytes, and {usable} may be used in {path}")]
     NoRoom {
         /// The export.
         of: String,
         /// What it has in it.
         needed: u64,
-        /// What there is.
-        free: u64,
+        /// What it may use of what is free: the rest is for machines that run.
+        usable: u64,
         /// Where.
         path: PathBuf,
     },
@@ -115,12 +115,6 @@ pub enum ExportError {
     Source {
         /// Which file.
         file: &'static str,
-    },
-    /// There is a template of that key.
-    #[error("there is a template {id} already")]
-    Have {
-        /// Its id.
-        id: String,
     },
     /// The template cannot be used or kept.
     #[error(transparent)]
@@ -164,7 +158,6 @@ impl Explain for ExportError {
             Self::NoRoom { .. } => "no-space",
             Self::Elsewhere { .. } => "export-mismatch",
             Self::Source { .. } => "export-source-corrupt",
-            Self::Have { .. } => "template-exists",
             Self::Template(error) => error.code(),
             Self::Snapshot(error) => error.code(),
         }
@@ -194,9 +187,6 @@ impl Explain for ExportError {
             }
             Self::Elsewhere { cure, .. } => (*cure).to_owned(),
             Self::Source { .. } => "Save it again, and export that.".into(),
-            Self::Have { id } => {
-                format!("Use it, or remove it first: bulkhead template rm {id}")
-            }
             Self::Template(error) => error.remedy(),
             Self::Snapshot(error) => error.remedy(),
         }

@@ -129,12 +129,13 @@ impl Header {
             // The last block counts as a whole one.
             sum += piece.size;
         }
-        match self.data > sum {
-            true => Err(Flaw::TooLarge(format!(
-                "{} bytes of data in files of {sum}",
-                self.data
-            ))),
-            false => Ok(()),
+        if self.data > sum {
+            let told = format!("{} bytes of data in files of {sum}", self.data);
+            return Err(Flaw::TooLarge(told));
+        }
+        match &self.content {
+            Content::Template(manifest) => fits_its_key(manifest),
+            Content::Snapshot { .. } => Ok(()),
         }
     }
 }
@@ -210,6 +211,24 @@ impl Machine {
             script: command.script,
             ..Request::default()
         }
+    }
+}
+
+/// Refuses a template whose files are not as large as its key says: each clone
+/// maps the one and copies the other.
+fn fits_its_key(manifest: &template::Manifest) -> Result<(), Flaw> {
+    let says = |part: &str| manifest.key.part(part).parse::<Bytes>().ok();
+    // The key has memory as QEMU does: in whole MiB.
+    let ram = Some(Bytes(manifest.ram.size).as_mib());
+    let fit = [
+        ("memory", says("memory").map(Bytes::as_mib) == ram),
+        ("disk", says("disk") == Some(Bytes(manifest.disk.size))),
+    ];
+    match fit.into_iter().find(|(_, fits)| !fits) {
+        Some((part, _)) => Err(Flaw::Corrupt(format!(
+            "its {part} is not of the size that its key says"
+        ))),
+        None => Ok(()),
     }
 }
 

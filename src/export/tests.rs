@@ -171,6 +171,11 @@ fn forged_runs_are_refused_by_name() {
         // Another end.
         &[(4096, 0, b"")],
     ];
+    // Zeroes fill a disk as anything does, and no digest says that they are there.
+    let zeroes = forged(none, &[(0, 4096, &[0; 4096]), END]);
+    let (code_of, told) = taken(&seal(&zeroes)).map(|_| ()).unwrap_err();
+    assert_eq!(code_of, "export-corrupt");
+    assert!(told.contains("a block of zeroes"), "{told}");
     for runs in corrupt {
         assert_eq!(
             code(&seal(&forged(none, runs))),
@@ -275,7 +280,7 @@ fn a_header_is_known_or_refused() {
 
 fn described() -> Described {
     Described {
-        key: serde_json::from_str(r#"{"image": "a"}"#).unwrap(),
+        key: serde_json::from_str(r#"{"image": "a", "memory": "64M", "disk": "4"}"#).unwrap(),
         life: bulkhead_agent::Life::default(),
         created_ms: 1,
         image: "base".into(),
@@ -313,6 +318,106 @@ fn a_template_comes_back_once() {
     fs::remove_file(other.ram(&taken.id)).unwrap();
     import().unwrap();
     assert!(other.get(&taken.id).is_ok());
+}
+
+#[test]
+fn a_template_that_appears_meanwhile_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = template::Store::new(dir.path());
+    let stage = || {
+        let staged = store.stage().unwrap();
+        let ram = fs::File::create(staged.path().join(template::RAM)).unwrap();
+        ram.set_len(64 << 20).unwrap();
+        // More than one link of the chain, whatever compresses it.
+        let mut state = 1_u64;
+        let noise: Vec<u8> = std::iter::repeat_with(|| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        })
+        .take(3 << 20)
+        .collect();
+        ram.write_all_at(&noise, 0).unwrap();
+        for name in [template::STATE, template::DISK] {
+            fs::write(staged.path().join(name), name).unwrap();
+        }
+        staged
+    };
+    let kept = store.commit(stage(), described()).unwrap();
+    let mut bytes = Vec::new();
+    let id = kept.id.clone();
+    template(kept, 7, &mut bytes, Path::new("x")).unwrap();
+    store.rm(&id).unwrap();
+    // It is built while the last of the export is on its way.
+    struct Late<'a>(&'a [u8], Option<Box<dyn FnOnce() + 'a>>);
+    impl std::io::Read for Late<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            if self.0.len() < 40
+                && let Some(meanwhile) = self.1.take()
+            {
+                meanwhile();
+            }
+            let most = buffer.len().min(32);
+            self.0.read(&mut buffer[..most])
+        }
+    }
+    let mut built = described();
+    built.created_ms = 99;
+    let meanwhile = || drop(store.commit(stage(), built).unwrap());
+    let late = Late(&bytes, Some(Box::new(meanwhile)));
+    let import = Import::open(late, "x").unwrap();
+    assert!(store.is_empty(), "it is too early");
+    let told = import.keep_template(&store).unwrap_err();
+    assert_eq!(told.code(), "template-exists");
+    assert_eq!(store.get(&id).unwrap().manifest.created_ms, 99);
+}
+
+#[test]
+fn a_template_is_as_large_as_its_key_says() {
+    for (key, part) in [
+        (r#"{"memory": "64M", "disk": "1G"}"#, "disk"),
+        (r#"{"memory": "32M", "disk": "4"}"#, "memory"),
+        (r#"{"image": "a"}"#, "memory"),
+    ] {
+        let piece = |size| Piece {
+            size,
+            sha256: String::new(),
+        };
+        let of = described();
+        let manifest = template::Manifest {
+            schema: template::SCHEMA,
+            key: serde_json::from_str(key).unwrap(),
+            life: of.life,
+            ram: piece(64 << 20),
+            state: piece(5),
+            disk: piece(4),
+            created_ms: 1,
+            image: of.image,
+            profile: of.profile,
+            warm: None,
+            qemu: of.qemu,
+        };
+        let header = Header {
+            schema: 1,
+            bulkhead: "0".into(),
+            exported_ms: 1,
+            data: 0,
+            content: Content::Template(Box::new(manifest)),
+        };
+        let text = serde_json::to_vec(&header).unwrap();
+        let len = u32::try_from(text.len()).unwrap().to_le_bytes();
+        let sealed = seal(&[&len[..], &text].concat());
+        let Err(told) = Import::open(&sealed[..], "x") else {
+            panic!("{key} was taken");
+        };
+        let told = Report::of(&told);
+        assert_eq!(told.code, "export-corrupt");
+        assert!(
+            told.what.contains(&format!("its {part} is not")),
+            "{told:?}"
+        );
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::header::{Content, Header, LONGEST, Machine};
 use super::seal::Sealed;
 use crate::host::fault;
 use crate::snapshot;
-use crate::template::{self, BLOCK, MOST, Piece, Template, TemplateError};
+use crate::template::{self, BLOCK, MOST, Older, Piece, Template};
 
 /// Largest window of the decompressor, as a power of two: 8 MiB.
 const WINDOW: u32 = 23;
@@ -92,12 +92,8 @@ impl<R: Read> Import<R> {
     /// Nothing of it is there then.
     pub fn keep_template(mut self, store: &template::Store) -> Result<Template, ExportError> {
         let manifest = self.template()?.clone();
-        match store.find(&manifest.key) {
-            Ok(Some(template)) => return Err(ExportError::Have { id: template.id }),
-            // A damaged one is replaced.
-            Ok(None) | Err(TemplateError::Corrupt { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        // Before all of it is read; asked again when it is there.
+        store.vacant(&manifest.key)?;
         let staged = store.stage()?;
         self.room(staged.path())?;
         for (name, piece) in self.header.clone().content.parts() {
@@ -106,7 +102,7 @@ impl<R: Read> Import<R> {
             self.same(name, piece, &found)?;
         }
         self.end()?;
-        Ok(store.publish(staged, &manifest)?)
+        Ok(store.publish(staged, &manifest, Older::Kept)?)
     }
 
     /// Puts the snapshot into a machine's store, without its memory where that
@@ -149,11 +145,12 @@ impl<R: Read> Import<R> {
         let found = found.map_err(|errno| ExportError::io("read", dir)(errno.into()))?;
         let free = found.f_bavail.saturating_mul(found.f_frsize);
         // Machines that run write there, too.
-        match self.header.data > free - free / 10 {
+        let usable = free - free / 10;
+        match self.header.data > usable {
             true => Err(ExportError::NoRoom {
                 of: self.of.clone(),
                 needed: self.header.data,
-                free,
+                usable,
                 path: dir.parent().unwrap_or(dir).to_owned(),
             }),
             false => Ok(()),

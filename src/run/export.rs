@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use super::RunError;
 use super::host::Host;
-use crate::export::{ExportError, Flaw, Import};
+use crate::export::{ExportError, Import};
 use crate::host::probe;
-use crate::spec::{Bytes, DomainName};
+use crate::spec::DomainName;
 use crate::template::{Manifest, Template, TemplateError};
 
 /// Takes a template in, where machines here, of the trust domain that the
@@ -27,17 +27,6 @@ pub fn import_template<R: Read>(
 
 fn fits(host: &Host, manifest: &Manifest, of: &str, domain: &DomainName) -> Result<(), RunError> {
     let key = &manifest.key;
-    let has = [("disk", &manifest.disk), ("memory", &manifest.ram)];
-    for (part, piece) in has {
-        // Each clone copies the one, and maps the other.
-        if key.part(part).parse() != Ok(Bytes(piece.size)) {
-            return Err(ExportError::Refused {
-                of: of.to_owned(),
-                flaw: Flaw::Corrupt(format!("its {part} is not of the size that its key says")),
-            }
-            .into());
-        }
-    }
     let image = host.images().inspect(key.part("image"))?;
     let qemu = probe::find_qemu(host.qemu.as_deref())?;
     let facts = probe::facts(qemu, &host.dirs.cache());

@@ -324,3 +324,73 @@ pub(super) fn recover_one(dir: &Path) -> Found {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+    use crate::host::process;
+    use crate::run::state::{Beginning, ImageUse};
+    use crate::spec::{Catalog, Request};
+
+    /// Ends with the test.
+    struct Vmm(Child);
+
+    impl Drop for Vmm {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    /// What a machine is whose supervisor is gone and whose VMM lives, and that
+    /// may be adopted.
+    fn found(beginning: Beginning, came_up: bool) -> Found {
+        let vmm = Vmm(Command::new("sleep").arg("60").spawn().unwrap());
+        let pid = i32::try_from(vmm.0.id()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let id: VmId = "vm1".parse().unwrap();
+        let image = ImageUse {
+            name: "base".into(),
+            id: "sha256-1".into(),
+        };
+        let mut file = StateFile::create(dir.path(), &id, image, beginning).unwrap();
+        file.advance(State::Starting, "start").unwrap();
+        if came_up {
+            let up = file.advance_with(State::Running, "up", |status| {
+                status.provisioned = true;
+                status.restore = None;
+            });
+            up.unwrap();
+        }
+        file.lose().unwrap();
+        let wish = Request {
+            survivors: Some(Survivors::Adopt),
+            ..Request::default()
+        };
+        let spec = wish.resolve_machine(&Catalog::default()).unwrap();
+        fs::write(dir.path().join(SPEC), serde_json::to_vec(&spec).unwrap()).unwrap();
+        let lease = Lease::Process {
+            pid,
+            start_time: process::start_time(pid).unwrap(),
+            boot_id: process::boot_id(),
+        };
+        let mut journal = Journal::open(dir.path().join(LEASES)).unwrap();
+        journal.add(lease).unwrap();
+        examine(dir.path(), id.to_string()).map_or_else(|found| found, |one| one.found())
+    }
+
+    #[test]
+    fn what_never_came_up_is_nobodys_to_take_over() {
+        let memory = || Beginning::Memory("before".parse().unwrap());
+        for beginning in [Beginning::Fresh, memory()] {
+            let found = found(beginning, false);
+            assert!(matches!(found, Found::Dead { .. }), "{found:?}");
+        }
+        for beginning in [Beginning::Fresh, memory()] {
+            let found = found(beginning, true);
+            assert!(matches!(found, Found::Survivor { .. }), "{found:?}");
+        }
+    }
+}

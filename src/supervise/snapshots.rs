@@ -211,7 +211,7 @@ impl Machines {
     }
 }
 
-pub(super) fn with_disk(mut spec: Spec, size: Bytes) -> Spec {
+fn with_disk(mut spec: Spec, size: Bytes) -> Spec {
     spec.limits.disk = size;
     spec
 }

@@ -31,6 +31,12 @@ pub enum TemplateError {
         /// As it was asked for.
         id: String,
     },
+    /// There is one of that key, and it stays.
+    #[error("there is a template {id} already")]
+    Exists {
+        /// Its id.
+        id: String,
+    },
     /// None fits what is asked for.
     #[error("no template fits machines of image {image} and profile {profile}")]
     NoneFits {
@@ -96,6 +102,7 @@ impl Explain for TemplateError {
             Self::NotFound { .. } | Self::NoneFits { .. } | Self::Ambiguous { .. } => {
                 "template-not-found"
             }
+            Self::Exists { .. } => "template-exists",
             Self::Corrupt { .. } => "template-corrupt",
             Self::Mismatch { .. } => "template-mismatch",
         }
@@ -113,6 +120,9 @@ impl Explain for TemplateError {
                 "Build one with `bulkhead template build` and the same options.".into()
             }
             Self::Ambiguous { .. } => "Give more digits.".into(),
+            Self::Exists { id } => {
+                format!("Use it, or remove it first: bulkhead template rm {id}")
+            }
             Self::Corrupt { id, .. } => format!(
                 "Remove it with `bulkhead template rm {id}` and build it again, or boot with --cold."
             ),

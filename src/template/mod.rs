@@ -11,4 +11,4 @@ pub use key::{Difference, Key};
 pub use store::{Manifest, Piece, Store, Summary, Template};
 
 pub(crate) use digest::{BLOCK, MOST, SparseHash, each_extent, each_run, of_sparse};
-pub(crate) use store::{DISK, Described, LONGEST, RAM, SCHEMA, STATE, Staged};
+pub(crate) use store::{DISK, Described, LONGEST, Older, RAM, SCHEMA, STATE, Staged};

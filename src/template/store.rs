@@ -107,6 +107,15 @@ pub struct Summary {
     pub manifest: Manifest,
 }
 
+/// What becomes of a template of the same key that is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Older {
+    /// The new one takes its place.
+    Replaced,
+    /// It stays, and the new one is refused.
+    Kept,
+}
+
 /// The templates of one state directory.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -271,16 +280,26 @@ impl Store {
             warm: of.warm,
             qemu: of.qemu,
         };
-        self.publish(staged, &manifest)
+        self.publish(staged, &manifest, Older::Replaced)
+    }
+
+    /// Refuses a key of which there is a template that is whole.
+    pub(crate) fn vacant(&self, key: &Key) -> Result<(), TemplateError> {
+        match self.find(key) {
+            Ok(Some(Template { id, .. })) => Err(TemplateError::Exists { id }),
+            // A damaged one is replaced.
+            Ok(None) | Err(TemplateError::Corrupt { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Puts a template whose files are in `staged`, and as `manifest` says, in
-    /// its place, in that of an older one with the same key where there is one:
-    /// a crash leaves the old or the new.
+    /// its place: a crash leaves an older one with the same key, or the new.
     pub(crate) fn publish(
         &self,
         staged: Staged,
         manifest: &Manifest,
+        older: Older,
     ) -> Result<Template, TemplateError> {
         let dir = staged.path();
         let path = dir.join(MANIFEST);
@@ -292,6 +311,9 @@ impl Store {
         let id = manifest.key.id();
         let place = self.dir.join(&id);
         let _guard = self.guard()?;
+        if older == Older::Kept {
+            self.vacant(&manifest.key)?;
+        }
         let swapped = || match place.exists() {
             // The old one goes with what was staged.
             true => {

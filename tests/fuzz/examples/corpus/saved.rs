@@ -17,7 +17,7 @@ fn nothing() -> Value {
 }
 
 fn key() -> Value {
-    json!({ "image": "sha256-0", "machine": "microvm", "memory": "268435456" })
+    json!({ "image": "sha256-0", "machine": "microvm", "memory": "0M", "disk": "0" })
 }
 
 fn life() -> Value {
