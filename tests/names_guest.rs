@@ -482,10 +482,18 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         ("name good.org", "try again"),
     ]);
 
-    // Somebody changes its rules, until it is started again: one address in one of
-    // them; what no machine may reach; all of a chain; a port; a whole table.
+    // A change that fails after its rules are made, here for a link that is gone, is
+    // taken back.
     let inside = bulkhead::host::netns::Netns::open(&bulkhead.runtime().join("named.netns"));
     let inside = inside.unwrap();
+    sh_in(&inside, "ip link set out down; ip link set out name gone");
+    let changed = bulkhead.raw(&["net", "allow", "named", "--cidr", "10.1.2.3/32:5432"]);
+    assert!(changed.code != 0, "{changed:?}");
+    assert_eq!(verify().code, 0, "{:?}", verify());
+    sh_in(&inside, "ip link set gone name out");
+
+    // Somebody changes its rules, until it is started again: one address in one of
+    // them; what no machine may reach; all of a chain; a port; a whole table.
     let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '2s/.* //p'";
     let handle = sh_in(&inside, handle);
     let other = format!("handle {} @nh,96,32 0xc6120003 accept", handle.trim());

@@ -464,7 +464,8 @@ pub fn forget_connections(netns: &Netns) -> Result<(), NetworkError> {
 /// `only`, nothing else is let through by name.
 ///
 /// # Errors
-/// The kernel refuses; then rules are as they were.
+/// The kernel refuses. Where that is the bandwidth, the rules are the new ones: the
+/// caller takes them back.
 pub fn change(
     netns: &Netns,
     policy: &NetworkPolicy,
