@@ -4,11 +4,14 @@
 mod digest;
 mod error;
 mod key;
+mod manifest;
 mod store;
 
 pub use error::TemplateError;
 pub use key::{Difference, Key};
-pub use store::{Manifest, Piece, Store, Summary, Template};
+pub use manifest::{Manifest, Piece};
+pub use store::{Store, Summary, Template};
 
 pub(crate) use digest::{BLOCK, MOST, SparseHash, each_extent, each_run, of_sparse};
-pub(crate) use store::{DISK, Described, LONGEST, Older, RAM, SCHEMA, STATE, Staged};
+pub(crate) use manifest::{DISK, Described, LONGEST, RAM, SCHEMA, STATE};
+pub(crate) use store::{Older, Staged};
