@@ -1,6 +1,7 @@
 //! Tasks of the developers and the README: `cargo xtask TASK`.
 
 mod bench;
+mod count;
 mod coverage;
 mod docs;
 mod fuzz;

@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::count::{self, Check, Count};
 use crate::{docs, fuzz, kernel, lab, qemu10, setup};
 
 /// Options.
@@ -25,15 +26,6 @@ pub(crate) struct Args {
     filter: Option<String>,
 }
 
-/// Tests counted from the output of `cargo test`.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Count {
-    passed: usize,
-    failed: usize,
-    /// `NAME: reason` of each.
-    skipped: BTreeSet<String>,
-}
-
 /// Runs the task.
 pub(crate) fn run(args: Args) -> Result<()> {
     let begin = Instant::now();
@@ -49,26 +41,35 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if args.filter.is_none() {
         count.checks(static_checks());
     }
-    let mut tests = Command::new("cargo");
-    tests.args(["test", "--workspace", "--no-fail-fast"]);
-    tests.args(args.filter.as_deref());
-    tests.args(["--", "--show-output", "--test-threads=2"]);
-    tests.env("BULKHEAD_TEST_STATE", &state);
-    tests.env(
-        "BULKHEAD_TEST_AGENT",
-        ready.bulkhead.with_file_name("bulkhead-agent"),
-    );
-    if let Some(qemu10) = qemu10 {
-        tests.env("BULKHEAD_QEMU10", qemu10);
-    }
-    let output = tests.stdout(Stdio::piped()).spawn()?.wait_with_output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    print!("{text}");
+    let tests = |wanted: &[&str], threads: &str| -> Result<(ExitStatus, String)> {
+        let mut tests = Command::new("cargo");
+        tests.args(["test", "--workspace", "--no-fail-fast", "--"]);
+        tests.args(["--show-output", "--test-threads", threads]);
+        tests.args(wanted);
+        tests.env("BULKHEAD_TEST_STATE", &state);
+        tests.env(
+            "BULKHEAD_TEST_AGENT",
+            ready.bulkhead.with_file_name("bulkhead-agent"),
+        );
+        if let Some(qemu10) = &qemu10 {
+            tests.env("BULKHEAD_QEMU10", qemu10);
+        }
+        let output = tests.stdout(Stdio::piped()).spawn()?.wait_with_output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        print!("{text}");
+        Ok((output.status, text))
+    };
+    let (status, text) = tests(args.filter.as_deref().as_slice(), "2")?;
     count.tests(&text);
     ensure!(
-        output.status.success() || count.failed > 0,
+        status.success() || !count::failed(&text).is_empty(),
         "the tests could not be built or run; see above"
     );
+    if let Some(failed) = count::worth_a_second_try(&text) {
+        let names = failed.iter().map(String::as_str);
+        let wanted: Vec<&str> = ["--exact"].into_iter().chain(names).collect();
+        count.second_try(&failed, &tests(&wanted, "1")?.1);
+    }
     if args.filter.is_none() {
         count.lab(lab::ci(&state));
     }
@@ -89,20 +90,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
         count.failed += 1;
     }
     println!("all of it took {} s", begin.elapsed().as_secs());
-    println!(
-        "{} passed, {} failed, {} skipped",
-        count.passed,
-        count.failed,
-        count.skipped.len()
-    );
+    print!("{}", count.closing());
     if count.failed > 0 {
         bail!("{} tests failed", count.failed);
     }
     Ok(())
 }
-
-/// A check and what came of it.
-type Check = (&'static str, Result<()>);
 
 /// What the compiler and its friends can tell.
 fn static_checks() -> Vec<Check> {
@@ -268,62 +261,6 @@ fn bench(state: &Path) -> Result<()> {
     Ok(())
 }
 
-impl Count {
-    /// Adds checks, saying what failed.
-    fn checks(&mut self, checks: Vec<Check>) {
-        for (name, result) in checks {
-            match result {
-                Ok(()) => self.passed += 1,
-                Err(error) => {
-                    println!("check failed: {name}: {error:#}");
-                    self.failed += 1;
-                }
-            }
-        }
-    }
-
-    /// Adds the tests that were run in the lab.
-    fn lab(&mut self, tested: Result<lab::Tested>) {
-        let before = self.failed;
-        let name = "tests in the lab";
-        match tested {
-            Ok(tested) => {
-                self.tests(&tested.text);
-                let failed = tested.failed.join(", ");
-                // A program that died tells no result.
-                if !failed.is_empty() && self.failed == before {
-                    self.checks(vec![(name, Err(anyhow!("not well ended: {failed}")))]);
-                }
-            }
-            Err(error) => self.checks(vec![(name, Err(error))]),
-        }
-    }
-
-    /// Reads `test result: ok. 8 passed; 0 failed; 0 ignored; ...` and
-    /// `skipped: NAME: reason` lines.
-    fn tests(&mut self, text: &str) {
-        let before = self.skipped.len();
-        for line in text.lines().map(str::trim) {
-            if let Some(skip) = line.strip_prefix("skipped: ") {
-                self.skipped.insert(skip.to_owned());
-            }
-            let Some(result) = line.strip_prefix("test result: ") else {
-                continue;
-            };
-            // `ok. 8 passed; 0 failed; ...`
-            let figure = |what: &str| -> usize {
-                let before = result.split(what).next().unwrap_or_default();
-                let number = before.trim().rsplit(' ').next().unwrap_or_default();
-                number.parse().unwrap_or(0)
-            };
-            self.passed += figure("passed");
-            self.failed += figure("failed");
-        }
-        // A skipped test returns early, and the harness counts it as passed.
-        self.passed -= self.passed.min(self.skipped.len() - before);
-    }
-}
-
 /// Skips whose name is on no line of the list.
 fn unexpected(skipped: &BTreeSet<String>, allowed: &str) -> Vec<String> {
     let names: BTreeSet<&str> = allowed
@@ -415,40 +352,6 @@ fn cgroups() -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn results_and_skips_are_counted() {
-        let text = "test result: ok. 8 passed; 0 failed; 0 ignored; 0 measured\n\
-                    skipped: qemu10: no such suite\n\
-                    test result: FAILED. 3 passed; 2 failed; 0 ignored\n";
-        let mut count = Count::default();
-        count.tests(text);
-        assert_eq!(
-            (count.passed, count.failed, count.skipped.len()),
-            (10, 2, 1)
-        );
-    }
-
-    #[test]
-    fn a_lab_that_comes_to_nothing_is_a_failure() {
-        let tested = |text: &str, failed: &[&str]| {
-            let mut count = Count::default();
-            count.lab(Ok(lab::Tested {
-                text: text.to_owned(),
-                failed: failed.iter().map(|name| (*name).to_owned()).collect(),
-            }));
-            (count.passed, count.failed)
-        };
-        let good = "test result: ok. 8 passed; 0 failed; 0 ignored\n";
-        let bad = "test result: FAILED. 7 passed; 1 failed; 0 ignored\n";
-        assert_eq!(tested(good, &[]), (8, 0));
-        assert_eq!(tested(bad, &["kvm (101)"]), (7, 1));
-        // It died before it told a result.
-        assert_eq!(tested(good, &["resources (134)"]), (8, 1));
-        let mut count = Count::default();
-        count.lab(Err(anyhow!("not over after 900 s")));
-        assert_eq!((count.passed, count.failed), (0, 1));
-    }
 
     #[test]
     fn a_skip_must_be_allowed_by_name() {

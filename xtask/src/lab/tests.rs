@@ -1,5 +1,6 @@
 //! `lab test`: the project's own tests, built here and run there, all in one boot.
 
+use std::collections::BTreeSet;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -13,7 +14,7 @@ use tokio::io::AsyncWrite;
 
 use super::machine::{self, Lab};
 use super::{Options, with_lab};
-use crate::setup;
+use crate::{count, setup};
 
 /// Options.
 #[derive(clap::Args)]
@@ -48,11 +49,16 @@ struct Program {
 }
 
 /// What a run of tests gave.
+#[derive(Default)]
 pub(crate) struct Tested {
     /// What the test programs wrote to stdout.
     pub(crate) text: String,
+    /// Second tries: the tests that had failed, and what their program wrote.
+    pub(crate) second: Vec<(BTreeSet<String>, String)>,
     /// Programs that did not end well.
     pub(crate) failed: Vec<String>,
+    /// Those of them that told no result.
+    pub(crate) died: Vec<String>,
 }
 
 /// Runs the task.
@@ -93,46 +99,68 @@ fn test(options: &Options, filter: Option<&str>) -> Result<Tested> {
         ("BULKHEAD_BOOT_TIMEOUT", "600s"),
     ];
     let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
-    let copy = Copy::default();
-    let failed = with_lab(options, async |lab| {
+    with_lab(options, async |lab| {
         let work = async {
             let mut io = machine::plain_io(false);
             let words = ["sh", "-c", &prepare].map(str::to_owned);
             let code = lab.run(words.into(), &[], &mut io, None).await?;
             ensure!(code == 0, "cannot make {STATE}");
-            run_all(lab, &programs, &env, &copy).await
+            run_all(lab, &programs, &env, filter.is_none()).await
         };
         match tokio::time::timeout(options.timeout.0, work).await {
-            Ok(failed) => failed,
+            Ok(tested) => tested,
             Err(_) => bail!("not over after {} s", options.timeout.0.as_secs()),
         }
-    })?;
-    let text = String::from_utf8_lossy(&copy.bytes()).into_owned();
-    Ok(Tested { text, failed })
+    })
 }
 
+/// Runs them; tests that fail get a second try, alone, if that is wanted.
 async fn run_all(
     lab: &Lab,
     programs: &[Program],
     env: &[(String, String)],
-    copy: &Copy,
-) -> Result<Vec<String>> {
-    let mut failed = Vec::new();
+    twice: bool,
+) -> Result<Tested> {
+    let mut tested = Tested::default();
     for program in programs {
         println!("in the lab: {} of {}", program.tests.len(), program.target);
-        let path = program.path.to_str().context("a path is not UTF-8")?;
-        let words = [path, "--include-ignored", "--show-output", "--exact"];
-        let mut argv: Vec<String> = words.map(str::to_owned).into();
-        argv.push("--test-threads=2".into());
-        argv.extend(program.tests.iter().cloned());
-        let mut io = machine::plain_io(false);
-        io.stdout = Some(Box::new(copy.clone()));
-        let code = lab.run(argv, env, &mut io, None).await?;
-        if code != 0 {
-            failed.push(format!("{} ({code})", program.target));
+        let (code, text) = run_one(lab, program, &program.tests, "2", env).await?;
+        tested.text.push_str(&text);
+        if code == 0 {
+            continue;
+        }
+        let name = format!("{} ({code})", program.target);
+        if count::failed(&text).is_empty() || !count::all_ended(&text) {
+            tested.died.push(name.clone());
+        }
+        tested.failed.push(name);
+        if let Some(failed) = count::worth_a_second_try(&text).filter(|_| twice) {
+            let names: Vec<String> = failed.iter().cloned().collect();
+            let (_, text) = run_one(lab, program, &names, "1", env).await?;
+            tested.second.push((failed, text));
         }
     }
-    Ok(failed)
+    Ok(tested)
+}
+
+/// Runs tests of one program: how it ended, and what it wrote.
+async fn run_one(
+    lab: &Lab,
+    program: &Program,
+    tests: &[String],
+    threads: &str,
+    env: &[(String, String)],
+) -> Result<(i32, String)> {
+    let path = program.path.to_str().context("a path is not UTF-8")?;
+    let words = [path, "--include-ignored", "--show-output", "--exact"];
+    let mut argv: Vec<String> = words.map(str::to_owned).into();
+    argv.push(format!("--test-threads={threads}"));
+    argv.extend(tests.iter().cloned());
+    let copy = Copy::default();
+    let mut io = machine::plain_io(false);
+    io.stdout = Some(Box::new(copy.clone()));
+    let code = lab.run(argv, env, &mut io, None).await?;
+    Ok((code, String::from_utf8_lossy(&copy.bytes()).into_owned()))
 }
 
 /// Builds the tests, and chooses those to be run.
