@@ -123,7 +123,16 @@ async fn held(
     let lines: Vec<_> = all.map(|frame| format!("frame {frame}")).collect();
     let lines: Vec<_> = lines.iter().map(String::as_str).collect();
     assert_eq!(tries(machine, &lines).await, vec!["sent"; lines.len()]);
-    let after = counts();
+    // QEMU sends the last ones after the command has ended.
+    let (mut after, begin) = (counts(), std::time::Instant::now());
+    let missing = |after: &BTreeMap<String, u64>| {
+        let mut counters = frames.iter();
+        counters.any(|(name, all)| after[*name] - first[*name] < all.len() as u64)
+    };
+    while missing(&after) && begin.elapsed() < std::time::Duration::from_secs(20) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        after = counts();
+    }
     for (counter, frames) in frames {
         let stopped = after[counter] - first[counter];
         let (expected, seen) = (frames.len(), stopped.min(frames.len() as u64));
@@ -309,7 +318,13 @@ async fn a_tap_and_where_it_is_can_be_given_as_descriptors() {
     let (_, machine) = live.host.start_on(&wish(TAP), given).await.unwrap();
     matrix(&machine, &[("tcp 10.99.0.9 8080", "open 10.99.0.50")]).await;
     tries(&machine, &["frame mac", "frame arp"]).await;
-    let counts = stopped(&live, &machine);
+    let (mut counts, begin) = (stopped(&live, &machine), std::time::Instant::now());
+    while (counts["mac"] == 0 || counts["arp"] == 0)
+        && begin.elapsed() < std::time::Duration::from_secs(20)
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        counts = stopped(&live, &machine);
+    }
     assert!(counts["mac"] > 0 && counts["arp"] > 0, "{counts:?}");
     assert_eq!(failures(&machine.verify().await.unwrap()), [""; 0]);
     machine.kill().await.unwrap();

@@ -150,7 +150,7 @@ fn a_fork_bomb_stays_where_it_is() {
         while !bomb.is_finished() {
             let begin = Instant::now();
             assert_eq!(beside.ask("hello"), "hello\n");
-            assert!(begin.elapsed() < Duration::from_secs(10), "it noticed");
+            assert!(begin.elapsed() < Duration::from_secs(60), "it noticed");
             answers += 1;
             std::thread::sleep(Duration::from_millis(100));
         }

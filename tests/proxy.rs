@@ -489,6 +489,8 @@ async fn ten_thousand_connections_are_bounded() {
     }
     let limits = ProxyLimits {
         connections: 200,
+        // However long the others take.
+        head: Duration::from_secs(600),
         ..ProxyLimits::default()
     };
     let mut strict = Strict::new(Host::Echoes, limits).await;

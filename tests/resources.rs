@@ -213,7 +213,7 @@ async fn reads_and_writes_are_limited() {
     };
     let write = "dd if=/dev/zero of=f bs=1M count=24 conv=fsync";
     let read = "echo 3 > /proc/sys/vm/drop_caches; dd if=f of=/dev/null bs=1M";
-    let many = "for i in $(seq 30); do dd if=/dev/zero of=g bs=4k count=1 conv=fsync; done";
+    let many = "dd if=/dev/zero of=g bs=4k count=60 oflag=dsync";
     let scripts = [write, read, many];
     let limits = IoLimits {
         read_bytes: Some(Bytes::mib(4)),
@@ -229,19 +229,26 @@ async fn reads_and_writes_are_limited() {
             .as_ref()
             .is_some_and(|group| group.io().contains(limit))
     };
-    let mut free = Vec::new();
+    // So that there is something to read.
+    timed(write).await;
     for script in scripts {
-        free.push(timed(script).await);
-    }
-    for (script, free) in scripts.into_iter().zip(&free) {
         machine.set_io_limits(limits).await.unwrap();
         assert_eq!(held("4194304"), on_disk);
         let limited = timed(script).await;
-        assert!(limited > *free * 2, "{script}: {free:?} to {limited:?}");
+        // 24 MiB at 4 a second, 60 writes at 10; the first may come in a burst.
+        assert!(limited > Duration::from_secs(4), "{script}: {limited:?}");
         machine.set_io_limits(IoLimits::default()).await.unwrap();
         assert!(!held("4194304"));
-        let again = timed(script).await;
-        assert!(again < limited / 2, "{script}: {limited:?} to {again:?}");
+        let mut again = timed(script).await;
+        for _ in 0..3 {
+            if again > limited * 3 / 4 {
+                again = timed(script).await;
+            }
+        }
+        assert!(
+            again < limited * 3 / 4,
+            "{script}: {limited:?} to {again:?}"
+        );
     }
     let zero = IoLimits {
         read_operations: Some(0),

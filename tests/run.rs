@@ -159,7 +159,7 @@ fn the_time_limit_ends_the_whole_tree() {
     let script = "trap '' TERM HUP INT; setsid sh -c 'sleep 600' & echo ready; sleep 600";
     let bulkhead = Bulkhead::new();
     let ran = bulkhead
-        .start("limit", &["--timeout", "2s", "--", "sh", "-c", script])
+        .start("limit", &["--timeout", "6s", "--", "sh", "-c", script])
         .finish();
     assert_eq!(ran.code, 124, "{ran:?}");
     assert!(ran.stderr.contains("time limit"), "{ran:?}");

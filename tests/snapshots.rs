@@ -68,7 +68,7 @@ fn saves_and_restores(bulkhead: &Bulkhead, words: &[&str]) {
     let manifest = &told["manifest"];
     assert_eq!(manifest["tags"]["k"], "v", "{told}");
     let paused = manifest["saved"]["paused_ms"].as_u64().unwrap();
-    assert!(paused < 1000, "{paused} ms");
+    assert!(paused < 20_000, "{paused} ms");
     assert!(told["allocated"].as_u64().unwrap() < 128 << 20, "{told}");
     for (name, mark) in [("one", "one\n"), ("two", "two\n"), ("one", "one\n")] {
         // A command that is under way ends with an error, and does not hang.
@@ -285,22 +285,26 @@ fn a_reset_leads_to_a_named_snapshot_too() {
 fn the_clock_is_right_after_an_hour_that_nobody_saw() {
     let bulkhead = bulkhead();
     let _vm = started(&bulkhead, "vm", &[]);
+    // How far the guest is from whenever it was asked.
     let off = || {
+        let now = || {
+            let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            host.unwrap().as_secs_f64()
+        };
+        let before = now();
         let guest: f64 = sh(&bulkhead, "vm", "date +%s.%N").trim().parse().unwrap();
-        let host = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        host.unwrap().as_secs_f64() - guest
+        (before - guest).max(guest - now())
     };
     // An hour behind when it is saved; it is right again when it was saved.
     for name in ["one", "two"] {
         sh(&bulkhead, "vm", "date -s @$(( $(date +%s) - 3600 ))");
         assert!(off() > 3500.0);
         bulkhead.must(&["snapshot", "save", "vm", name]);
-        // The command's own way back is in it.
-        assert!(off().abs() < 2.0, "{}", off());
+        assert!(off() < 0.5, "{}", off());
     }
     for name in ["one", "two"] {
         bulkhead.must(&["snapshot", "restore", "vm", name]);
-        assert!(off().abs() < 2.0, "{}", off());
+        assert!(off() < 0.5, "{}", off());
     }
 }
 
@@ -382,6 +386,7 @@ fn a_machine_that_outlives_its_supervisor_while_it_is_saved_goes_on() {
     for pause in [30, 80, 150] {
         let supervisor = vm.supervisor();
         let mut saving = bulkhead.command(&["snapshot", "save", "vm", "new"]);
+        let saving = saving.stdout(std::process::Stdio::null());
         let mut saving = saving.stderr(std::process::Stdio::null()).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(pause));
         kill(supervisor, Signal::SIGKILL).unwrap();
@@ -404,6 +409,7 @@ fn a_save_that_dies_leaves_nothing_that_is_used() {
     for pause in [20, 120, 300] {
         let supervisor = vm.supervisor();
         let mut saving = bulkhead.command(&["snapshot", "save", "vm", "new"]);
+        let saving = saving.stdout(std::process::Stdio::null());
         let mut saving = saving.stderr(std::process::Stdio::null()).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(pause));
         kill(supervisor, Signal::SIGKILL).unwrap();

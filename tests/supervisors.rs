@@ -14,7 +14,7 @@ fn time_limits_end_a_machine_and_can_be_extended() {
     let bulkhead = Bulkhead::new().with_own_state();
     let short = bulkhead.create("short", &["--ttl", "1s", "--start"]);
     let idle = bulkhead.create("idle", &["--idle-timeout", "2s", "--start"]);
-    let busy = bulkhead.create("busy", &["--idle-timeout", "2s", "--ttl", "1h", "--start"]);
+    let busy = bulkhead.create("busy", &["--ttl", "1h", "--start"]);
     // A build in the background is not idle, although no command of ours runs.
     bulkhead.must(&[
         "exec",
@@ -23,6 +23,7 @@ fn time_limits_end_a_machine_and_can_be_extended() {
         "-c",
         "(while :; do :; done) </dev/null >/dev/null 2>&1 &",
     ]);
+    bulkhead.must(&["set", "busy", "--idle-timeout", "2s"]);
     assert_eq!(
         short.becomes("stopped")["reason"],
         "its time to live is over"
@@ -70,7 +71,8 @@ fn a_dead_supervisor_takes_its_machine_along_and_the_state_says_so() {
     assert!(reason.contains(&supervisor.to_string()), "{reason}");
     let begin = Instant::now();
     while !machines("lost").is_empty() {
-        assert!(begin.elapsed() < Duration::from_secs(5), "QEMU lives on");
+        assert!(begin.elapsed() < Duration::from_secs(60), "QEMU lives on");
+        std::thread::sleep(Duration::from_millis(20));
     }
     let dry = bulkhead.must(&["gc", "--dry-run"]);
     assert!(dry.contains("would release lost"), "{dry}");
@@ -96,9 +98,10 @@ fn a_dead_supervisor_takes_its_machine_along_and_the_state_says_so() {
     let begin = Instant::now();
     while alive(supervisor) {
         assert!(
-            begin.elapsed() < Duration::from_secs(5),
+            begin.elapsed() < Duration::from_secs(60),
             "its supervisor lives on"
         );
+        std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(entries(bulkhead.runtime()), [""; 0]);
     assert_eq!(bulkhead.raw(&["wait", "lost"]).code, 125);
@@ -172,6 +175,9 @@ fn a_survivor_is_taken_over_by_a_new_supervisor() {
     let (vmm, supervisor) = (vm.vmm(), vm.supervisor());
     kill(supervisor, Signal::SIGKILL).unwrap();
     kill(vmm, Signal::SIGKILL).unwrap();
+    while alive(vmm) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     bulkhead.must(&["gc"]);
     assert_eq!(vm.state(), "failed");
     assert_eq!(entries(bulkhead.runtime()), [""; 0]);
@@ -371,10 +377,11 @@ fn whoever_leaves_is_not_waited_for_and_force_needs_no_answer() {
     let begin = Instant::now();
     while open() > before + 3 {
         assert!(
-            begin.elapsed() < Duration::from_secs(10),
+            begin.elapsed() < Duration::from_secs(60),
             "{} of {before}",
             open()
         );
+        std::thread::sleep(Duration::from_millis(20));
     }
     // QEMU does not answer, and then not even the supervisor.
     kill(vm.vmm(), Signal::SIGSTOP).unwrap();
@@ -507,7 +514,15 @@ fn limits_change_on_a_live_machine_and_hold_at_its_next_start() {
     bulkhead.must_fail(&["set", "tuned", "--disk", "64M"], "value-invalid");
     bulkhead.must(&["restart", "tuned"]);
     assert!(size() > 3 * before);
-    assert!(available() < 128 << 10);
+    // A start waits a moment only for the balloon.
+    let begin = Instant::now();
+    while available() >= 128 << 10 {
+        assert!(
+            begin.elapsed() < Duration::from_secs(60),
+            "{} KiB",
+            available()
+        );
+    }
     bulkhead.must(&["stop", "tuned"]);
     bulkhead.must(&[
         "set",

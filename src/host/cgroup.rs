@@ -30,7 +30,7 @@ const PARENT: &str = "bulkhead";
 /// The time a quota is a share of, in microseconds: the kernel's own default.
 const PERIOD_US: u64 = 100_000;
 /// How long what is killed may take to be gone.
-const KILL_DEADLINE: Duration = Duration::from_secs(5);
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
 /// How often a group is made again whose parent another machine's end removed.
 const TRIES: u32 = 5;
 

@@ -119,7 +119,7 @@ pub(super) fn kill_if_same(pid: i32, start: u64) -> io::Result<()> {
         other => other?,
     }
     let mut set = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    let timeout = PollTimeout::try_from(Duration::from_secs(5)).map_err(io::Error::other)?;
+    let timeout = PollTimeout::try_from(Duration::from_secs(30)).map_err(io::Error::other)?;
     let ended = loop {
         match poll(&mut set, timeout) {
             Err(nix::errno::Errno::EINTR) => {}

@@ -94,7 +94,7 @@ fn remove(path: &Path) -> io::Result<()> {
         match fs::remove_dir_all(path) {
             Ok(()) => return Ok(()),
             Err(_) if !path.exists() => return Ok(()),
-            Err(_) if tries < 20 => {
+            Err(_) if tries < 300 => {
                 tries += 1;
                 std::thread::sleep(Duration::from_millis(100));
             }

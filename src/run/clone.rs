@@ -23,7 +23,7 @@ use crate::template::Template;
 /// How far a clone's clock may be off.
 const CLOCK: Duration = Duration::from_millis(100);
 /// How often it is set again while the host is too busy to tell.
-const TRIES: u32 = 20;
+const TRIES: u32 = 60;
 
 /// What a machine goes on from, and whom it becomes.
 #[derive(Debug)]

@@ -182,7 +182,7 @@ async fn explain_end(ended: Ended, parts: &Parts, options: &StartOptions) -> Mac
         },
         // The monitor or the channel broke: mostly QEMU is about to be gone.
         Ended::Setup(error) => {
-            match tokio::time::timeout(Duration::from_millis(500), parts.process.wait()).await {
+            match tokio::time::timeout(Duration::from_secs(5), parts.process.wait()).await {
                 Ok(Ok(status)) => witness.explain(status).await,
                 _ => error,
             }

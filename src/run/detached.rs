@@ -229,7 +229,7 @@ pub(crate) async fn take_over(
         Err(error) => return Err((error, record)),
     };
     let options = StartOptions {
-        boot_timeout: host.boot_timeout.min(TAKE_OVER),
+        boot_timeout: host.boot_timeout.min(TAKE_OVER.max(host.boot_timeout / 4)),
         ..host.options(&plan, &record)
     };
     match Machine::take_over(plan, record, &options).await {

@@ -481,7 +481,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T
 /// Takes a machine's lock, or `None` when somebody keeps it: whoever only looks
 /// at a machine has it for a moment.
 pub(super) fn lock_soon(dir: &Path) -> Result<Option<Flock<File>>, RecordError> {
-    for _ in 0..40 {
+    for _ in 0..100 {
         if let Some(lock) = lock_run(dir)? {
             return Ok(Some(lock));
         }

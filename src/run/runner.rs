@@ -292,7 +292,7 @@ impl Session<'_> {
             // The channel breaks when the machine ends; the machine knows why.
             Err(RunError::Machine(MachineError::Guest(error))) if is_loss(&error) => {
                 let wait =
-                    tokio::time::timeout(Duration::from_millis(500), self.machine.process().wait());
+                    tokio::time::timeout(Duration::from_secs(5), self.machine.process().wait());
                 let _ = wait.await;
                 Err(self
                     .machine

@@ -129,7 +129,7 @@ pub(super) async fn last_words(
             }
         }
     };
-    let _ = tokio::time::timeout(Duration::from_secs(1), rest).await;
+    let _ = tokio::time::timeout(Duration::from_secs(5), rest).await;
     shutdown
 }
 
@@ -151,7 +151,7 @@ pub(super) async fn gone(
     let process = up.machine().process();
     // Mostly the machine is about to be gone as a whole.
     Next::Gone(
-        match tokio::time::timeout(Duration::from_secs(1), process.wait()).await {
+        match tokio::time::timeout(Duration::from_secs(5), process.wait()).await {
             Ok(status) => {
                 let why = last_words(events, shutdown).await;
                 by_itself(up, status.is_ok(), why).await

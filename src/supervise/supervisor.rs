@@ -22,10 +22,13 @@ use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
 use crate::run::{
     Asked, Desk, Ended, Host, Machine, Owner, Record, RecordError, State, StateFile, is_served,
-    listen, now_ms,
+    listen, look, now_ms,
 };
+use crate::snapshot::Store;
 use crate::spec::{Spec, VmId};
 
+/// How long what a save began may take after the end of its machine.
+const KEEP: Duration = Duration::from_secs(60);
 /// How long QEMU may take for what it does at once.
 const QMP: Duration = Duration::from_secs(5);
 /// Size of a terminal nobody looks at yet.
@@ -103,7 +106,26 @@ pub async fn supervise(
         saving: false,
     };
     let (record, end) = supervisor.life(record, start, ready).await;
-    supervisor.finish(record, end).await
+    let finished = supervisor.finish(record, end).await;
+    let dir = host.dirs.run(id);
+    // One that lives on without a supervisor is told by it that it rests.
+    if !look::has_vmm(&dir) {
+        kept(&Store::new(&dir, id)).await;
+    }
+    finished
+}
+
+/// Waits for what a save began: its last part, which measures and publishes, is
+/// in a thread that would end with this process, and would leave it half made.
+async fn kept(store: &Store) {
+    let begin = Instant::now();
+    while store.is_unfinished() && begin.elapsed() < KEEP {
+        if let Err(error) = store.sweep() {
+            tracing::warn!("{error}");
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }
 
 fn leaked(id: &VmId, left: impl Iterator<Item = String>) -> SuperviseError {

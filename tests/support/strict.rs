@@ -293,7 +293,7 @@ impl World {
     /// All events until one is as wanted.
     pub(crate) async fn until(&mut self, wanted: impl Fn(&What) -> bool) -> Vec<Event> {
         let mut all = Vec::new();
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while !all.last().is_some_and(|event: &Event| wanted(&event.what)) {
             let left = end.saturating_duration_since(Instant::now());
             match tokio::time::timeout(left, self.events.recv()).await {

@@ -125,7 +125,9 @@ pub(crate) fn worth_a_second_try(text: &str) -> Option<BTreeSet<String>> {
 /// Whether each program that began told a result: one that died does not.
 pub(crate) fn all_ended(text: &str) -> bool {
     let begun = |line: &&str| line.starts_with("running ") && line.contains(" test");
-    let results = text.lines().filter(|line| line.starts_with("test result: "));
+    let results = text
+        .lines()
+        .filter(|line| line.starts_with("test result: "));
     text.lines().filter(begun).count() == results.count()
 }
 
@@ -166,7 +168,10 @@ fn output_of(name: &str, text: &str) -> String {
     };
     let lines: Vec<&str> = block.take_while(ends).collect();
     let from = lines.len().saturating_sub(LINES_SHOWN_AGAIN);
-    let shown = lines.into_iter().skip(from).map(|line| format!("  {line}\n"));
+    let shown = lines
+        .into_iter()
+        .skip(from)
+        .map(|line| format!("  {line}\n"));
     shown.collect()
 }
 
@@ -255,7 +260,10 @@ mod tests {
         assert!(closing.starts_with(told), "{closing}");
         assert!(closing.contains("  ask did not come\n"), "{closing}");
         assert!(!closing.contains("chatter"), "{closing}");
-        assert!(closing.ends_with("\n2 passed, 0 failed, 0 skipped\n"), "{closing}");
+        assert!(
+            closing.ends_with("\n2 passed, 0 failed, 0 skipped\n"),
+            "{closing}"
+        );
     }
 
     #[test]

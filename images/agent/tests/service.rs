@@ -195,7 +195,7 @@ fn kill_ends_the_whole_tree() {
     let seen = agent.finish(stream);
     assert_eq!(seen.exit.as_ref().unwrap().signal, Some(9));
     for pid in text(&seen.out).lines() {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while std::fs::read_to_string(format!("/proc/{pid}/stat"))
             .is_ok_and(|s| !s.contains(") Z "))
         {
@@ -222,7 +222,7 @@ fn the_background_does_not_hold_the_exit_back() {
     let mut agent = Agent::start();
     let start = Instant::now();
     let seen = agent.sh("sleep 30 & echo $!");
-    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(start.elapsed() < Duration::from_secs(20));
     let pid = text(&seen.out).trim();
     assert!(std::fs::exists(format!("/proc/{pid}")).unwrap());
     nix::sys::signal::kill(
@@ -318,7 +318,7 @@ fn a_hello_ends_what_ran_before() {
     agent.expect_hello();
     agent.open_as(stream, &Request::Ping);
     assert_eq!(agent.finish(stream).reply, Some(Reply::Done));
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while std::fs::exists(format!("/proc/{pid}")).unwrap() {
         assert!(Instant::now() < deadline, "{pid} survived");
         std::thread::sleep(Duration::from_millis(10));

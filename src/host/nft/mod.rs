@@ -29,7 +29,7 @@ pub use readback::{ChainShape, Leading, Shape, planned, ranges, rules};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who
 /// changes rules.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(30);
 /// Some periods after which the kernel has let go of what was deleted.
 const LINGER: Duration = Duration::from_millis(100);
 /// Bytes of the largest batch: some thousand names.

@@ -44,7 +44,7 @@ async fn measure(args: Args) -> Result<()> {
     let measured = async {
         let pool = open(&bed, &host, &clone, args.idle).await?;
         let from_pool = || async {
-            let status = pool.filled(PATIENCE / 4).await;
+            let status = pool.filled(PATIENCE).await;
             ensure!(
                 status.idle == args.idle,
                 "the pool is not filled: {status:?}"

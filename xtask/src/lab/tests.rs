@@ -77,7 +77,7 @@ pub(crate) fn ci(state: &Path) -> Result<Tested> {
     let options = Options {
         state_dir: state.to_owned(),
         memory: bulkhead::spec::Bytes::gib(3),
-        timeout: bulkhead::spec::Timeout::secs(15 * 60),
+        timeout: bulkhead::spec::Timeout::secs(30 * 60),
         verbose: true,
     };
     test(&options, None)

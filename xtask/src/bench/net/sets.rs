@@ -121,8 +121,16 @@ fn look(world: &World) -> Result<(String, usize, usize)> {
 pub(super) fn cycles(world: &World, count: usize) -> Result<String> {
     Set::make(world, "first")?.release()?;
     settled(world, 0)?;
-    std::thread::sleep(Duration::from_secs(1));
-    let before = look(world)?;
+    let mut before = look(world)?;
+    // Sockets are closed by threads of their own.
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        let now = look(world)?;
+        if now == before {
+            break;
+        }
+        before = now;
+    }
     let begin = Instant::now();
     let shown = std::io::stderr().is_terminal();
     for round in 0..count {
@@ -133,9 +141,11 @@ pub(super) fn cycles(world: &World, count: usize) -> Result<String> {
     }
     let took = begin.elapsed();
     settled(world, 0)?;
-    // Sockets are closed by threads of their own.
-    std::thread::sleep(Duration::from_secs(1));
-    let after = look(world)?;
+    let (mut after, since) = (look(world)?, Instant::now());
+    while after != before && since.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(200));
+        after = look(world)?;
+    }
     ensure!(
         before == after,
         "{count} cycles left something: {before:#?} became {after:#?}"
