@@ -145,10 +145,30 @@ fn a_service_without_a_network_is_reached_from_the_host() {
     drop(vm);
 }
 
+#[test]
+fn a_machine_that_serves_a_connection_is_not_idle() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let port = free_port();
+    let publish = format!("{port}:8000");
+    let vm = bulkhead.create("serves", &["--publish", &publish, "--start"]);
+    let background = format!("perl -e '{SERVICE}' >/dev/null 2>&1 </dev/null &");
+    bulkhead.must(&["exec", "serves", "sh", "-c", &background]);
+    assert_eq!(talk(port), "hello WORLD");
+    // Nobody says a word, but somebody is there.
+    let open = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    bulkhead.must(&["set", "serves", "--idle-timeout", "2s"]);
+    std::thread::sleep(Duration::from_secs(6));
+    assert_eq!(vm.state(), "running");
+    drop(open);
+    assert_eq!(vm.becomes("stopped")["reason"], "idle for 2s");
+}
+
 /// A port that nobody has.
 fn free_port() -> u16 {
-    // Below those that connections get by themselves.
-    let first = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap();
+    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
+    // Below those that connections get by themselves, and not another test's.
+    let own = NEXT.fetch_add(100, std::sync::atomic::Ordering::Relaxed);
+    let first = 20_000 + u16::try_from(std::process::id() % 10_000).unwrap() + own;
     let free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
     (first..32_000).find(free).unwrap()
 }

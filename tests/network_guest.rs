@@ -350,6 +350,7 @@ async fn limits_hold_and_change_while_it_runs() {
     };
     policy.limits.connections = 100;
     change(&policy);
+    let carried = machine.carried().unwrap();
     let lines = ["get 203.0.113.1 443", "put 203.0.113.1 22 1048576"];
     let mut limited = Vec::new();
     for line in lines {
@@ -357,6 +358,9 @@ async fn limits_hold_and_change_while_it_runs() {
         assert!(slow > Duration::from_millis(7000), "{line}: {slow:?}");
         limited.push(slow);
     }
+    // Whether a machine is idle is told by it, too.
+    let carried = machine.carried().unwrap() - carried;
+    assert!((2 << 20..8 << 20).contains(&carried), "{carried} bytes");
     policy.limits.download = None;
     policy.limits.upload = None;
     change(&policy);

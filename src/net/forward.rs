@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -22,7 +23,8 @@ const BREATH: Duration = Duration::from_millis(100);
 const BUFFER: usize = 32 * 1024;
 
 /// Carries each connection to `listener` over a stream of its own. `connect`
-/// opens one that the guest has answered; `told` hears why one cannot be opened.
+/// opens one that the guest has answered; `told` hears why one cannot be opened;
+/// `open` counts those that are.
 ///
 /// # Errors
 /// The listener cannot be watched.
@@ -30,6 +32,7 @@ pub fn forward<C, F>(
     listener: std::net::TcpListener,
     connect: C,
     told: impl Fn(GuestError) + Clone + Send + Sync + 'static,
+    open: Arc<AtomicUsize>,
 ) -> io::Result<Serving>
 where
     C: Fn() -> F + Clone + Send + Sync + 'static,
@@ -52,17 +55,28 @@ where
                 continue;
             };
             let (connect, told) = (connect.clone(), told.clone());
+            open.fetch_add(1, Ordering::Relaxed);
+            let open = Counted(Arc::clone(&open));
             tasks.spawn(async move {
                 match connect().await {
                     // A broken connection is its client's to notice.
                     Ok(stream) => drop(carry(connection, stream).await),
                     Err(error) => told(error),
                 }
-                drop(place);
+                drop((place, open));
             });
         }
     });
     Ok(Serving(serving))
+}
+
+/// One of those that are counted, for as long as it lives.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Carries bytes both ways until the service's end, or the client's fault.

@@ -13,7 +13,7 @@ use super::ends::Ends;
 use super::exchange::{self, Exchange};
 use super::host::Host;
 use super::machine::{Machine, Memory, StartOptions, io_error};
-use super::publish;
+use super::publish::{self, Published};
 use super::record::Record;
 use super::runner::{ANSWER, identity};
 use super::share;
@@ -22,7 +22,6 @@ use super::{MachineError, RunError};
 use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::host::fault;
-use crate::net::Serving;
 use crate::qmp::Monitor;
 use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
@@ -41,7 +40,7 @@ pub(crate) struct Detached {
     /// The shared workspace, to be settled when the machine is gone.
     share: Option<HostDir>,
     /// Ports of the host that lead to it.
-    _published: Vec<Serving>,
+    published: Published,
 }
 
 /// How a detached machine is started.
@@ -156,14 +155,14 @@ pub(crate) async fn boot(
     match settled {
         Ok((warnings, published)) => Ok(Detached {
             warnings,
-            _published: published,
+            published,
             share: shared(spec, &exchange),
             machine,
         }),
         Err(error) => {
             let detached = Detached {
                 warnings: Vec::new(),
-                _published: Vec::new(),
+                published: Published::default(),
                 share: shared(spec, &exchange),
                 machine,
             };
@@ -244,13 +243,13 @@ pub(crate) async fn take_over(
             // No reason to end the machine.
             let published = published.unwrap_or_else(|error| {
                 warnings.push(error.to_string());
-                Vec::new()
+                Published::default()
             });
             Ok(Detached {
                 machine,
                 warnings,
                 share,
-                _published: published,
+                published,
             })
         }
         Err((error, record)) => Err((error.into(), record)),
@@ -271,6 +270,11 @@ fn shared(spec: &Spec, exchange: &Exchange) -> Option<HostDir> {
 }
 
 impl Detached {
+    /// How many connections to its published ports there are.
+    pub(crate) fn connections(&self) -> usize {
+        self.published.connections()
+    }
+
     /// Ends the VMM and releases every lease. Gives the record, still locked,
     /// and what was left behind.
     pub(crate) async fn end(self) -> (Record, Vec<String>) {

@@ -426,6 +426,11 @@ impl Machine {
         self.live.network.as_ref().map(Net::netns)
     }
 
+    /// Bytes that its link has carried, both ways, where it has one of its own.
+    pub fn carried(&self) -> Option<u64> {
+        crate::host::network::carried(self.netns()?).ok()?
+    }
+
     /// What its network comes to, where it has one; complete when it has ended.
     pub fn traffic(&self) -> Option<Traffic> {
         self.live.network.as_ref().map(|net| net.traffic().clone())

@@ -1,6 +1,8 @@
 //! Ports of the host that lead to services in a machine.
 
 use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bulkhead_agent::Request;
@@ -28,6 +30,20 @@ pub(crate) fn bind(publish: &[Publish]) -> Result<Vec<(Publish, TcpListener)>, M
     publish.iter().map(bind).collect()
 }
 
+/// Ports of the host that lead to a machine, for as long as this lives.
+#[derive(Debug, Default)]
+pub(crate) struct Published {
+    _serving: Vec<Serving>,
+    open: Arc<AtomicUsize>,
+}
+
+impl Published {
+    /// How many connections there are.
+    pub(crate) fn connections(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
 /// Leads what was listened at to the guest, for as long as what it gives lives.
 ///
 /// # Errors
@@ -35,16 +51,22 @@ pub(crate) fn bind(publish: &[Publish]) -> Result<Vec<(Publish, TcpListener)>, M
 pub(crate) fn serve(
     bound: Vec<(Publish, TcpListener)>,
     channel: &Channel,
-) -> Result<Vec<Serving>, MachineError> {
+) -> Result<Published, MachineError> {
+    let open = Arc::new(AtomicUsize::new(0));
     let serve = |(publish, listener): (Publish, TcpListener)| {
         let (channel, port) = (channel.clone(), publish.port);
         let connect = move || connect(channel.clone(), port);
         let told = move |error: GuestError| {
             tracing::debug!("a connection to {publish} did not come about: {error}");
         };
-        forward(listener, connect, told).map_err(|source| MachineError::Publish { publish, source })
+        forward(listener, connect, told, Arc::clone(&open))
+            .map_err(|source| MachineError::Publish { publish, source })
     };
-    bound.into_iter().map(serve).collect()
+    let serving: Result<_, _> = bound.into_iter().map(serve).collect();
+    Ok(Published {
+        _serving: serving?,
+        open,
+    })
 }
 
 async fn connect(channel: Channel, port: u16) -> Result<crate::guest::Stream, GuestError> {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_agent::{FileKind, Reply, Request};
@@ -253,7 +254,7 @@ impl Client {
                 }
             }
         };
-        net::forward(listener, connect, told)
+        net::forward(listener, connect, told, Arc::default())
     }
 
     /// A channel to the supervisor, over which streams are opened.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::end::{End, Next, by_itself, gone, last_words, reason, told};
 use super::error::SuperviseError;
 use super::health::{Health, PING, ping};
-use super::idle::Idle;
+use super::idle::{Idle, Used};
 use super::server;
 use super::supervisor::{Clock, Supervisor, Up, at_ms, save_spec};
 use super::tune;
@@ -457,7 +457,12 @@ fn cpu(up: &Up) -> Option<u64> {
 /// Looks whether anything happens in the machine.
 fn idle(up: &Up, clock: &mut Clock, limit: Duration) -> Next {
     let now = Instant::now();
-    clock.idle.look(now, up.execs.busy() > 0, cpu(up));
+    let busy = up.execs.busy() > 0 || up.detached.connections() > 0;
+    let used = Used {
+        cpu_ms: cpu(up),
+        bytes: up.machine().carried(),
+    };
+    clock.idle.look(now, busy, used);
     match clock.idle.time(now) >= limit {
         true => Next::Stop {
             grace: None,

@@ -246,6 +246,7 @@ fn kind(key: &Value, schema: &Value) -> String {
             "UidRange" => "range of user ids".into(),
             "Waived" => "list of layers".into(),
             "Resolvers" => "list of addresses".into(),
+            "Bridge" => "bridge".into(),
             name => match schema["$defs"][name]["oneOf"].as_array() {
                 Some(choices) => {
                     let choices = choices
