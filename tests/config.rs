@@ -280,3 +280,19 @@ fn a_custom_profile_reaches_the_guest() {
     let wide = guest_memory(&bulkhead, &["--profile", "wide"], &config);
     assert!((192 << 10..384 << 10).contains(&wide), "{wide} KiB");
 }
+
+#[test]
+fn a_machine_on_a_bridge_is_warned_of_when_it_is_made() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let bridge = "br-none:192.0.2.50/24@192.0.2.1";
+    let words = [
+        "create", "--image", "base", "--accel", "tcg", "--bridge", bridge, "--name", "on",
+    ];
+    let made = bulkhead.raw(&words);
+    assert_eq!((made.code, made.stdout.as_str()), (0, "on\n"), "{made:?}");
+    let warning = "what this machine reaches on br-none is not filtered";
+    assert!(made.stderr.contains(warning), "{made:?}");
+    // The bridge is looked for when it is started.
+    bulkhead.must_fail(&["start", "on"], "network-no-bridge");
+    bulkhead.must(&["rm", "on"]);
+}

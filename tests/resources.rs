@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead::error::Explain as _;
 use bulkhead::host::cgroup::device_of;
-use bulkhead::run::{Machine, recover};
+use bulkhead::run::{Machine, Verdict, recover};
 use bulkhead::spec::IoLimits;
 use bulkhead::spec::{Bytes, Request as Wish};
 use bulkhead_agent::{Reply, Request};
@@ -159,7 +159,22 @@ async fn a_cpu_quota_holds_for_all_of_the_vmm() {
     machine.set_cpu_quota(Some(20)).unwrap();
     let limited = percent(&machine).await;
     assert!((10..=35).contains(&limited), "{limited} %");
+    // Lifted by somebody else, it is found.
+    let cpu = async || {
+        let findings = machine.verify().await.unwrap();
+        let mut all = findings.into_iter().filter(|one| one.layer == "cgroup");
+        all.find(|one| one.what == "cpu").map(|one| one.verdict)
+    };
+    assert_eq!(cpu().await, Some(Verdict::Pass));
+    let lift = groups.iter().find_map(|group| {
+        let files = [("cpu.max", "max"), ("cpu.cfs_quota_us", "-1")];
+        let file = |(name, text)| fs::write(existing(group.join(name))?, text).ok();
+        files.into_iter().find_map(file)
+    });
+    lift.unwrap();
+    assert_eq!(cpu().await, Some(Verdict::Fail));
     machine.set_cpu_quota(None).unwrap();
+    assert_eq!(cpu().await, None);
     let free = percent(&machine).await;
     assert!(free > limited + limited / 2, "{limited} % to {free} %");
     for wrong in [0, 6401] {
@@ -168,6 +183,10 @@ async fn a_cpu_quota_holds_for_all_of_the_vmm() {
     }
     machine.kill().await.unwrap();
     assert!(groups.iter().all(|group| !group.exists()), "{groups:?}");
+}
+
+fn existing(path: PathBuf) -> Option<PathBuf> {
+    path.exists().then_some(path)
 }
 
 #[test]

@@ -58,6 +58,11 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let spec = merged.resolve_machine()?;
     let machines = Machines::new(settings.host());
     machines.create(&spec).await?;
+    // What its supervisor warns of nobody hears.
+    if let Some(bridge) = &spec.network.bridge {
+        let device = &bridge.device;
+        tracing::warn!("what this machine reaches on {device} is not filtered");
+    }
     if start {
         machines.start(&spec.id, &settings.launcher()).await?;
     }

@@ -41,7 +41,7 @@ pub struct MachineUse {
     cpu_percent: f64,
     /// CPU time of QEMU since its start, in milliseconds.
     cpu_ms: u64,
-    /// Peak memory of QEMU, in bytes.
+    /// Resident memory of QEMU at the moment, in bytes.
     memory_bytes: u64,
     /// Bytes on the host that its disk takes.
     disk_bytes: Option<u64>,

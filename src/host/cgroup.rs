@@ -195,6 +195,22 @@ impl Cgroup {
         )
     }
 
+    /// What limits CPU time now, and what does where it is `percent` of one core;
+    /// as the kernel writes them.
+    pub(crate) fn cpu_quota(&self, percent: u32) -> (Option<String>, String) {
+        let read = self.read(["cpu.max", "cpu.cfs_quota_us"]);
+        let quota = u64::from(percent) * PERIOD_US / 100;
+        match self.file("cpu.max") {
+            Some(_) => (read, format!("{quota} {PERIOD_US}")),
+            None => {
+                let period = self.read(["cpu.cfs_period_us", "cpu.cfs_period_us"]);
+                let both = read.zip(period);
+                let both = both.map(|(quota, period)| format!("{quota} {period}"));
+                (both, format!("{quota} {PERIOD_US}"))
+            }
+        }
+    }
+
     /// Limits memory, and threads and processes.
     ///
     /// # Errors

@@ -102,7 +102,9 @@ impl Machine {
             });
         }
         let group = self.cgroup().map_err(Clone::clone)?;
-        Ok(group.set_cpu_quota(percent)?)
+        group.set_cpu_quota(percent)?;
+        self.note_cpu_quota(percent);
+        Ok(())
     }
 
     /// Limits what the machine reads and writes; what is absent in `limits` is

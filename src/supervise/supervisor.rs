@@ -240,7 +240,10 @@ impl Supervisor<'_> {
         // What it may use is part of what was asked for.
         let tuned = match start {
             Start::Boot => tune::all(up.machine(), &self.spec.tuning).await,
-            Start::TakeOver => Ok(()),
+            Start::TakeOver => {
+                up.machine().note_cpu_quota(self.spec.tuning.cpu_quota);
+                Ok(())
+            }
         };
         if let Err(error) = tuned {
             let (record, left) = up.detached.end().await;

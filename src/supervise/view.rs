@@ -107,7 +107,7 @@ pub struct Live {
     pub idle_ms: u64,
     /// CPU time of QEMU, in milliseconds.
     pub vmm_cpu_ms: u64,
-    /// Peak memory of QEMU, in KiB.
+    /// Resident memory of QEMU at the moment, in KiB.
     pub vmm_rss_kib: u64,
     /// Bytes on the host that its disk takes.
     pub disk_bytes: Option<u64>,

@@ -475,16 +475,12 @@ fn idle(up: &Up, clock: &mut Clock, limit: Duration) -> Next {
 /// How the machine is; asks QEMU and guest without holding anything up.
 pub(super) fn live(status: &Status, up: &Up, idle: Duration) -> impl Future<Output = Live> + use<> {
     let machine = up.machine();
-    let (cpu, rss) = machine
-        .process()
-        .usage()
-        .map_or((0, 0), |(kib, ms)| (ms, kib));
     let mut live = Live {
         vmm_pid: Some(machine.process().pid()),
         busy: up.execs.busy(),
         idle_ms: u64::try_from(idle.as_millis()).unwrap_or(u64::MAX),
-        vmm_cpu_ms: cpu,
-        vmm_rss_kib: rss,
+        vmm_cpu_ms: cpu(up).unwrap_or_default(),
+        vmm_rss_kib: machine.process().memory().unwrap_or_default(),
         disk_bytes: disk_bytes(&machine.dir().join("disk.img")),
         ..Live::of(status)
     };

@@ -144,13 +144,14 @@ impl VmmProcess {
 
     /// Peak resident memory in KiB and CPU time in milliseconds so far.
     pub fn usage(&self) -> Option<(u64, u64)> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
-        let peak = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))?;
-        let kib = peak.trim().trim_end_matches(" kB").parse().ok()?;
+        let kib = memory_kib(self.pid, "VmHWM:")?;
         let stat = format!("/proc/{}/stat", self.pid);
         Some((kib, host_process::cpu_ms(Path::new(&stat)).ok()?))
+    }
+
+    /// Resident memory right now, in KiB.
+    pub fn memory(&self) -> Option<u64> {
+        memory_kib(self.pid, "VmRSS:")
     }
 
     fn reap(&self, flag: WaitPidFlag) -> io::Result<Option<ExitStatus>> {
@@ -191,5 +192,31 @@ impl Drop for VmmProcess {
             let pid = nix::unistd::Pid::from_raw(self.pid);
             let _ = nix::sys::wait::waitpid(pid, None);
         }
+    }
+}
+
+/// A figure in KiB of a process's status, by its name there.
+fn memory_kib(pid: i32, name: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let figure = status.lines().find_map(|line| line.strip_prefix(name))?;
+    figure.trim().trim_end_matches(" kB").parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_falls_and_its_peak_does_not() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let much = vec![1_u8; 256 << 20];
+        let with = memory_kib(me, "VmRSS:").unwrap();
+        drop(much);
+        let without = memory_kib(me, "VmRSS:").unwrap();
+        let peak = memory_kib(me, "VmHWM:").unwrap();
+        assert!(without + (128 << 10) < with, "{with} to {without}");
+        // Each processor counts a little by itself for a while.
+        assert!(peak + (16 << 10) >= with, "{peak}, {with}");
+        assert_eq!(memory_kib(me, "VmNone:"), None);
     }
 }

@@ -514,6 +514,11 @@ fn cgroup(subject: &Subject) -> io::Result<Vec<Finding>> {
         ["pids.max", "pids.max"],
         plan.jail.threads.to_string(),
     ));
+    if let Some(percent) = subject.cpu_quota {
+        let (seen, expected) = group.cpu_quota(percent);
+        let seen = seen.unwrap_or_else(|| "missing".into());
+        findings.push(expect("cgroup", "cpu", &seen, &expected));
+    }
     Ok(findings
         .into_iter()
         .map(|one| counted(plan, JailLayer::Cgroup, one))

@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let rows = Rows::default();
+    let rows = Rows::said();
     for kind in [MachineType::Microvm, MachineType::Q35] {
         for row in runtime.block_on(look(&host, args, kind))? {
             rows.add(row);

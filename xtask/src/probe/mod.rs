@@ -89,17 +89,32 @@ pub(crate) struct Tried {
 
 /// The cases so far. What fails is said at once.
 #[derive(Debug, Default)]
-pub(crate) struct Rows(Mutex<Vec<Row>>);
+pub(crate) struct Rows {
+    all: Mutex<Vec<Row>>,
+    /// What passes is said, too.
+    each: bool,
+}
 
 impl Rows {
+    /// Rows of which each is said.
+    pub(crate) fn said() -> Self {
+        Self {
+            each: true,
+            ..Self::default()
+        }
+    }
+
     /// Takes one in.
     pub(crate) fn add(&self, row: Row) {
+        if self.each && row.came == Came::Passed {
+            eprintln!("passed: {}", row.case);
+        }
         if row.came != Came::Passed {
             let why = row.why.join("\n    ");
             let came = format!("{:?}", row.came).to_lowercase();
             eprintln!("{came}: {}\n    {why}\n    again: {}", row.case, row.again);
         }
-        let mut rows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rows = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         rows.push(row);
     }
 
@@ -109,7 +124,10 @@ impl Rows {
     /// # Errors
     /// They cannot be printed.
     pub(crate) fn close(self, json: bool) -> Result<bool> {
-        let rows = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let rows = self
+            .all
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         let line = closing(&rows);
         match json {
             true => {

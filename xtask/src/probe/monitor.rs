@@ -185,7 +185,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let rows = Rows::default();
+    let rows = Rows::said();
     for (name, command, arguments) in attempts(&canary) {
         let begin = Instant::now();
         let (mut came, why) = runtime.block_on(attempt(&host, args, command, arguments))?;
