@@ -92,7 +92,7 @@ fn what_is_waived_is_said_and_nothing_else_goes_with_it() {
 #[test]
 fn a_layer_that_was_changed_behind_our_back_is_found() {
     let bulkhead = Bulkhead::new();
-    let machine = bulkhead.create("changed", &[]);
+    let machine = bulkhead.create("changed", &["--survivors", "adopt"]);
     machine.start();
     let findings = bulkhead.json(&["verify", "changed"]);
     assert_eq!(with(&findings, "fail"), [""; 0], "{findings}");
@@ -112,11 +112,51 @@ fn a_layer_that_was_changed_behind_our_back_is_found() {
         println!("skipped: control_group: it has none");
         return;
     };
+    let limit = fs::read_to_string(format!("{group}/pids.max")).unwrap();
     fs::write(format!("{group}/pids.max"), "max").unwrap();
     let found = bulkhead.raw(&["--json", "verify", "changed"]);
     assert_eq!(found.code, 1, "{found:?}");
     let findings: Value = serde_json::from_str(&found.stdout).unwrap();
     assert_eq!(with(&findings, "fail"), ["cgroup: threads"], "{findings}");
+    // With that, nobody would take it over.
+    fs::write(format!("{group}/pids.max"), limit).unwrap();
+    // Or lifts the quota, also of one that its second supervisor knows of.
+    let limits = [("cpu.max", "max 100000"), ("cpu.cfs_quota_us", "-1")];
+    let dirs = with(&findings, "pass").into_iter();
+    let dirs = dirs.filter_map(|what| Some(what.strip_prefix("cgroup: processes in ")?.to_owned()));
+    let mut files = dirs.flat_map(|dir| limits.map(|(name, free)| (format!("{dir}/{name}"), free)));
+    let Some((file, free)) = files.find(|(file, _)| fs::exists(file).unwrap()) else {
+        println!("skipped: control_group: it has no limit of CPU time");
+        return;
+    };
+    for round in ["first", "second"] {
+        bulkhead.must(&["set", "changed", "--cpu-quota", "20"]);
+        let findings = bulkhead.raw(&["--json", "verify", "changed"]).stdout;
+        let findings: Value = serde_json::from_str(&findings).unwrap();
+        assert!(
+            with(&findings, "pass").contains(&"cgroup: cpu".to_owned()),
+            "{findings}"
+        );
+        if round == "first" {
+            let supervisor = machine.supervisor();
+            nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGKILL).unwrap();
+            machine.becomes("lost");
+            // Its limit is what it was asked for again.
+            fs::write(&file, free).unwrap();
+            assert!(bulkhead.must(&["gc"]).contains("took over changed"));
+            let findings = bulkhead.raw(&["--json", "verify", "changed"]).stdout;
+            let findings: Value = serde_json::from_str(&findings).unwrap();
+            assert!(
+                with(&findings, "pass").contains(&"cgroup: cpu".to_owned()),
+                "{findings}"
+            );
+        }
+        fs::write(&file, free).unwrap();
+        let findings = bulkhead.raw(&["--json", "verify", "changed"]).stdout;
+        let findings: Value = serde_json::from_str(&findings).unwrap();
+        let failed = with(&findings, "fail");
+        assert_eq!(failed, ["cgroup: cpu"], "{findings}");
+    }
 }
 
 #[test]
@@ -291,7 +331,7 @@ fn an_ordinary_user_gets_what_a_user_namespace_gives() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_is_not_allowed_is_named_and_written_down_once() {
-    log_everything();
+    let _unlimited = Unlimited::new();
     let live = support::live::Live::new();
     let machine = live.start(Wish::default()).await;
     let socket = json!({ "id": "out", "backend": { "type": "socket", "data": {
@@ -316,14 +356,39 @@ async fn a_call_that_is_not_allowed_is_named_and_written_down_once() {
     assert_eq!(kept, found, "it outlives the machine");
 }
 
-/// Has the kernel drop no record because there were many before.
-fn log_everything() {
-    let _ = fs::write("/proc/sys/kernel/printk_ratelimit", "0");
+/// The kernel drops records when there were many before: not while this lives.
+struct Unlimited;
+
+/// How many of them live, and what was before.
+static UNLIMITED: std::sync::Mutex<(usize, String)> = std::sync::Mutex::new((0, String::new()));
+
+impl Unlimited {
+    const FILE: &str = "/proc/sys/kernel/printk_ratelimit";
+
+    fn new() -> Self {
+        let mut held = UNLIMITED.lock().unwrap();
+        if held.0 == 0 {
+            held.1 = fs::read_to_string(Self::FILE).unwrap_or_default();
+            let _ = fs::write(Self::FILE, "0");
+        }
+        held.0 += 1;
+        Self
+    }
+}
+
+impl Drop for Unlimited {
+    fn drop(&mut self) {
+        let mut held = UNLIMITED.lock().unwrap();
+        held.0 -= 1;
+        if held.0 == 0 {
+            let _ = fs::write(Self::FILE, &held.1);
+        }
+    }
 }
 
 #[test]
 fn violations_are_shown_with_their_machine() {
-    log_everything();
+    let _unlimited = Unlimited::new();
     let bulkhead = Bulkhead::new().with_own_state();
     // A shell in QEMU's place asks for much that QEMU never does.
     let shell = ["--qemu", "/bin/bash", "--json"];

@@ -150,20 +150,23 @@ async fn clones_are_ready_and_each_is_another() {
     let vmms = bed.vmms();
     assert_eq!(vmms.len(), 3);
     // Nobody asks: no processor time, but the clocks fall behind.
-    // Threads that end after the filling may take their last turns.
-    let mut used = vec![u64::MAX; vmms.len()];
-    for _ in 0..5 {
+    // Threads that end after the filling may take their last turns first.
+    let (mut used, mut quiet) = (Vec::new(), 0);
+    for _ in 0..8 {
         let before: Vec<u64> = vmms.iter().map(|pid| cpu(*pid)).collect();
         tokio::time::sleep(Duration::from_secs(3)).await;
-        for ((used, pid), before) in used.iter_mut().zip(&vmms).zip(before) {
-            *used = (*used).min(cpu(*pid) - before);
-        }
-        if used.iter().all(|used| *used < 10_000_000) {
+        let now = vmms
+            .iter()
+            .zip(before)
+            .map(|(pid, before)| cpu(*pid) - before);
+        used = now.collect();
+        let idle = used.iter().all(|used| *used < 10_000_000);
+        quiet = if idle { quiet + 1 } else { 0 };
+        if quiet == 2 {
             break;
         }
     }
-    let idle = used.iter().all(|used| *used < 10_000_000);
-    assert!(idle, "{used:?} ns in 3 s");
+    assert_eq!(quiet, 2, "{used:?} ns in 3 s");
     let script = "cat /etc/machine-id; hostname; head -c 16 /dev/urandom | od -An -tx1; \
                   date +%s.%N";
     let mut told: [BTreeSet<String>; 3] = Default::default();

@@ -175,7 +175,9 @@ fn a_survivor_is_taken_over_by_a_new_supervisor() {
     let (vmm, supervisor) = (vm.vmm(), vm.supervisor());
     kill(supervisor, Signal::SIGKILL).unwrap();
     kill(vmm, Signal::SIGKILL).unwrap();
+    let begin = Instant::now();
     while alive(vmm) {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it lives on");
         std::thread::sleep(Duration::from_millis(10));
     }
     bulkhead.must(&["gc"]);

@@ -3,9 +3,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
@@ -24,7 +25,7 @@ const BUFFER: usize = 32 * 1024;
 
 /// Carries each connection to `listener` over a stream of its own. `connect`
 /// opens one that the guest has answered; `told` hears why one cannot be opened;
-/// `open` counts those that are.
+/// `connections` counts them.
 ///
 /// # Errors
 /// The listener cannot be watched.
@@ -32,7 +33,7 @@ pub fn forward<C, F>(
     listener: std::net::TcpListener,
     connect: C,
     told: impl Fn(GuestError) + Clone + Send + Sync + 'static,
-    open: Arc<AtomicUsize>,
+    connections: Arc<Connections>,
 ) -> io::Result<Serving>
 where
     C: Fn() -> F + Clone + Send + Sync + 'static,
@@ -55,8 +56,7 @@ where
                 continue;
             };
             let (connect, told) = (connect.clone(), told.clone());
-            open.fetch_add(1, Ordering::Relaxed);
-            let open = Counted(Arc::clone(&open));
+            let open = Connections::take(&connections);
             tasks.spawn(async move {
                 match connect().await {
                     // A broken connection is its client's to notice.
@@ -70,18 +70,53 @@ where
     Ok(Serving(serving))
 }
 
-/// One of those that are counted, for as long as it lives.
-struct Counted(Arc<AtomicUsize>);
+/// Connections that are counted.
+#[derive(Debug, Default)]
+pub struct Connections {
+    open: AtomicUsize,
+    taken: AtomicU64,
+}
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+impl Connections {
+    /// How many there are.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
     }
+
+    /// How many there were, ended ones included.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    fn take(this: &Arc<Self>) -> Open {
+        this.taken.fetch_add(1, Ordering::Relaxed);
+        this.open.fetch_add(1, Ordering::Relaxed);
+        Open(Arc::clone(this))
+    }
+}
+
+/// One of those that are there, for as long as it lives.
+struct Open(Arc<Connections>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Has the kernel find out within two minutes that a client is gone.
+fn keep_alive(connection: &TcpStream) -> io::Result<()> {
+    setsockopt(connection, sockopt::KeepAlive, &true)?;
+    setsockopt(connection, sockopt::TcpKeepIdle, &60)?;
+    setsockopt(connection, sockopt::TcpKeepInterval, &15)?;
+    setsockopt(connection, sockopt::TcpKeepCount, &4)?;
+    Ok(())
 }
 
 /// Carries bytes both ways until the service's end, or the client's fault.
 async fn carry(mut connection: TcpStream, mut stream: Stream) -> io::Result<()> {
     connection.set_nodelay(true)?;
+    keep_alive(&connection)?;
     let (mut from, mut to) = connection.split();
     let input = stream.input();
     let up = async {

@@ -20,7 +20,7 @@ mod resolver;
 
 pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
 pub use filter::{Filter, FilterConfig, Inside, Traffic};
-pub use forward::forward;
+pub use forward::{Connections, forward};
 pub use names::{Feed, Grant, Names};
 pub use outgoing::Outgoing;
 pub use policy::{Allowed, Policy, Ports};

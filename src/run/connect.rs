@@ -3,8 +3,7 @@
 use std::cell::Cell;
 use std::io;
 use std::path::Path;
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::VSOCK_PORT;
@@ -129,7 +128,7 @@ impl Parts {
         };
         tracing::debug!(id = %self.plan.id, agent = hello.program, ?phases, "machine is up");
         Ok(Live {
-            cpu_quota: AtomicU32::new(0),
+            cpu_quota: Arc::default(),
             plan: self.plan,
             process: self.process,
             monitor,

@@ -22,6 +22,7 @@ use super::{MachineError, RunError};
 use crate::guest::GuestError;
 use crate::guest::archive::HostDir;
 use crate::host::fault;
+use crate::net::Connections;
 use crate::qmp::Monitor;
 use crate::snapshot::SnapshotName;
 use crate::spec::{Spec, Workspace, WorkspaceMode};
@@ -270,8 +271,8 @@ fn shared(spec: &Spec, exchange: &Exchange) -> Option<HostDir> {
 }
 
 impl Detached {
-    /// How many connections to its published ports there are.
-    pub(crate) fn connections(&self) -> usize {
+    /// Connections to its published ports.
+    pub(crate) fn connections(&self) -> &Connections {
         self.published.connections()
     }
 

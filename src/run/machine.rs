@@ -3,8 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Hello, Request};
@@ -140,20 +139,12 @@ pub(super) struct Live {
     pub(super) proof: Vec<Finding>,
     /// Its control group, or why it has none.
     pub(super) cgroup: Result<Cgroup, CgroupError>,
-    /// CPU time it is held to now, in percent of one core; 0 where it is not.
-    pub(super) cpu_quota: AtomicU32,
+    /// CPU time it is held to now, in percent of one core. Held while it changes.
+    pub(super) cpu_quota: Arc<Mutex<Option<u32>>>,
     /// Its network, where it has one.
     pub(super) network: Option<Net>,
     pub(super) audit: Audit,
     pub(super) phases: Phases,
-}
-
-impl Live {
-    /// CPU time it is held to now, in percent of one core.
-    fn cpu_quota(&self) -> Option<u32> {
-        let percent = self.cpu_quota.load(Ordering::Relaxed);
-        (percent > 0).then_some(percent)
-    }
 }
 
 impl Machine {
@@ -432,10 +423,11 @@ impl Machine {
         self.live.cgroup.as_ref()
     }
 
-    /// What CPU time it is held to from now on, or was by an earlier supervisor.
-    pub(crate) fn note_cpu_quota(&self, percent: Option<u32>) {
-        let percent = percent.unwrap_or_default();
-        self.live.cpu_quota.store(percent, Ordering::Relaxed);
+    /// CPU time it is held to now, in percent of one core: whoever changes it
+    /// holds this.
+    pub(super) fn cpu_quota(&self) -> MutexGuard<'_, Option<u32>> {
+        let quota = self.live.cpu_quota.lock();
+        quota.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Its network namespace: sockets made in it are the machine's gateway's.
@@ -603,7 +595,7 @@ fn subject(live: &Live, record: &Record) -> Subject {
         leases: record.leases().to_vec(),
         dir: record.dir().to_owned(),
         pid: live.process.pid(),
-        cpu_quota: live.cpu_quota(),
+        cpu_quota: Arc::clone(&live.cpu_quota),
         policy: live.network.as_ref().map(Net::held),
         monitor: live.monitor.clone(),
     }

@@ -65,7 +65,7 @@ pub(crate) use recovery::{abandon, look};
 #[cfg(feature = "service")]
 pub(crate) use rest::rests;
 pub use runner::{Io, Progress, Signal, run};
-pub(crate) use snapshot::{Saving, check, copy_disk, differences, save, save_disk};
+pub(crate) use snapshot::{Saving, check, copy_disk, differences, is_keeping, save, save_disk};
 pub(crate) use state::Beginning;
 pub(crate) use state::now_ms;
 pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};

@@ -2,14 +2,13 @@
 
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bulkhead_agent::Request;
 
 use super::MachineError;
 use crate::guest::{Channel, GuestError};
-use crate::net::{Serving, forward};
+use crate::net::{Connections, Serving, forward};
 use crate::spec::Publish;
 
 /// How long the guest may take to answer a connection.
@@ -34,13 +33,13 @@ pub(crate) fn bind(publish: &[Publish]) -> Result<Vec<(Publish, TcpListener)>, M
 #[derive(Debug, Default)]
 pub(crate) struct Published {
     _serving: Vec<Serving>,
-    open: Arc<AtomicUsize>,
+    connections: Arc<Connections>,
 }
 
 impl Published {
-    /// How many connections there are.
-    pub(crate) fn connections(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
+    /// Connections to all of them.
+    pub(crate) fn connections(&self) -> &Connections {
+        &self.connections
     }
 }
 
@@ -52,20 +51,20 @@ pub(crate) fn serve(
     bound: Vec<(Publish, TcpListener)>,
     channel: &Channel,
 ) -> Result<Published, MachineError> {
-    let open = Arc::new(AtomicUsize::new(0));
+    let connections = Arc::new(Connections::default());
     let serve = |(publish, listener): (Publish, TcpListener)| {
         let (channel, port) = (channel.clone(), publish.port);
         let connect = move || connect(channel.clone(), port);
         let told = move |error: GuestError| {
             tracing::debug!("a connection to {publish} did not come about: {error}");
         };
-        forward(listener, connect, told, Arc::clone(&open))
+        forward(listener, connect, told, Arc::clone(&connections))
             .map_err(|source| MachineError::Publish { publish, source })
     };
     let serving: Result<_, _> = bound.into_iter().map(serve).collect();
     Ok(Published {
         _serving: serving?,
-        open,
+        connections,
     })
 }
 

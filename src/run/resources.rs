@@ -102,8 +102,9 @@ impl Machine {
             });
         }
         let group = self.cgroup().map_err(Clone::clone)?;
+        let mut quota = self.cpu_quota();
         group.set_cpu_quota(percent)?;
-        self.note_cpu_quota(percent);
+        *quota = percent;
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_agent::{Configure, Request};
@@ -38,6 +39,30 @@ const BESIDES: u64 = 1 << 30;
 const TOLD: Duration = Duration::from_secs(1);
 /// How long the guest may take to go on.
 const WAKE: Duration = Duration::from_secs(45);
+
+/// Saves of this process that are in their last part.
+static KEEPING: AtomicUsize = AtomicUsize::new(0);
+
+/// One of them, for as long as it lives.
+struct Keeping;
+
+impl Keeping {
+    fn begin() -> Self {
+        KEEPING.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        KEEPING.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether a save of this process is in its last part, though nobody waits for it.
+pub(crate) fn is_keeping() -> bool {
+    KEEPING.load(Ordering::Relaxed) > 0
+}
 
 /// What is to be saved, and of whom.
 #[derive(Debug)]
@@ -88,7 +113,9 @@ pub(crate) async fn save(
     let paused_ms = taken?;
     let qemu = machine.monitor().version().clone();
     let backed = plan.ram.is_backed();
+    let keeping = Keeping::begin();
     let keep = move || {
+        let _keeping = keeping;
         let piece = |name| Store::piece(staged.path(), name);
         let disk = piece(DISK)?;
         let saved = match key {

@@ -62,7 +62,7 @@ pub(crate) struct Subject {
     /// The VMM.
     pub(super) pid: i32,
     /// CPU time it is held to now, in percent of one core.
-    pub(super) cpu_quota: Option<u32>,
+    pub(super) cpu_quota: Arc<Mutex<Option<u32>>>,
     /// What its network is held to now, where it has one.
     pub(super) policy: Option<Arc<Mutex<NetworkPolicy>>>,
     /// Its monitor.

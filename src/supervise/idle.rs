@@ -24,6 +24,8 @@ pub(super) struct Used {
     pub(super) cpu_ms: Option<u64>,
     /// Bytes that its link carried, where it has one.
     pub(super) bytes: Option<u64>,
+    /// Connections to its published ports, ended ones included.
+    pub(super) taken: u64,
 }
 
 impl Idle {
@@ -41,13 +43,14 @@ impl Idle {
         let active = match (self.looked, used.cpu_ms) {
             (Some((before, at)), Some(cpu)) => {
                 let wall = now.duration_since(at).as_millis().max(1);
-                let rate = |now: u64, before: Option<u64>| {
-                    u128::from(now.saturating_sub(before.unwrap_or(0))) * 1000 / wall
-                };
-                rate(cpu, before.cpu_ms) > NOISE
+                let rate =
+                    |now: u64, before: u64| u128::from(now.saturating_sub(before)) * 1000 / wall;
+                rate(cpu, before.cpu_ms.unwrap_or(0)) > NOISE
                     || used
                         .bytes
-                        .is_some_and(|bytes| rate(bytes, before.bytes) > CHATTER)
+                        .zip(before.bytes)
+                        .is_some_and(|(bytes, before)| rate(bytes, before) > CHATTER)
+                    || used.taken != before.taken
             }
             // The first look, or no figure: take no risk.
             _ => true,
@@ -84,7 +87,7 @@ mod tests {
         let at = |secs| start + Duration::from_secs(secs);
         let cpu = |ms| Used {
             cpu_ms: Some(ms),
-            bytes: None,
+            ..Used::default()
         };
         let mut idle = Idle::new(start);
         idle.look(at(0), false, cpu(1000));
@@ -113,6 +116,7 @@ mod tests {
         let carried = |bytes| Used {
             cpu_ms: Some(1000),
             bytes: Some(bytes),
+            taken: 0,
         };
         let mut idle = Idle::new(start);
         idle.look(at(0), false, carried(5000));
@@ -129,9 +133,19 @@ mod tests {
         idle.look(at(21), false, carried(105_660));
         let unknown = Used {
             cpu_ms: Some(1000),
-            bytes: None,
+            ..Used::default()
         };
         idle.look(at(22), false, unknown);
         assert_eq!(idle.time(at(22)), Duration::from_secs(12));
+        // Nor do all its bytes since the boot count then.
+        idle.look(at(23), false, carried(105_720));
+        assert_eq!(idle.time(at(23)), Duration::from_secs(13));
+        // A connection that came and went between two looks.
+        let taken = Used {
+            taken: 1,
+            ..carried(105_720)
+        };
+        idle.look(at(24), false, taken);
+        assert_eq!(idle.time(at(24)), Duration::ZERO);
     }
 }

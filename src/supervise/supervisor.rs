@@ -21,10 +21,9 @@ use crate::host::lease::{Lease, write_durably};
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
 use crate::run::{
-    Asked, Desk, Ended, Host, Machine, Owner, Record, RecordError, State, StateFile, is_served,
-    listen, look, now_ms,
+    Asked, Desk, Ended, Host, Machine, Owner, Record, RecordError, State, StateFile, is_keeping,
+    is_served, listen, now_ms,
 };
-use crate::snapshot::Store;
 use crate::spec::{Spec, VmId};
 
 /// How long what a save began may take after the end of its machine.
@@ -107,25 +106,13 @@ pub async fn supervise(
     };
     let (record, end) = supervisor.life(record, start, ready).await;
     let finished = supervisor.finish(record, end).await;
-    let dir = host.dirs.run(id);
-    // One that lives on without a supervisor is told by it that it rests.
-    if !look::has_vmm(&dir) {
-        kept(&Store::new(&dir, id)).await;
-    }
-    finished
-}
-
-/// Waits for what a save began: its last part, which measures and publishes, is
-/// in a thread that would end with this process, and would leave it half made.
-async fn kept(store: &Store) {
+    // A save's last part, which measures and publishes, is in a thread that would
+    // end with this process, and would leave it half made.
     let begin = Instant::now();
-    while store.is_unfinished() && begin.elapsed() < KEEP {
-        if let Err(error) = store.sweep() {
-            tracing::warn!("{error}");
-            return;
-        }
+    while is_keeping() && begin.elapsed() < KEEP {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    finished
 }
 
 fn leaked(id: &VmId, left: impl Iterator<Item = String>) -> SuperviseError {
@@ -241,7 +228,10 @@ impl Supervisor<'_> {
         let tuned = match start {
             Start::Boot => tune::all(up.machine(), &self.spec.tuning).await,
             Start::TakeOver => {
-                up.machine().note_cpu_quota(self.spec.tuning.cpu_quota);
+                // Whoever died may have been changing it.
+                if let Err(error) = tune::quota_again(up.machine(), &self.spec.tuning) {
+                    tracing::warn!("{error}");
+                }
                 Ok(())
             }
         };

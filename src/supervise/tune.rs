@@ -24,6 +24,15 @@ pub(super) async fn all(machine: &Machine, tuning: &Tuning) -> Result<(), Machin
     Ok(())
 }
 
+/// Holds a machine that was taken over to its CPU quota again.
+pub(super) fn quota_again(machine: &Machine, tuning: &Tuning) -> Result<(), MachineError> {
+    match machine.cgroup() {
+        Ok(_) => machine.set_cpu_quota(tuning.cpu_quota),
+        // Then it never had one.
+        Err(_) => Ok(()),
+    }
+}
+
 /// Changes a running machine from what it is to `spec`, as far as `settings`
 /// ask for it.
 pub(super) async fn change(

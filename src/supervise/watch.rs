@@ -457,10 +457,12 @@ fn cpu(up: &Up) -> Option<u64> {
 /// Looks whether anything happens in the machine.
 fn idle(up: &Up, clock: &mut Clock, limit: Duration) -> Next {
     let now = Instant::now();
-    let busy = up.execs.busy() > 0 || up.detached.connections() > 0;
+    let connections = up.detached.connections();
+    let busy = up.execs.busy() > 0 || connections.open() > 0;
     let used = Used {
         cpu_ms: cpu(up),
         bytes: up.machine().carried(),
+        taken: connections.taken(),
     };
     clock.idle.look(now, busy, used);
     match clock.idle.time(now) >= limit {

@@ -53,8 +53,8 @@ impl Count {
                 if !died.is_empty() {
                     self.checks(vec![(name, Err(anyhow!("not well ended: {died}")))]);
                 }
-                for (failed, text) in tested.second {
-                    self.second_try(&failed, &text);
+                for (failed, ended, text) in tested.second {
+                    self.second_try(&failed, ended, &text);
                 }
             }
             Err(error) => self.checks(vec![(name, Err(error))]),
@@ -80,15 +80,20 @@ impl Count {
         }
     }
 
-    /// Reads what the tests that failed did when they were run again, alone.
-    pub(crate) fn second_try(&mut self, failed_first: &BTreeSet<String>, text: &str) {
-        let again = failed(text);
-        for name in failed_first.intersection(&ended(text, "ok")) {
-            if !again.contains(name) {
-                self.failed -= self.failed.min(1);
-                self.passed += 1;
-                self.second.insert(name.clone());
-            }
+    /// Reads what the tests that failed did when they were run again, alone:
+    /// `ended` says whether all programs ended well. They count when all of them
+    /// passed then, by the results and not by lines that a test could print.
+    pub(crate) fn second_try(&mut self, failed_first: &BTreeSet<String>, ended: bool, text: &str) {
+        let results = text.lines().map(figures);
+        let (passed, failed) = results.fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1));
+        let skipped = text
+            .lines()
+            .any(|line| line.trim().starts_with("skipped: "));
+        let number = failed_first.len();
+        if ended && all_ended(text) && failed == 0 && passed >= number && !skipped {
+            self.failed -= self.failed.min(number);
+            self.passed += number;
+            self.second.extend(failed_first.iter().cloned());
         }
     }
 
@@ -131,16 +136,11 @@ pub(crate) fn all_ended(text: &str) -> bool {
     text.lines().filter(begun).count() == results.count()
 }
 
-/// Names of the tests that failed.
+/// Names of the tests that failed: `test NAME ... FAILED`.
 pub(crate) fn failed(text: &str) -> BTreeSet<String> {
-    ended(text, "FAILED")
-}
-
-/// Names of the tests with this end: `test NAME ... END`.
-fn ended(text: &str, end: &str) -> BTreeSet<String> {
     let name = |line: &str| {
         let (name, how) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
-        (how == end).then(|| name.to_owned())
+        (how == "FAILED").then(|| name.to_owned())
     };
     text.lines().filter_map(name).collect()
 }
@@ -216,12 +216,12 @@ mod tests {
 
     #[test]
     fn a_second_try_in_the_lab_does_not_hide_a_program_that_died() {
-        let second = "running 1 test\ntest of::a_terminal ... ok\n";
+        let second = PASSED;
         for (died, result) in [(vec![], (2, 0)), (vec!["jail (134)".to_owned()], (2, 1))] {
             let mut count = Count::default();
             count.lab(Ok(lab::Tested {
                 text: ONE_FAILED.to_owned(),
-                second: vec![(failed(ONE_FAILED), second.to_owned())],
+                second: vec![(failed(ONE_FAILED), true, second.to_owned())],
                 failed: vec!["kvm (101)".to_owned()],
                 died,
             }));
@@ -244,16 +244,20 @@ mod tests {
         failures:\n    of::a_terminal\n\n\
         test result: FAILED. 1 passed; 1 failed; 0 ignored\n";
 
-    fn counted(second: &str) -> Count {
+    /// A second try that passes.
+    const PASSED: &str = "running 1 test\ntest of::a_terminal ... ok\n\n\
+        test result: ok. 1 passed; 0 failed; 0 ignored\n";
+
+    fn counted(ended: bool, second: &str) -> Count {
         let mut count = Count::default();
         count.tests(ONE_FAILED);
-        count.second_try(&failed(ONE_FAILED), second);
+        count.second_try(&failed(ONE_FAILED), ended, second);
         count
     }
 
     #[test]
     fn a_second_try_that_passes_counts_and_is_told() {
-        let count = counted("running 1 test\ntest of::a_terminal ... ok\n");
+        let count = counted(true, PASSED);
         assert_eq!((count.passed, count.failed), (2, 0));
         let closing = count.closing();
         let told = "failed, and passed on a second try, alone: of::a_terminal\n";
@@ -268,12 +272,18 @@ mod tests {
 
     #[test]
     fn what_fails_twice_or_says_nothing_has_failed() {
-        let again = "test of::a_terminal ... FAILED\n";
+        let again = ONE_FAILED.to_owned();
         // The name is another program's, too.
-        let twice = "test of::a_terminal ... ok\ntest of::a_terminal ... FAILED\n";
-        let another = "test a_good_one ... ok\n";
-        for second in [again, twice, another, ""] {
-            let count = counted(second);
+        let twice = format!("{PASSED}{ONE_FAILED}");
+        // It died, after it or a child had said that it was well.
+        let died = "running 1 test\ntest of::a_terminal ... ok\n".to_owned();
+        let none = "running 0 tests\ntest result: ok. 0 passed; 0 failed\n".to_owned();
+        let skipped = format!("{PASSED}skipped: of::a_terminal: no terminal\n");
+        let all = [again, twice, died, none, skipped, String::new()];
+        let all = all.into_iter().map(|text| (true, text));
+        // All that it says is well, and then it dies.
+        for (ended, second) in all.chain([(false, PASSED.to_owned())]) {
+            let count = counted(ended, &second);
             assert_eq!((count.passed, count.failed), (1, 1), "{second}");
             assert!(count.closing().starts_with("failed: of::a_terminal\n"));
         }

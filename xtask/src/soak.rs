@@ -134,6 +134,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         accel: args.accel.clone(),
         kernel: Some(args.kernel.clone()),
         networks: nix::unistd::geteuid().is_root(),
+        within: Duration::from_secs(5),
     };
     let (rows, json) = (Rows::default(), args.json);
     if args.pool || args.kills.is_some() {

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use super::{Finding, Subject, Verdict, counted, expect, finding};
 use crate::host::cgroup::Cgroup;
@@ -514,7 +515,10 @@ fn cgroup(subject: &Subject) -> io::Result<Vec<Finding>> {
         ["pids.max", "pids.max"],
         plan.jail.threads.to_string(),
     ));
-    if let Some(percent) = subject.cpu_quota {
+    // Nobody changes it meanwhile.
+    let quota = subject.cpu_quota.lock();
+    let quota = quota.unwrap_or_else(PoisonError::into_inner);
+    if let Some(percent) = *quota {
         let (seen, expected) = group.cpu_quota(percent);
         let seen = seen.unwrap_or_else(|| "missing".into());
         findings.push(expect("cgroup", "cpu", &seen, &expected));

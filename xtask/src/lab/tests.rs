@@ -53,8 +53,9 @@ struct Program {
 pub(crate) struct Tested {
     /// What the test programs wrote to stdout.
     pub(crate) text: String,
-    /// Second tries: the tests that had failed, and what their program wrote.
-    pub(crate) second: Vec<(BTreeSet<String>, String)>,
+    /// Second tries: the tests that had failed, whether their program ended well
+    /// then, and what it wrote.
+    pub(crate) second: Vec<(BTreeSet<String>, bool, String)>,
     /// Programs that did not end well.
     pub(crate) failed: Vec<String>,
     /// Those of them that told no result.
@@ -130,14 +131,17 @@ async fn run_all(
             continue;
         }
         let name = format!("{} ({code})", program.target);
-        if count::failed(&text).is_empty() || !count::all_ended(&text) {
+        // As libtest ends where a test failed.
+        let told = code == 101 && !count::failed(&text).is_empty() && count::all_ended(&text);
+        if !told {
             tested.died.push(name.clone());
         }
         tested.failed.push(name);
-        if let Some(failed) = count::worth_a_second_try(&text).filter(|_| twice) {
+        let worth = count::worth_a_second_try(&text).filter(|_| twice && told);
+        if let Some(failed) = worth {
             let names: Vec<String> = failed.iter().cloned().collect();
-            let (_, text) = run_one(lab, program, &names, "1", env).await?;
-            tested.second.push((failed, text));
+            let (code, text) = run_one(lab, program, &names, "1", env).await?;
+            tested.second.push((failed, code == 0, text));
         }
     }
     Ok(tested)

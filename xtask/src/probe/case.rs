@@ -13,11 +13,11 @@ use super::place::{EXPORT, Kit, Place, Process, VERB, end};
 use super::points::{Point, REACHED, Scenario, Since, VM, arm, reached};
 use super::verdict::Found;
 
-/// How long a command may take to notice that the supervisor died.
-const NOTICE: Duration = Duration::from_secs(5);
-
+/// How long a verb may take to notice that the supervisor died, at most: less
+/// than it waits for any answer.
+const NOTICE: Duration = Duration::from_secs(15);
 /// How much later than the verb a supervisor may get to a point.
-const LATER: Duration = Duration::from_secs(2);
+const LATER: Duration = Duration::from_secs(4);
 
 /// What happens at a point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -148,7 +148,11 @@ impl Case<'_> {
                 break status.code().or(status.signal().map(|signal| 128 + signal));
             }
             let supervised = place.processes().iter().any(Process::is_supervise);
-            let limit = if supervised { VERB } else { NOTICE };
+            let limit = if supervised {
+                VERB
+            } else {
+                kit.within.min(NOTICE)
+            };
             if begin.elapsed() > limit && !(cast.is_none() && begin.elapsed() < VERB) {
                 wrong.push(format!("the verb hung for {} s", limit.as_secs()));
                 let _ = verb.kill();
@@ -254,7 +258,7 @@ impl Case<'_> {
         let begin = Instant::now();
         let left = loop {
             let left = place.left();
-            if left.is_empty() || begin.elapsed() > NOTICE {
+            if left.is_empty() || begin.elapsed() > place.kit.within {
                 break left;
             }
             std::thread::sleep(Duration::from_millis(20));

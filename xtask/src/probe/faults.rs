@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
+use bulkhead::spec::Timeout;
 
 use super::case::{Case, Cast, Ending, Fault};
 use super::place::Kit;
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     /// Cases at a time.
     #[arg(long, default_value_t = 2)]
     jobs: usize,
+    /// How long it may take until everything is in order; more on a busy host.
+    #[arg(long, default_value = "5s", value_name = "TIME")]
+    within: Timeout,
     /// kvm or tcg.
     #[arg(long, default_value = "kvm")]
     accel: String,
@@ -88,6 +92,7 @@ pub(crate) fn run(args: Args) -> Result<bool> {
         accel: args.accel.clone(),
         kernel: args.kernel.clone(),
         networks: nix::unistd::geteuid().is_root(),
+        within: args.within.0,
     };
     let mut work = all(&args, &kit)?;
     let cases: usize = work.iter().map(|work| work.faults.len()).sum();

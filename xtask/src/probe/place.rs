@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 /// How long a verb may take: a start, on a busy host, by emulation.
 pub(crate) const VERB: Duration = Duration::from_secs(90);
 /// Longer than the kernel takes to remove a link.
-const SETTLED: Duration = Duration::from_secs(10);
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// Words of verbs for a file of the place's own, and for its only template.
 pub(crate) const EXPORT: &str = "@export";
@@ -43,12 +43,14 @@ pub(crate) struct Kit {
     /// Whether machines have networks, which lead into a namespace of each
     /// place's own.
     pub(crate) networks: bool,
+    /// How long it may take until everything is in order.
+    pub(crate) within: Duration,
 }
 
 /// Directories of our own; gone with all processes when dropped.
 #[derive(Debug)]
 pub(crate) struct Place {
-    kit: Kit,
+    pub(super) kit: Kit,
     dir: tempfile::TempDir,
     /// What machines' networks lead into, where they have any.
     host: Option<Netns>,

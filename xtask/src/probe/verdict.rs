@@ -13,9 +13,6 @@ use bulkhead::supervise::{Kind, View};
 
 use super::place::{Place, VERB, entries};
 
-/// How long it may take until everything is in order.
-const ORDER: Duration = Duration::from_secs(5);
-
 /// What is there, and what is wrong with it.
 #[derive(Debug, Default)]
 pub(crate) struct Found {
@@ -33,7 +30,7 @@ impl Found {
 }
 
 impl Place {
-    /// Waits up to five seconds until everything is in order. A machine that
+    /// Waits until everything is in order, for as long as that may take. A machine that
     /// comes up or goes down in good hands may take its time besides.
     pub(crate) fn settled(&self) -> Result<Found> {
         let begin = Instant::now();
@@ -42,7 +39,7 @@ impl Place {
             let found = self.look()?;
             if found.busy && begin.elapsed() < VERB {
                 since = Instant::now();
-            } else if found.wrong.is_empty() || since.elapsed() > ORDER {
+            } else if found.wrong.is_empty() || since.elapsed() > self.kit.within {
                 return Ok(found);
             }
             std::thread::sleep(Duration::from_millis(50));

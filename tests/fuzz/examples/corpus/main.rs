@@ -29,6 +29,7 @@ fn main() {
     saved::export();
     layers();
     spec();
+    config();
     dns();
     tls();
     http();
@@ -311,6 +312,44 @@ fn layers() {
     ];
     let layers = [&upper.concat()[..], &[0; 1024], &lower.concat(), &[0; 512]].concat();
     seed("layers", "whiteouts", &[&[1], &layers]);
+}
+
+fn config() {
+    let all = r#"boot_timeout = "2m"
+state_dir = "/s"
+runtime_dir = "/r"
+qemu = "/q"
+network_pool = "10.96.0.0/16"
+uids = "100000-165535"
+[machine]
+image = "base"
+profile = "big"
+network = "work"
+env = { "A.b" = "1" }
+labels = { team = "x" }
+[profile.big]
+base = "light"
+memory = "3G"
+cpus = 2
+network = "dev"
+[network.work]
+mode = "nat-filtered"
+preset = "packages"
+allow_hosts = ["git.example.org:22", "*.example.net"]
+deny_hosts = ["telemetry.example.net"]
+ports = ["80", "443", "123/udp"]
+strict = true
+exceptions = ["10.1.2.3/32:5432"]
+limits = { download = "10M", total = "2G" }
+[network.off]
+mode = "isolated"
+[network.lan]
+mode = "bridge"
+bridge = "br0:192.0.2.50/24@192.0.2.1"
+"#;
+    seed("config", "all", &[all.as_bytes()]);
+    let bad = "[machine]\nmemory = \"1\"\nnetwork = \"none\"\n[profile.x]\nbase = \"x\"\n";
+    seed("config", "bad", &[bad.as_bytes()]);
 }
 
 fn spec() {
