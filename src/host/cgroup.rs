@@ -198,17 +198,14 @@ impl Cgroup {
     /// What limits CPU time now, and what does where it is `percent` of one core;
     /// as the kernel writes them.
     pub(crate) fn cpu_quota(&self, percent: u32) -> (Option<String>, String) {
-        let read = self.read(["cpu.max", "cpu.cfs_quota_us"]);
+        let one = |name| self.read([name, name]);
+        // v1 has in two files what v2 has in one.
+        let seen = one("cpu.max").or_else(|| {
+            let (quota, period) = one("cpu.cfs_quota_us").zip(one("cpu.cfs_period_us"))?;
+            Some(format!("{quota} {period}"))
+        });
         let quota = u64::from(percent) * PERIOD_US / 100;
-        match self.file("cpu.max") {
-            Some(_) => (read, format!("{quota} {PERIOD_US}")),
-            None => {
-                let period = self.read(["cpu.cfs_period_us", "cpu.cfs_period_us"]);
-                let both = read.zip(period);
-                let both = both.map(|(quota, period)| format!("{quota} {period}"));
-                (both, format!("{quota} {PERIOD_US}"))
-            }
-        }
+        (seen, format!("{quota} {PERIOD_US}"))
     }
 
     /// Limits memory, and threads and processes.
