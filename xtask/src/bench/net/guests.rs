@@ -2,6 +2,7 @@
 //! one whose every connection is read.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead::host::netns::Netns;
@@ -35,6 +36,9 @@ const PHASES: [&str; 4] = [DOWN, UP, REQUEST, FIRST];
 /// Names that a guest can ask for before it looks as if it sent data in them
 /// (src/net/resolver/budget.rs: 8 KiB, about five characters each).
 const NAMES: u64 = 1500;
+/// What a guest may ask for in a second, in the long run
+/// (src/net/resolver/config.rs).
+const QUESTIONS: u64 = 50;
 
 /// A guest, and who resolves names for it.
 struct Guest {
@@ -148,6 +152,10 @@ impl Guest {
             down,
         };
         let none = Ipv4Addr::UNSPECIFIED;
+        if phase == FIRST {
+            let answered = Duration::from_secs(1) * (args.connections + 1) as u32;
+            tokio::time::sleep(answered / QUESTIONS as u32).await;
+        }
         // So that its name is known, and nobody has been asleep.
         echo.web(web(1, 0, 1, self.dns)).await?;
         let wanted = match phase {
