@@ -126,7 +126,9 @@ fn what_is_shown_is_a_file_that_says_the_same() {
 fn json_tells_values_and_origins() {
     let place = Place::new();
     let (stdout, _, _) = place.call(&["config", "show", "--json", "--memory", "1G"]);
-    let settings: Vec<serde_json::Value> = serde_json::from_str(&stdout).unwrap();
+    let settings: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    support::printed::check("config-show", &settings);
+    let settings = settings.as_array().unwrap();
     let get = |name: &str| {
         let found = settings
             .iter()

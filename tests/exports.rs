@@ -219,6 +219,8 @@ fn a_template_is_taken_in_and_cloned() {
     assert!(bulkhead.must(&["template", "ls"]).lines().count() == 1);
     let ran = bulkhead.raw_with_input(&["template", "import", "-"], &output.stdout);
     assert_eq!((ran.code, ran.stdout.trim()), (0, id), "{ran:?}");
+    bulkhead.must(&["template", "rm", id]);
+    assert_eq!(bulkhead.json(&["template", "import", file])["id"], id);
     let run = [
         &["run"],
         &fixed[..],

@@ -7,7 +7,8 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use support::Bulkhead;
+use serde_json::Value;
+use support::{Bulkhead, printed};
 
 /// A service in the guest that says hello and sends back what it gets, in
 /// capitals, when that has ended.
@@ -69,6 +70,23 @@ impl Drop for Forward {
     }
 }
 
+/// The first value that a call prints, which is ended then.
+fn told_in_json(bulkhead: &Bulkhead, words: &[&str]) -> Value {
+    let mut command = bulkhead.command(words);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = child.stdout.take().unwrap();
+    let told = serde_json::Deserializer::from_reader(stdout)
+        .into_iter()
+        .next();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    told.unwrap().unwrap()
+}
+
 #[test]
 fn a_service_without_a_network_is_reached_from_the_host() {
     let bulkhead = Bulkhead::new().with_own_state();
@@ -86,6 +104,11 @@ fn a_service_without_a_network_is_reached_from_the_host() {
     }
     let mut forward = Forward::new(&bulkhead, "fwd", "0:8000");
     assert!(forward.address.ip().is_loopback());
+    let told = told_in_json(&bulkhead, &["--json", "forward", "fwd", "0:8000"]);
+    printed::check("forward", &told);
+    let all: Vec<_> = told["forwarded"].as_array().unwrap().iter().collect();
+    let ends = |one: &Value| one.as_str().unwrap().ends_with(":8000");
+    assert!(all.len() == 1 && ends(all[0]), "{told}");
 
     // The service speaks first, and hears the end of what it is told.
     let mut one = forward.connect();

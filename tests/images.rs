@@ -72,8 +72,12 @@ fn a_script_makes_a_new_image() {
         list.contains("greeting") && !list.contains("failed"),
         "{list}"
     );
-    let removed = bulkhead.raw(&["image", "rm", "greeting"]);
-    assert_eq!(removed.code, 0, "{removed:?}");
+    let list = bulkhead.json(&["image", "ls"]);
+    let found = list.as_array().unwrap().iter();
+    let mut found = found.filter(|one| one["names"] == serde_json::json!(["greeting"]));
+    assert_eq!(found.next().map(|one| &one["id"]), Some(&shown["id"]));
+    let removed = bulkhead.json(&["image", "rm", "greeting"]);
+    assert_eq!(removed["removed"][0], shown["id"], "{removed}");
     assert!(!bulkhead.raw(&["image", "ls"]).stdout.contains("greeting"));
 }
 
@@ -101,8 +105,7 @@ fn a_root_tar_and_an_oci_layout_are_imported() {
         "--kernel-from",
         "base",
     ];
-    let imported = bulkhead.raw(&words);
-    assert_eq!(imported.code, 0, "{imported:?}");
+    assert_eq!(bulkhead.json(&words)["name"], "plain");
     let run = run_in(&bulkhead, "plain", "id -un; pwd");
     assert_eq!(
         (run.stdout.as_str(), run.code),

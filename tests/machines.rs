@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use support::terminal::Terminal;
 use support::{Bulkhead, entries, machines};
 
@@ -85,7 +86,7 @@ fn a_machine_outlives_its_creator_and_keeps_its_disk_until_it_is_removed() {
     let id = bulkhead.must(&["exec", "life", "cat", "/etc/machine-id"]);
     bulkhead.must_fail(&["start", "life"], "state-conflict");
     bulkhead.must_fail(&["rm", "life"], "state-conflict");
-    bulkhead.must(&["stop", "life"]);
+    assert_eq!(bulkhead.json(&["stop", "life"]), json!(["life"]));
     assert_eq!(machines("life"), [""; 0]);
     assert_eq!(entries(bulkhead.runtime()), [""; 0]);
     bulkhead.must_fail(&["exec", "life", "true"], "state-conflict");
@@ -262,8 +263,9 @@ fn many_commands_at_once_and_some_that_outlive_their_client() {
     };
     assert_eq!(counted.stdout, b"3000000\n");
 
-    let detached = bulkhead.must(&["exec", "-d", "many", "sh", "-c", "echo on; exec sleep 600"]);
-    let detached = detached.trim();
+    let sleeper = ["many", "sh", "-c", "echo on; exec sleep 600"];
+    let detached = bulkhead.json(&[&["exec", "--detach"], &sleeper[..]].concat());
+    let detached = detached["exec"].as_str().unwrap();
     // A foreground command ends with the command line that started it.
     let mut child = bulkhead
         .command(&["exec", "many", "sh", "-c", "echo ready; exec sleep 601"])
@@ -392,7 +394,8 @@ fn files_go_in_and_out_as_with_cp() {
     bulkhead.must(&["cp", "cp:/workspace/work/tree", &at("into")]);
     assert_eq!(fs::read(at("into/tree/sub/file")).unwrap(), b"content");
     bulkhead.must(&["cp", "cp:/tmp/one", &at("into")]);
-    bulkhead.must(&["cp", "cp:/tmp/one", &at("renamed")]);
+    let told = bulkhead.json(&["cp", "cp:/tmp/one", &at("renamed")]);
+    assert_eq!(told, json!({ "warnings": [] }));
     assert_eq!(
         fs::read(at("into/one")).unwrap(),
         fs::read(at("one")).unwrap()
@@ -412,6 +415,11 @@ fn files_go_in_and_out_as_with_cp() {
     assert_eq!(copied.code, 0, "{copied:?}");
     assert!(copied.stderr.contains("link"), "{copied:?}");
     assert_eq!(entries(Path::new(&at("evil"))), ["x"]);
+    let told = bulkhead.json(&["cp", "cp:/tmp/evil", &at("again")]);
+    assert!(
+        told["warnings"][0].as_str().unwrap().contains("link"),
+        "{told}"
+    );
     // Nothing half done is left beside it.
     assert!(
         entries(top.path())
@@ -505,6 +513,12 @@ fn lists_are_filtered_and_figures_add_up() {
     assert_eq!(names(&["state=running", "label=team=b"]), "");
     assert_eq!(names(&["image=base", "name=tw"]), "two\n");
     assert_eq!(names(&["kind=run"]), "");
+    let list = bulkhead.json(&["ls"]);
+    let labels = list.as_array().unwrap().iter().map(|one| &one["labels"]);
+    assert!(
+        labels.eq([&json!({ "team": "a" }), &json!({ "team": "b" })]),
+        "{list}"
+    );
     let table = bulkhead.must(&["ls"]);
     assert!(table.lines().next().unwrap().starts_with("NAME"), "{table}");
     let run = bulkhead.start("beside", &["--", "sh", "-c", "echo ready; sleep 600"]);

@@ -432,6 +432,11 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         shown.contains("allowed      evil.org") && shown.contains("denied       good.org"),
         "{shown}"
     );
+    let shown = bulkhead.json(&["net", "show", "named"]);
+    assert!(
+        shown["counters"]["new"]["packets"].as_u64() > Some(0),
+        "{shown}"
+    );
     let log = bulkhead.must(&["net", "log", "named"]);
     for words in [
         "refused  evil.org A",
@@ -451,6 +456,10 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
         assert!(learned.contains(&format!("    \"{host}\",")), "{learned}");
     }
     assert!(learned.contains("preset = \"offline\""), "{learned}");
+    assert_eq!(
+        bulkhead.json(&["net", "learn", "named"])["learned"],
+        learned.as_str()
+    );
     bulkhead.must_fail(&["net", "learn", "nobody"], "machine-not-found");
 
     // Its rules are read back.

@@ -235,6 +235,15 @@ fn nothing_is_left_when_the_owner_is_killed() {
     run.finish();
     let shown = bulkhead.raw(&["gc", "--dry-run"]);
     assert!(shown.stdout.contains("would release orphan"), "{shown:?}");
+    let found = bulkhead.json(&["gc", "--dry-run"]);
+    assert_eq!(
+        (&found[0]["state"], &found[0]["id"]),
+        (&"dead".into(), &"orphan".into())
+    );
+    assert!(
+        !found[0]["leases"].as_array().unwrap().is_empty(),
+        "{found}"
+    );
     let gc = bulkhead.raw(&["gc"]);
     assert_eq!(gc.code, 0, "{gc:?}");
     assert_eq!(machines("orphan"), [""; 0]);

@@ -96,6 +96,14 @@ fn what_matches_is_cloned_and_what_does_not_boots() {
     }
     // The same again is there already.
     assert_eq!(build(&bulkhead, &[]), id);
+    let kept = ["template", "build", "--accel", &accel()];
+    let kept = bulkhead.json(&[&kept, &SMALL[..]].concat());
+    assert_eq!(
+        (&kept["id"], &kept["kept"]),
+        (&id.as_str().into(), &true.into())
+    );
+    let seen = bulkhead.json(&["template", "inspect", &id[..8]]);
+    assert_eq!(seen["manifest"], kept["manifest"]);
     assert_eq!(left(&bulkhead), [""; 0]);
 }
 

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use super::Global;
 use super::message::{Failure, print_json, say, visible};
+use super::output::Copied;
 use crate::spec::{Malformed, SpecError, VmId};
 use crate::supervise::Machines;
 
@@ -68,7 +69,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         }
     };
     match global.json {
-        true => print_json(&serde_json::json!({ "warnings": notes })),
+        true => print_json(&Copied { warnings: notes }),
         false => notes
             .iter()
             .for_each(|note| say(&format!("bulkhead: warning: {}", visible(note)))),

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 use super::Global;
 use super::machine_args::variable;
 use super::message::{Failure, print_json, print_report, print_text, say};
+use super::output::DetachedExec;
 use super::run::signals;
 use super::terminal::{self, RawMode};
 use crate::run::{Captured, Commanded, Io};
@@ -93,7 +94,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     if args.detach {
         let id = client.detach(request).await?;
         match global.json {
-            true => print_json(&serde_json::json!({ "exec": id })),
+            true => print_json(&DetachedExec { exec: id }),
             false => print_text(&format!("{id}\n")),
         }
         return Ok(0);

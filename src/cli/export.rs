@@ -4,11 +4,10 @@ use std::fs::File;
 use std::io::{self, IsTerminal as _, Read, Write};
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
-
 use super::Global;
 use super::machine_args::{LifetimeArgs, MachineArgs};
 use super::message::{Failure, print_json, print_text};
+use super::output::Exported;
 use crate::export::{ExportError, Fresh, Import};
 use crate::spec::VmId;
 use crate::supervise::Machines;
@@ -54,9 +53,10 @@ pub(super) fn export<E: Into<Failure>>(
     let fresh = Fresh::create(file)?;
     let bytes = write(&mut fresh.file(), file).map_err(Into::into)?;
     fresh.publish()?;
+    let file = file.display().to_string();
     match json {
-        true => print_json(&json!({ "file": file, "bytes": bytes })),
-        false => print_text(&format!("{}\n", file.display())),
+        true => print_json(&Exported { file, bytes }),
+        false => print_text(&format!("{file}\n")),
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::net::TcpListener;
 
 use super::Global;
 use super::message::{Failure, print_json, say, visible};
+use super::output::Forwarded;
 use crate::error::Report;
 use crate::net::Serving;
 use crate::run::MachineError;
@@ -49,7 +50,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         told.push(Publish { listen, ..publish });
     }
     match global.json {
-        true => print_json(&serde_json::json!({ "forwarded": told })),
+        true => print_json(&Forwarded { forwarded: told }),
         false => told.iter().for_each(|one| {
             say(&format!(
                 "bulkhead: {} leads to port {} of {}",

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::Global;
 use super::machine_args::word;
 use super::message::Failure;
+use super::output::{BuiltImage, Removed, ShownImage};
 use super::run;
 use crate::image::{AgentBinary, Builder, Image, KernelSource, Recipe, Result, Summary};
 use crate::run::{Io, provision};
@@ -114,7 +115,7 @@ pub(super) async fn run(args: Args, global: &Global) -> std::result::Result<(), 
         Verb::Rm { image } => {
             let removed = store.rm(&image)?;
             match json {
-                true => print(&serde_json::json!({ "removed": removed })),
+                true => print(&Removed { removed }),
                 false => removed.iter().for_each(|id| line(id)),
             }
         }
@@ -170,7 +171,10 @@ impl Build {
 
 fn built(image: &Image, json: bool) {
     match json {
-        true => print(&serde_json::json!({ "id": image.id, "name": image.manifest.name })),
+        true => print(&BuiltImage {
+            id: &image.id,
+            name: &image.manifest.name,
+        }),
         false => line(&image.id),
     }
 }
@@ -178,11 +182,11 @@ fn built(image: &Image, json: bool) {
 fn inspect(image: &Image, json: bool) {
     let manifest = &image.manifest;
     if json {
-        print(&serde_json::json!({
-            "id": image.id,
-            "dir": image.dir,
-            "manifest": manifest,
-        }));
+        print(&ShownImage {
+            id: &image.id,
+            dir: image.dir.display().to_string(),
+            manifest,
+        });
         return;
     }
     line(&format!("id       {}", image.id));

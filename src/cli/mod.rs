@@ -21,6 +21,7 @@ mod message;
 mod net;
 mod net_learn;
 mod net_log;
+mod output;
 mod run;
 mod set;
 mod settings;
@@ -45,7 +46,16 @@ use crate::spec::{SpecError, Timeout};
 use message::Failure;
 use settings::Settings;
 
-pub use self::{exec::ExecOutcome, stats::MachineUse};
+pub use self::{
+    exec::ExecOutcome,
+    net::NetworkView,
+    net_learn::Proposal,
+    output::{
+        BuiltImage, BuiltTemplate, Copied, DetachedExec, Exported, Forwarded, ImportedTemplate,
+        PRINTED, Removed, ShownImage,
+    },
+    stats::MachineUse,
+};
 
 /// Run coding agents, or any command, in disposable QEMU/KVM microVMs.
 #[derive(Debug, Parser)]

@@ -63,7 +63,8 @@ struct Change {
 
 /// A machine's network, for people and programs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(super) struct NetworkView {
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct NetworkView {
     /// The machine.
     id: VmId,
     /// What it may reach and use.

@@ -13,7 +13,8 @@ use crate::spec::VmId;
 
 /// A network proposed from a machine's record.
 #[derive(Debug, Clone, Serialize)]
-struct Proposal {
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Proposal {
     /// A piece of a configuration file.
     learned: String,
 }

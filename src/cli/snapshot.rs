@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use serde_json::json;
-
 use super::Global;
 use super::export;
 use super::message::{Failure, print_json, print_report, print_text, visible};
+use super::output::Removed;
 use super::table::Table;
 use crate::error::Report;
 use crate::run::FAILED;
@@ -151,7 +150,9 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
                 store.rm(name)?;
             }
             match global.json {
-                true => print_json(&json!({ "removed": names })),
+                true => print_json(&Removed {
+                    removed: names.iter().map(ToString::to_string).collect(),
+                }),
                 false => names
                     .iter()
                     .for_each(|name| print_text(&format!("{name}\n"))),

@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
-
 use super::Global;
 use super::export;
 use super::machine_args::MachineArgs;
 use super::message::{Failure, print_json, print_report, print_text, visible};
+use super::output::{BuiltTemplate, ImportedTemplate, Removed};
 use super::run::signals;
 use crate::error::Report;
 use crate::run::{Build, FAILED, Io, build, import_template, now_ms};
@@ -100,7 +99,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
                 removed.push(store.rm(template)?);
             }
             match global.json {
-                true => print_json(&json!({ "removed": removed })),
+                true => print_json(&Removed { removed }),
                 false => removed.iter().for_each(|id| print_text(&format!("{id}\n"))),
             }
         }
@@ -113,7 +112,10 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         Verb::Import { file, domain } => {
             let template = import_template(&global.host()?, export::open(&file)?, &domain)?;
             match global.json {
-                true => print_json(&json!({ "id": template.id, "manifest": template.manifest })),
+                true => print_json(&ImportedTemplate {
+                    id: &template.id,
+                    manifest: &template.manifest,
+                }),
                 false => print_text(&format!("{}\n", template.id)),
             }
         }
@@ -148,11 +150,11 @@ async fn make(args: BuildArgs, global: &Global) -> Result<i32, Failure> {
     };
     let built = build(&host, &spec, &wish, io).await?;
     match global.json {
-        true => print_json(&json!({
-            "id": built.template.id,
-            "kept": built.kept,
-            "manifest": built.template.manifest,
-        })),
+        true => print_json(&BuiltTemplate {
+            id: &built.template.id,
+            kept: built.kept,
+            manifest: &built.template.manifest,
+        }),
         false => print_text(&format!("{}\n", built.template.id)),
     }
     Ok(0)

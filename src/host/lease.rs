@@ -12,6 +12,7 @@ use crate::error::Explain;
 
 /// One host resource.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Lease {
     /// A process, told from a later one with the same id by its start time.

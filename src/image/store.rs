@@ -27,6 +27,7 @@ pub struct Store {
 
 /// An image as [`Store::list`] shows it; its files are not checked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Summary {
     /// `sha256-` and the digest of the manifest.
     pub id: String,

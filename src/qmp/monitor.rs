@@ -35,6 +35,7 @@ pub struct Monitor {
 
 /// A QEMU version, for people to read: what to do is decided by [`Schema`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Version {
     /// Major, as in 7.2.22.
     pub major: u32,

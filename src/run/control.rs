@@ -54,10 +54,20 @@ enum Ask {
 #[serde(rename_all = "kebab-case")]
 enum Answer {
     Guest(Info),
-    Qga(serde_json::Value),
+    Qga(QgaInfo),
     Console,
     Verify(Vec<Finding>),
     Refused(Report),
+}
+
+/// What qemu-guest-agent says of its guest, in its own words. Not to be trusted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct QgaInfo {
+    /// The answer to `guest-get-osinfo`.
+    pub os: serde_json::Value,
+    /// The answer to `guest-network-get-interfaces`.
+    pub interfaces: serde_json::Value,
 }
 
 /// A machine could not be reached.
@@ -316,12 +326,12 @@ impl Desk {
 
     async fn qga(&self) -> Answer {
         match self.ask_qga().await {
-            Some(value) => Answer::Qga(value),
+            Some(info) => Answer::Qga(info),
             None => Answer::Refused(Report::of(&ControlError::NoQga)),
         }
     }
 
-    async fn ask_qga(&self) -> Option<serde_json::Value> {
+    async fn ask_qga(&self) -> Option<QgaInfo> {
         let mut qga = self.qga.lock().await;
         let agent = match qga.take()? {
             Qga::Connected(agent) => agent,
@@ -337,7 +347,10 @@ impl Desk {
         };
         *qga = Some(Qga::Connected(agent.clone()));
         let (os, interfaces) = (agent.os().await.ok()?, agent.interfaces().await.ok()?);
-        serde_json::to_value(serde_json::json!({ "os": os, "interfaces": interfaces })).ok()
+        Some(QgaInfo {
+            os: serde_json::to_value(os).ok()?,
+            interfaces: serde_json::to_value(interfaces).ok()?,
+        })
     }
 
     async fn console(&self, asked: Asked) -> Option<()> {
@@ -408,14 +421,13 @@ impl Controller {
         }
     }
 
-    /// What qemu-guest-agent says of the guest, as `{os, interfaces}` in its
-    /// own words. Not to be trusted.
+    /// What qemu-guest-agent says of the guest.
     ///
     /// # Errors
     /// No such machine, or no qemu-guest-agent in it.
-    pub async fn qga(&self) -> Result<serde_json::Value, ControlError> {
+    pub async fn qga(&self) -> Result<QgaInfo, ControlError> {
         match self.ask(Ask::Qga).await? {
-            Answer::Qga(value) => Ok(value),
+            Answer::Qga(info) => Ok(info),
             _ => Err(self.confused()),
         }
     }

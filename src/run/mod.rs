@@ -46,7 +46,7 @@ pub use clone::{CloneError, Origin};
 pub use command::{Commanded, command};
 pub use console::ConsoleLog;
 pub(crate) use control::{Asked, Desk, is_served, listen};
-pub use control::{ControlError, Controller};
+pub use control::{ControlError, Controller, QgaInfo};
 pub use dirs::Dirs;
 pub use disk::{DiskState, DiskWatch};
 pub use error::MachineError;

@@ -20,6 +20,7 @@ use crate::spec::{Spec, Survivors, VmId, WorkspaceMode};
 
 /// What was found in one run's directory.
 #[derive(Debug, Clone, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum Found {
     /// Its owner is alive.

@@ -48,6 +48,7 @@ pub struct Wish {
 
 /// Memory and devices of a machine that ran.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Saved {
     /// What a machine must have in common with it.
@@ -66,6 +67,7 @@ pub struct Saved {
 
 /// `snapshot.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of this format: 1.
@@ -104,6 +106,7 @@ pub struct Snapshot {
 
 /// A snapshot as it is listed; its files are not checked.
 #[derive(Debug, Clone, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Summary {
     /// Bytes that its files take of the disk.
     pub allocated: u64,

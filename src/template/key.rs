@@ -19,6 +19,7 @@ pub(super) const ID: usize = 32;
 
 /// What must be the same, part by part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub struct Key(BTreeMap<String, String>);
 

@@ -25,6 +25,7 @@ pub(crate) const SCHEMA: u32 = 1;
 
 /// A file of a template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Piece {
     /// Size in bytes.
@@ -35,6 +36,7 @@ pub struct Piece {
 
 /// `template.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of this format: 1.

@@ -37,6 +37,7 @@ pub struct Template {
 
 /// A template as it is listed; its files are not checked.
 #[derive(Debug, Clone, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Summary {
     /// Its id.
     pub id: String,

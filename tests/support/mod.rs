@@ -3,6 +3,8 @@
 
 pub(crate) mod live;
 pub(crate) mod net;
+pub(crate) mod printed;
+pub(crate) mod schema;
 pub(crate) mod terminal;
 pub(crate) mod vmms;
 
@@ -192,7 +194,9 @@ impl Bulkhead {
         let mut child = self.spawn(&mut command);
         // A program that ends early does not take its input.
         let _ = child.stdin.take().unwrap().write_all(input);
-        ran(child.wait_with_output().unwrap())
+        let ran = ran(child.wait_with_output().unwrap());
+        printed::check_call(words, &ran);
+        ran
     }
 }
 
@@ -267,7 +271,7 @@ impl Bulkhead {
         ran.stderr
     }
 
-    /// What `bulkhead --json` prints.
+    /// What `bulkhead --json` prints, which is what its schema says.
     pub(crate) fn json(&self, words: &[&str]) -> serde_json::Value {
         let text = self.must(&[&["--json"], words].concat());
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{words:?}: {error}: {text}"))

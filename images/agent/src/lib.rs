@@ -224,6 +224,7 @@ pub const HOOKS: &str = "/etc/bulkhead/restore.d";
 
 /// Which life of which boot this is.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Life {
     /// The kernel's boot id: the same in a machine and all its clones.
     pub boot_id: String,
@@ -343,6 +344,7 @@ pub struct Exit {
 
 /// What the guest says about itself. Nothing in it is to be trusted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Info {
     /// `PRETTY_NAME` of /etc/os-release.
     pub os: String,
@@ -364,6 +366,7 @@ pub struct Info {
 
 /// A network interface of the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Interface {
     /// Name.
     pub name: String,
@@ -375,6 +378,7 @@ pub struct Interface {
 
 /// A process of the guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Process {
     /// Process id.
     pub pid: u32,

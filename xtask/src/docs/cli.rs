@@ -14,8 +14,25 @@ pub(super) fn page() -> String {
     text.push_str("\n## Options of every verb\n\n");
     let global = |arg: &&Arg| arg.is_global_set();
     text.push_str(&list(command.get_arguments().filter(global)));
+    text.push_str("\n## What --json prints\n\n");
+    text.push_str(&printed());
     for verb in command.get_subcommands() {
         section(verb, 2, &mut text);
+    }
+    text
+}
+
+/// The schema of what each verb prints.
+fn printed() -> String {
+    let mut text = "One value on stdout (`net log`: one a line), as the schema of the verb says. \
+         Failures are on stderr, one a line: [error](json/error.schema.json).\n\n| verb | schema |\n| --- | --- |\n"
+        .to_owned();
+    for (words, schema) in bulkhead::cli::PRINTED {
+        let schema = match schema {
+            Some(name) => format!("[{name}](json/{name}.schema.json)"),
+            None => "no JSON".to_owned(),
+        };
+        let _ = writeln!(text, "| `{words}` | {schema} |");
     }
     text
 }

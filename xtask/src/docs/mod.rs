@@ -8,12 +8,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
-use bulkhead::cli::{ExecOutcome, MachineUse};
+use bulkhead::cli::{
+    BuiltImage, BuiltTemplate, Copied, DetachedExec, ExecOutcome, Exported, Forwarded,
+    ImportedTemplate, MachineUse, NetworkView, Proposal, Removed, ShownImage,
+};
 use bulkhead::error::Failed;
 use bulkhead::net::Event;
-use bulkhead::run::Outcome;
-use bulkhead::spec::Setting;
+use bulkhead::run::{Finding, Found, Outcome, QgaInfo, doctor};
+use bulkhead::spec::{Setting, VmId};
 use bulkhead::supervise::{ExecInfo, View};
+use bulkhead::{image, snapshot, template};
+use bulkhead_agent::Info;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
 
@@ -67,14 +72,36 @@ fn reference() -> Result<PathBuf> {
 fn outputs() -> Vec<(&'static str, Value)> {
     vec![
         ("config-show", schema::<Vec<Setting>>()),
+        ("cp", schema::<Copied>()),
+        ("doctor", schema::<Vec<doctor::Check>>()),
         ("error", schema::<Failed>()),
         ("exec", schema::<ExecOutcome>()),
+        ("exec-detach", schema::<DetachedExec>()),
+        ("export", schema::<Exported>()),
+        ("forward", schema::<Forwarded>()),
+        ("gc", schema::<Vec<Found>>()),
+        ("image-build", schema::<BuiltImage>()),
+        ("image-inspect", schema::<ShownImage>()),
+        ("image-ls", schema::<Vec<image::Summary>>()),
         ("inspect", schema::<View>()),
+        ("inspect-guest", schema::<Info>()),
+        ("inspect-qga", schema::<QgaInfo>()),
         ("logs-list", schema::<Vec<ExecInfo>>()),
         ("ls", schema::<Vec<View>>()),
+        ("names", schema::<Vec<VmId>>()),
+        ("net-learn", schema::<Proposal>()),
         ("net-log", schema::<Event>()),
+        ("net-show", schema::<NetworkView>()),
         ("outcome", schema::<Outcome>()),
+        ("removed", schema::<Removed>()),
+        ("snapshot-inspect", schema::<snapshot::Summary>()),
+        ("snapshot-ls", schema::<Vec<snapshot::Summary>>()),
         ("stats", schema::<Vec<MachineUse>>()),
+        ("template-build", schema::<BuiltTemplate>()),
+        ("template-import", schema::<ImportedTemplate>()),
+        ("template-inspect", schema::<template::Summary>()),
+        ("template-ls", schema::<Vec<template::Summary>>()),
+        ("verify", schema::<Vec<Finding>>()),
     ]
 }
 
@@ -147,7 +174,19 @@ fn write(path: &Path, text: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+
+    #[test]
+    fn what_verbs_print_and_errors_have_schemas_and_nothing_else_has() {
+        let printed = bulkhead::cli::PRINTED.iter();
+        let mut said: BTreeSet<_> = printed.filter_map(|(_, schema)| *schema).collect();
+        said.insert("error");
+        let outputs = outputs();
+        let made: BTreeSet<_> = outputs.iter().map(|(name, _)| *name).collect();
+        assert_eq!(made, said);
+    }
 
     #[test]
     fn a_stale_a_missing_and_a_left_over_file_are_found() {
