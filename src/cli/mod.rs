@@ -3,6 +3,7 @@
 mod completions;
 mod config;
 mod console;
+mod console_log;
 mod cp;
 mod create;
 mod doctor;
