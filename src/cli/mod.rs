@@ -142,7 +142,8 @@ enum Verb {
     Stats(stats::Args),
     /// Show what machines use, live.
     Top(stats::Top),
-    /// Change limits of machines, also while they run.
+    /// Change limits of machines, also while they run: of each machine all that is asked for, or
+    /// nothing.
     Set(set::Args),
     /// Show or change what machines may reach.
     Net(net::Args),
