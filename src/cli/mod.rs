@@ -171,7 +171,7 @@ enum Verb {
     Fork(snapshot::Fork),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
-    /// Show a machine, or ask its guest.
+    /// Show a machine, with its last 100 changes of state, or ask its guest.
     Inspect(inspect::Args),
     /// Read every layer that confines a running machine back, and say what holds.
     Verify(verify::Args),
