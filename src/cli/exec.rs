@@ -27,7 +27,7 @@ pub(super) struct Args {
     /// `bulkhead logs` and `bulkhead attach`.
     #[arg(long, short)]
     detach: bool,
-    /// How long it may run [default: without end].
+    /// How long it may run, fixed when it starts [default: without end].
     #[arg(long, value_name = "TIME")]
     timeout: Option<Timeout>,
     /// Set NAME=VALUE in its environment, or pass NAME on.

@@ -1,17 +1,17 @@
 //! `bulkhead logs`.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::time::Duration;
 
 use super::Global;
-use super::message::{Failure, print_json, print_text, visible};
+use super::console_log;
+use super::message::{Failure, print_json};
 use super::table::{Table, age};
-use crate::run::RecordError;
 use crate::spec::VmId;
 use crate::supervise::{Entry, ExecId, ExecLog, Machines, SuperviseError};
 
 /// How often a log that is followed is looked at.
-const LOOK: Duration = Duration::from_millis(200);
+pub(super) const LOOK: Duration = Duration::from_millis(200);
 
 /// Options.
 #[derive(Debug, clap::Args)]
@@ -26,8 +26,8 @@ pub(super) struct Args {
     /// The serial console instead: what the kernel said.
     #[arg(long, conflicts_with = "exec")]
     console: bool,
-    /// Go on with what comes, until the command ends.
-    #[arg(long, short, conflicts_with = "console")]
+    /// Go on with what comes, until the command ends; with --console, until the machine does.
+    #[arg(long, short)]
     follow: bool,
     /// Begin each line with its time.
     #[arg(long, short, conflicts_with = "console")]
@@ -38,7 +38,7 @@ pub(super) struct Args {
 pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
     let machines = Machines::new(global.host()?);
     // A name nobody has is no empty log.
-    machines.look(&args.vm).await?;
+    let view = machines.look(&args.vm).await?;
     let execs = machines.execs(&args.vm);
     if args.list {
         if global.json {
@@ -59,7 +59,7 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         return Ok(0);
     }
     if args.console {
-        return console(&machines, &args.vm);
+        return console_log::run(&machines, &view, args.follow).await;
     }
     let has_main = execs.iter().any(|exec| exec.id == ExecId::MAIN);
     let last = || match has_main {
@@ -97,25 +97,6 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
             _ => return Ok(0),
         }
     }
-}
-
-fn console(machines: &Machines, vm: &VmId) -> Result<i32, Failure> {
-    let path = machines.console_log(vm);
-    let bytes = match std::fs::read(&path) {
-        // It never ran: nothing was said.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        other => other.map_err(|source| RecordError::Io {
-            action: "read",
-            path,
-            source,
-        })?,
-    };
-    // The guest wrote it: nothing of it may steer the terminal.
-    match io::stdout().is_terminal() {
-        true => print_text(&visible(&String::from_utf8_lossy(&bytes).replace('\r', ""))),
-        false => drop(io::stdout().write_all(&bytes)),
-    }
-    Ok(0)
 }
 
 /// Prints entries of a log.

@@ -3,6 +3,7 @@
 mod completions;
 mod config;
 mod console;
+mod console_log;
 mod cp;
 mod create;
 mod doctor;
@@ -151,7 +152,8 @@ enum Verb {
     Stats(stats::Args),
     /// Show what machines use, live.
     Top(stats::Top),
-    /// Change limits of machines, also while they run.
+    /// Change limits of machines, also while they run: of each machine all that is asked for, or
+    /// nothing.
     Set(set::Args),
     /// Show or change what machines may reach.
     Net(net::Args),
@@ -179,7 +181,7 @@ enum Verb {
     Fork(snapshot::Fork),
     /// Say what this host can do, with reason and cure.
     Doctor(doctor::Args),
-    /// Show a machine, or ask its guest.
+    /// Show a machine, with its last 100 changes of state, or ask its guest.
     Inspect(inspect::Args),
     /// Read every layer that confines a running machine back, and say what holds.
     Verify(verify::Args),

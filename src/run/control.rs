@@ -3,7 +3,7 @@
 //! One request a connection: a line of JSON, answered by a line of JSON. After
 //! a granted `console` the connection carries the console's bytes.
 
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -100,6 +100,14 @@ pub enum ControlError {
     /// The machine belongs to a `bulkhead run`, or to another version.
     #[error("this cannot be asked of this machine: it belongs to a `bulkhead run`")]
     Attached,
+    /// Whoever asks is neither the machine's owner nor root.
+    #[error("this machine belongs to user {owner}, and does not listen to user {uid}")]
+    Foreign {
+        /// Whose it is.
+        owner: u32,
+        /// Who asks.
+        uid: u32,
+    },
 }
 
 impl Explain for ControlError {
@@ -118,6 +126,7 @@ impl Explain for ControlError {
             Self::NoQga => "qga-missing",
             Self::ConsoleTaken => "console-taken",
             Self::Attached => "machine-attached",
+            Self::Foreign { .. } => "machine-foreign",
         }
     }
 
@@ -136,6 +145,7 @@ impl Explain for ControlError {
             Self::Attached => {
                 "Interrupt the `bulkhead run`, or make the machine with `bulkhead create`.".into()
             }
+            Self::Foreign { owner, .. } => format!("Ask as user {owner}, or as root."),
         }
     }
 }
@@ -210,13 +220,13 @@ pub(crate) fn listen(path: PathBuf) -> io::Result<(Listener, mpsc::Receiver<Aske
     let task = tokio::spawn(async move {
         loop {
             match listener.accept().await {
-                Ok((connection, _)) => {
-                    let Some(uid) = allowed(&connection) else {
-                        continue;
-                    };
-                    let sender = sender.clone();
-                    tokio::spawn(receive(connection, uid, sender));
-                }
+                Ok((connection, _)) => match connection.peer_cred().map(|peer| peer.uid()) {
+                    Ok(uid) if allowed(uid) => {
+                        tokio::spawn(receive(connection, uid, sender.clone()));
+                    }
+                    Ok(uid) => refuse(connection, uid),
+                    Err(_) => {}
+                },
                 // No descriptor left, perhaps: others may be given back.
                 Err(_) => tokio::time::sleep(RETRY).await,
             }
@@ -239,11 +249,28 @@ async fn receive(mut connection: UnixStream, uid: u32, sender: mpsc::Sender<Aske
     }
 }
 
-/// The user who asks, where it is the owner or root.
-fn allowed(connection: &UnixStream) -> Option<u32> {
-    let ours = nix::unistd::geteuid().as_raw();
-    let uid = connection.peer_cred().ok()?.uid();
-    (uid == ours || uid == 0).then_some(uid)
+/// Whether this user is the owner or root.
+fn allowed(uid: u32) -> bool {
+    uid == owner() || uid == 0
+}
+
+fn owner() -> u32 {
+    nix::unistd::geteuid().as_raw()
+}
+
+/// Says why nobody listens. Nothing of what is asked is read, and nothing is
+/// waited for: a socket that is new has space for a line.
+fn refuse(connection: UnixStream, uid: u32) {
+    let foreign = ControlError::Foreign {
+        owner: owner(),
+        uid,
+    };
+    let answer = Answer::Refused(Report::of(&foreign));
+    if let (Ok(mut line), Ok(mut connection)) = (serde_json::to_vec(&answer), connection.into_std())
+    {
+        line.push(b'\n');
+        let _ = connection.write_all(&line);
+    }
 }
 
 /// Answers what can be asked of every machine.
@@ -480,9 +507,11 @@ impl Controller {
         let mut connection = self.connect().await?;
         let answer = async {
             fault::at("ask owner")?;
-            write_line(&mut connection, ask).await?;
+            let asked = write_line(&mut connection, ask).await;
             fault::at("asked owner")?;
-            read_line::<T>(&mut connection).await
+            let answer = read_line::<T>(&mut connection).await;
+            // Whoever is refused at once may find nobody there to ask, but an answer.
+            answer.map_err(|error| asked.err().unwrap_or(error))
         };
         let answer = match tokio::time::timeout(within, answer).await {
             Ok(answer) => answer,
@@ -515,5 +544,35 @@ impl Controller {
         ControlError::Answer {
             id: self.id.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_is_refused_at_once_hears_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = Dirs {
+            state: dir.path().join("state"),
+            runtime: dir.path().to_owned(),
+        };
+        let id: VmId = "vm1".parse().unwrap();
+        let listener = UnixListener::bind(dirs.control_socket(&id)).unwrap();
+        // It is gone before anything can be asked, or while it is.
+        tokio::spawn(async move {
+            while let Ok((connection, _)) = listener.accept().await {
+                refuse(connection, 12_346);
+            }
+        });
+        let controller = Controller::new(&dirs, id);
+        for _ in 0..50 {
+            let error = controller.verify().await.unwrap_err();
+            let report = Report::of(&error);
+            assert_eq!(report.code, "machine-foreign", "{report:?}");
+            assert!(report.what.ends_with("does not listen to user 12346"));
+        }
+        assert!(allowed(0) && allowed(owner()) && !allowed(owner() + 1));
     }
 }

@@ -56,6 +56,18 @@ pub enum MachineError {
         /// What it was asked for.
         what: &'static str,
     },
+    /// Its disk was made larger, and the guest's file system was not.
+    #[error(
+        "the disk has {size} now, but the guest could not make its file system larger; \
+         it does at its next boot"
+    )]
+    NotFilled {
+        /// The disk's size.
+        size: crate::spec::Bytes,
+        /// Why not.
+        #[source]
+        source: Box<MachineError>,
+    },
     /// What the guest writes cannot be written.
     #[error("{0}")]
     DiskFailed(super::DiskState),
@@ -104,6 +116,15 @@ pub enum MachineError {
     /// The network could not be made.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// A change of its network failed halfway, and could not be taken back.
+    #[error("its network could not be put back as it was ({back})")]
+    NetworkAstray {
+        /// Why not.
+        back: Box<NetworkError>,
+        /// Why the change failed.
+        #[source]
+        source: NetworkError,
+    },
     /// An empty disk could not be made.
     #[error(transparent)]
     Disk(#[from] ImageError),
@@ -218,6 +239,7 @@ impl Explain for MachineError {
             Self::Value { .. } => "value-invalid",
             Self::NoBalloon => "no-balloon",
             Self::OldAgent { .. } => "agent-version",
+            Self::NotFilled { source, .. } => source.code(),
             Self::DiskFailed(_) => "disk-failed",
             Self::Cgroup(error) => error.code(),
             Self::Spec(error) => error.code(),
@@ -225,7 +247,7 @@ impl Explain for MachineError {
             Self::Filter(_) => "network-refused",
             Self::Unfiltered => "network-unfiltered",
             Self::Clone(error) => error.code(),
-            Self::Network(error) => error.code(),
+            Self::Network(error) | Self::NetworkAstray { source: error, .. } => error.code(),
             Self::Disk(error) => error.code(),
             Self::Record(error) => error.code(),
             Self::Spawn(error) => error.code(),
@@ -270,6 +292,7 @@ impl Explain for MachineError {
             Self::Value { what, .. } => format!("Give another value for {what}."),
             Self::NoBalloon => "Start it with `balloon = true`.".into(),
             Self::OldAgent { .. } => "Build the image again with `bulkhead image build`.".into(),
+            Self::NotFilled { .. } => "Restart it.".into(),
             Self::DiskFailed(_) => {
                 "Look after the disk; the kernel's log (dmesg) may say more.".into()
             }
@@ -288,6 +311,9 @@ impl Explain for MachineError {
             }
             Self::Clone(error) => error.remedy(),
             Self::Network(error) => error.remedy(),
+            Self::NetworkAstray { .. } => {
+                "Start it again: its network is made anew, as it was before the change.".into()
+            }
             Self::Disk(error) => error.remedy(),
             Self::Record(error) => error.remedy(),
             Self::Spawn(error) => error.remedy(),

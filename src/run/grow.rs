@@ -76,15 +76,26 @@ impl Grown {
             warning,
         })
     }
+
+    /// Makes the disk of a stopped machine, of which nothing was used since, as
+    /// long as it was.
+    ///
+    /// # Errors
+    /// The host's file system refuses.
+    pub(crate) fn take_back(&self, disk: &Path) -> std::io::Result<()> {
+        let file = File::options().write(true).open(disk)?;
+        file.set_len(self.before.0)?;
+        file.sync_all()
+    }
 }
 
 impl Machine {
     /// Makes the disk of the running machine larger, and its file system.
     ///
     /// # Errors
-    /// A smaller size, an agent that cannot do it (nothing has changed then),
-    /// or QEMU's or the guest's refusal. If only the guest fails, its file
-    /// system grows at its next boot.
+    /// A smaller size, an agent that cannot do it, or QEMU's refusal: nothing
+    /// has changed then. Where the guest fails ([`MachineError::NotFilled`]) the
+    /// disk is larger, and its file system grows at its next boot.
     pub async fn grow_disk(&self, size: Bytes) -> Result<Grown, MachineError> {
         let disk = stats::scratch(self.monitor()).await?;
         let grown = Grown::check(disk.size, size, disk.allocated, self.dir())?;
@@ -99,8 +110,15 @@ impl Machine {
                 // At most 2^44, as checked.
                 size: i64::try_from(grown.after.0).unwrap_or(i64::MAX),
             };
-            self.monitor().execute(command).await?;
-            self.fill_disk(grown.after.0).await?;
+            if let Err(error) = self.monitor().execute(command).await {
+                self.allow_file(grown.before)?;
+                return Err(error.into());
+            }
+            let filled = self.fill_disk(grown.after.0).await;
+            filled.map_err(|source| MachineError::NotFilled {
+                size: grown.after,
+                source: source.into(),
+            })?;
         }
         Ok(grown)
     }
@@ -181,6 +199,9 @@ mod tests {
         let data = std::fs::read(&path).unwrap();
         assert_eq!(data.len(), 1052672);
         assert!(data[..8192].iter().all(|byte| *byte == 7));
+        grown.take_back(&path).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), data[..8192]);
+        lengthen(&path, grown.after).unwrap();
         let error = lengthen(&path, Bytes(8192)).unwrap_err();
         assert_eq!(error.code(), "value-invalid");
         assert!(error.to_string().contains("cannot shrink"), "{error}");

@@ -156,7 +156,7 @@ impl Net {
     }
 
     /// Changes what may be reached, all at once. With `deny`, connections there
-    /// are have to pass the new rules, too.
+    /// are have to pass the new rules, too. What fails is taken back.
     pub(super) fn change(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let before = Arc::clone(&self.filter.policy().borrow());
@@ -166,20 +166,22 @@ impl Net {
             .flat_map(|grant| entries(grant, &grant.ports))
             .collect();
         let changed = network::change(&self.netns, policy, Names::of(policy), deny, Some(&only));
-        match changed.is_ok() {
-            true => held.clone_from(policy),
-            false => {
-                let grants = self.filter.set_policy(before);
-                let entries = grants.iter().flat_map(|grant| entries(grant, &grant.ports));
-                let only: Vec<_> = entries.collect();
-                // What failed may have come after the rules.
-                let back = network::change(&self.netns, &held, Names::of(&held), true, Some(&only));
-                if let Err(error) = back {
-                    tracing::warn!("the network's rules may be those that were refused: {error}");
-                }
+        let Err(source) = changed else {
+            held.clone_from(policy);
+            return Ok(());
+        };
+        let grants = self.filter.set_policy(before);
+        let entries = grants.iter().flat_map(|grant| entries(grant, &grant.ports));
+        let only: Vec<_> = entries.collect();
+        // What failed may have come after the rules.
+        match network::change(&self.netns, &held, Names::of(&held), true, Some(&only)) {
+            Ok(()) => Err(source.into()),
+            Err(back) => {
+                tracing::warn!("the network may be the one that was refused: {back}");
+                let back = back.into();
+                Err(MachineError::NetworkAstray { back, source })
             }
         }
-        Ok(changed?)
     }
 
     /// Ends the filter, when its machine has ended: connections there are end

@@ -216,7 +216,7 @@ pub struct Status {
     pub supervisor: Option<Owner>,
     /// How its main command ended last.
     pub ended: Option<Ended>,
-    /// Its states so far, oldest first.
+    /// Its last 100 changes of state, oldest first.
     pub history: Vec<Transition>,
 }
 
@@ -377,5 +377,22 @@ mod tests {
             // A dead supervisor can be said of every state that needs one.
             assert_eq!(state.is_live(), state.may_become(State::Lost), "{state}");
         }
+    }
+
+    /// As the reference says.
+    #[test]
+    fn the_last_hundred_changes_are_kept() {
+        let id: VmId = "vm1".parse().unwrap();
+        let mut status = Status::new(ImageUse {
+            name: "base".into(),
+            id: "sha256-1".into(),
+        });
+        for at in 0..75 {
+            let reason = format!("start {at}");
+            status.advance(&id, State::Starting, &reason).unwrap();
+            status.advance(&id, State::Stopped, "stopped").unwrap();
+        }
+        assert_eq!(status.history.len(), 100);
+        assert_eq!(status.history[0].reason, "start 25");
     }
 }

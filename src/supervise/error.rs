@@ -108,6 +108,21 @@ pub enum SuperviseError {
         /// Why not.
         why: String,
     },
+    /// A part of a change failed, and what was changed before was taken back.
+    #[error("cannot change {what} of {id} ({rest})")]
+    NotChanged {
+        /// The machine.
+        id: VmId,
+        /// Which part of it.
+        what: &'static str,
+        /// What became of the rest of the change.
+        rest: String,
+        /// Whether some of it could not be taken back.
+        is_torn: bool,
+        /// Why it failed.
+        #[source]
+        source: Box<SuperviseError>,
+    },
     /// The run or its machine failed.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -173,6 +188,7 @@ impl Explain for SuperviseError {
             Self::Socket { .. } => "runtime-dir-unusable",
             Self::Elsewhere { .. } => "runtime-dir-differs",
             Self::StandsStill { .. } => "machine-stands-still",
+            Self::NotChanged { source, .. } => source.code(),
             Self::Run(error) => error.code(),
             Self::State(error) => error.code(),
             Self::Control(error) => error.code(),
@@ -183,6 +199,7 @@ impl Explain for SuperviseError {
 
     fn system_call(&self) -> Option<&str> {
         match self {
+            Self::NotChanged { source, .. } => source.system_call(),
             Self::Run(error) => error.system_call(),
             _ => None,
         }
@@ -218,6 +235,10 @@ impl Explain for SuperviseError {
             Self::Elsewhere { found, .. } => {
                 format!("Say it again with --runtime-dir {}.", found.display())
             }
+            Self::NotChanged {
+                id, is_torn: true, ..
+            } => format!("Restart it, and it is held to what it was: bulkhead restart {id}"),
+            Self::NotChanged { source, .. } => source.remedy(),
             Self::Run(error) => error.remedy(),
             Self::State(error) => error.remedy(),
             Self::Control(error) => error.remedy(),

@@ -264,15 +264,26 @@ impl Machines {
         }
         let (record, mut spec, _) = Record::open(self.dirs(), id)?;
         settings.check(&spec).map_err(crate::run::RunError::from)?;
-        if let Some(size) = settings.disk {
-            // One that was never started has none yet.
-            let disk = record.dir().join("disk.img");
-            if disk.exists() {
-                crate::run::lengthen(&disk, size)?;
-            }
-        }
+        // One that was never started has none yet.
+        let disk = record.dir().join("disk.img");
+        let size = settings.disk.filter(|_| disk.exists());
+        let grown = size.map(|size| crate::run::lengthen(&disk, size));
+        let grown = grown.transpose()?;
         settings.apply(&mut spec);
-        save_spec(record.dir(), &spec)
+        let Err(error) = save_spec(record.dir(), &spec) else {
+            return Ok(());
+        };
+        let back = grown.map_or(Ok(()), |grown| grown.take_back(&disk));
+        Err(SuperviseError::NotChanged {
+            id: id.clone(),
+            what: "the record",
+            rest: match &back {
+                Ok(()) => "nothing was changed".into(),
+                Err(error) => format!("what could not be taken back: the disk: {error}"),
+            },
+            is_torn: false,
+            source: error.into(),
+        })
     }
 
     /// Removes a machine, its disk and its logs; with `force` also one that

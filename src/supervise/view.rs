@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::run::{Ended, ImageUse, Owner, State, Status, Transition, Violation};
 use crate::snapshot::SnapshotName;
 use crate::spec::{
-    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
+    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkLimits, NetworkMode, ProfileName, Spec,
+    Tuning, VmId,
 };
 
 /// Whether a machine outlives its command.
@@ -57,6 +58,10 @@ pub struct View {
     pub accel: Accel,
     /// Its network.
     pub network: NetworkMode,
+    /// What it may use of its network (of one on a bridge, only bandwidth is
+    /// limited); absent without a network.
+    #[serde(default)]
+    pub network_limits: Option<NetworkLimits>,
     /// What ends it besides its user.
     pub lifetime: Lifetime,
     /// What it is held to besides its limits.
@@ -78,7 +83,7 @@ pub struct View {
     pub live: Option<Live>,
     /// How its main command ended last.
     pub ended: Option<Ended>,
-    /// Its states so far, oldest first.
+    /// Its last 100 changes of state, oldest first; earlier ones are forgotten.
     pub history: Vec<Transition>,
     /// System calls its VMMs were ended for, oldest first.
     #[serde(default)]
@@ -154,6 +159,10 @@ impl View {
             disk: spec.limits.disk,
             accel: spec.accel,
             network: spec.network.mode,
+            network_limits: match spec.network.mode {
+                NetworkMode::Isolated => None,
+                NetworkMode::NatFiltered | NetworkMode::Bridge => Some(spec.network.limits),
+            },
             lifetime: spec.lifetime,
             tuning: spec.tuning,
             labels: spec.labels.clone(),

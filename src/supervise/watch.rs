@@ -17,7 +17,7 @@ use super::error::SuperviseError;
 use super::health::{Health, PING, ping};
 use super::idle::{Idle, Used};
 use super::server;
-use super::supervisor::{Clock, Supervisor, Up, at_ms, save_spec};
+use super::supervisor::{Clock, Supervisor, Up, at_ms};
 use super::tune;
 use super::view::Live;
 use super::wire::{Answer, Ask, Limit, Settings};
@@ -53,6 +53,8 @@ enum After {
     Held(bool),
     /// It is asked for differently from now on.
     Changed(Box<Spec>, Box<Settings>),
+    /// A change failed, and this is what it is held to.
+    Kept(Box<Spec>),
     /// It is at this snapshot now.
     Saved(SnapshotName),
 }
@@ -338,15 +340,20 @@ impl Supervisor<'_> {
                 Done::of(asked, resumed, After::Held(false))
             }),
             Ask::Set { settings } => {
-                let mut spec = Box::new(self.spec.clone());
-                let checked = settings.check(&spec);
-                settings.apply(&mut spec);
+                let before = self.spec.clone();
                 Box::pin(async move {
-                    let set = match checked {
-                        Ok(()) => tune::change(machine, &settings, &spec).await,
-                        Err(error) => Err(error.into()),
+                    let tune::Changed { spec, result } =
+                        tune::change(machine, &settings, before).await;
+                    let spec = Box::new(spec);
+                    let (answer, after) = match result {
+                        Ok(()) => (Answer::Done, After::Changed(spec, settings)),
+                        Err(error) => (Answer::Refused(Report::of(&error)), After::Kept(spec)),
                     };
-                    Done::of(asked, set, After::Changed(spec, settings))
+                    Done {
+                        asked,
+                        answer,
+                        after,
+                    }
                 })
             }
             Ask::Save { wish } if state == State::Running => {
@@ -382,42 +389,32 @@ impl Supervisor<'_> {
         if std::mem::take(&mut self.saving) {
             self.reconcile(up).await;
         }
-        if matches!(answer, Answer::Done) {
-            match after {
-                After::Nothing => {}
-                After::Saved(name) => {
-                    if let Err(error) = self.state.update(|status| status.snapshot = Some(name)) {
-                        answer = Answer::Refused(Report::of(&error));
-                    }
-                }
-                After::Held(still) => self.stands(up, still),
-                After::Changed(spec, settings) => {
-                    if let Err(error) = self.changed(up, clock, *spec, &settings) {
-                        answer = Answer::Refused(Report::of(&error));
-                    }
+        match after {
+            After::Nothing => {}
+            After::Saved(name) => {
+                if let Err(error) = self.state.update(|status| status.snapshot = Some(name)) {
+                    answer = Answer::Refused(Report::of(&error));
                 }
             }
+            After::Held(still) => self.stands(up, still),
+            After::Changed(spec, settings) => self.changed(clock, *spec, &settings),
+            After::Kept(spec) => self.spec = *spec,
         }
         self.spawn_answer(asked, answer);
     }
 
-    fn changed(
-        &mut self,
-        up: &Up,
-        clock: &mut Clock,
-        spec: Spec,
-        settings: &Settings,
-    ) -> Result<(), SuperviseError> {
-        save_spec(up.machine().dir(), &spec)?;
+    /// Takes in a change that was made and written down.
+    fn changed(&mut self, clock: &mut Clock, spec: Spec, settings: &Settings) {
         self.spec = spec;
         if settings.ttl.is_some() || settings.without.contains(&Limit::Ttl) {
             let now = Instant::now();
             clock.deadline = settings.ttl.map(|ttl| now + ttl.0);
             let at = clock.deadline.map(|at| at_ms(at, now));
-            self.state.update(|status| status.deadline_ms = at)?;
+            if let Err(error) = self.state.keep(|status| status.deadline_ms = at) {
+                tracing::error!("{error}");
+            }
         }
         clock.idle.touch(Instant::now());
-        Ok(())
     }
 }
 

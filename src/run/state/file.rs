@@ -133,14 +133,7 @@ impl StateFile {
     pub(crate) fn note(&mut self, to: State, reason: &str) -> Result<(), StateError> {
         let mut next = self.status.clone();
         next.advance(&self.id, to, reason)?;
-        match self.write(&next) {
-            Err(StateError::Write { source, path }) if crate::host::is_full(&source) => {
-                tracing::warn!("cannot write {}: {source}", path.display());
-            }
-            written => written?,
-        }
-        self.status = next;
-        Ok(())
+        self.know(next)
     }
 
     /// Says better why it is in its state.
@@ -181,6 +174,29 @@ impl StateFile {
         change(&mut next);
         next.state = self.status.state;
         self.replace(next)
+    }
+
+    /// As [`StateFile::update`] for what holds already, as [`StateFile::note`]
+    /// does it.
+    ///
+    /// # Errors
+    /// The disk refuses, and not because it is full.
+    pub(crate) fn keep(&mut self, change: impl FnOnce(&mut Status)) -> Result<(), StateError> {
+        let mut next = self.status.clone();
+        change(&mut next);
+        next.state = self.status.state;
+        self.know(next)
+    }
+
+    fn know(&mut self, next: Status) -> Result<(), StateError> {
+        match self.write(&next) {
+            Err(StateError::Write { source, path }) if crate::host::is_full(&source) => {
+                tracing::warn!("cannot write {}: {source}", path.display());
+            }
+            written => written?,
+        }
+        self.status = next;
+        Ok(())
     }
 
     fn replace(&mut self, next: Status) -> Result<(), StateError> {

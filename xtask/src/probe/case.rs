@@ -7,6 +7,7 @@ use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use bulkhead::spec::{Bytes, IoLimits, Tuning};
 use nix::sys::signal::Signal;
 
 use super::place::{EXPORT, Kit, Place, Process, VERB, end};
@@ -195,6 +196,14 @@ impl Case<'_> {
             // What is refused is not half there.
             ("create" | "snapshot-import", false) if failed => live.is_none(),
             ("start" | "restart" | "reset", true) if failed => live == Some(true),
+            // All of it, or nothing; whether the answer arrives is another matter.
+            ("set", true) => machine.is_some_and(|view| is_set(&view.tuning)),
+            ("set", false) if failed && self.point.place.starts_with("supervisor") => {
+                machine.is_some_and(|view| view.tuning == Tuning::default())
+            }
+            ("set", false) => {
+                machine.is_some_and(|view| view.tuning == Tuning::default() || is_set(&view.tuning))
+            }
             ("stop", true) => live == Some(false),
             ("rm" | "run", true) => live.is_none(),
             _ => true,
@@ -236,6 +245,9 @@ impl Case<'_> {
             }
             None => must(&["create", "--name", VM])?,
         }
+        if self.scenario.name == "set" && found.of(VM).is_some_and(|view| view.state.is_live()) {
+            must(&["verify", VM])?;
+        }
         must(&["rm", "--force", VM])?;
         // So is an export.
         if place.file(EXPORT).exists() {
@@ -266,6 +278,19 @@ impl Case<'_> {
         wrong.extend(left.iter().map(|one| format!("after rm, {one} is left")));
         Ok(wrong)
     }
+}
+
+/// Whether a machine is held to what [`SET`](super::points::SET) asks for.
+fn is_set(tuning: &Tuning) -> bool {
+    let asked = Tuning {
+        memory: Some(Bytes::mib(192)),
+        io: IoLimits {
+            write_bytes: Some(Bytes::mib(64)),
+            ..IoLimits::default()
+        },
+        ..Tuning::default()
+    };
+    *tuning == asked
 }
 
 /// Ids of the templates there are.

@@ -47,6 +47,7 @@ const ADOPT: &[&str] = &[
     "adopt",
 ];
 const START: &[&str] = &["start", VM];
+pub(super) const SET: &[&str] = &["set", VM, "--write-rate", "64M", "--memory", "192M"];
 const BUILD: &[&str] = &["template", "build", "--memory", "256M", "--cpus", "1"];
 const SAVE: &[&str] = &["snapshot", "save", VM, "s"];
 const EXPORT_SNAPSHOT: &[&str] = &["snapshot", "export", VM, "s", EXPORT];
@@ -56,7 +57,7 @@ const ADOPTABLE: Step = Step::Verb(ADOPT);
 const STARTED: Step = Step::Verb(START);
 
 /// All of them.
-pub(super) const SCENARIOS: [Scenario; 27] = {
+pub(super) const SCENARIOS: [Scenario; 28] = {
     const fn of(
         name: &'static str,
         before: &'static [Step],
@@ -101,6 +102,7 @@ pub(super) const SCENARIOS: [Scenario; 27] = {
             ],
         ),
         of("restart", &[CREATED, STARTED], &["restart", VM]),
+        of("set", &[CREATED, STARTED], SET),
         of("template", &[], BUILD),
         of(
             "template-rm",
