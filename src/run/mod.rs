@@ -68,7 +68,9 @@ pub use runner::{Io, Progress, Signal, run};
 pub(crate) use snapshot::{Saving, check, copy_disk, differences, is_keeping, save, save_disk};
 pub(crate) use state::Beginning;
 pub(crate) use state::now_ms;
-pub use state::{Ended, ImageUse, Owner, State, StateError, StateFile, Status, Transition};
+pub use state::{
+    Ended, HISTORY, ImageUse, Owner, State, StateError, StateFile, Status, Transition,
+};
 pub use stats::Stats;
 pub use template::{Build, Built, build};
 pub use transfer::{receive, send};

@@ -16,8 +16,8 @@ use crate::host::process;
 use crate::snapshot::SnapshotName;
 use crate::spec::VmId;
 
-/// Transitions kept; older ones are forgotten.
-const HISTORY: usize = 100;
+/// Changes of state that are kept of a machine; older ones are forgotten.
+pub const HISTORY: usize = 100;
 
 /// What a detached machine is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
