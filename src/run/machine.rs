@@ -64,6 +64,9 @@ pub struct StartOptions {
     pub given: Given,
     /// Where it is written down when the VMM does what it may not.
     pub violations: PathBuf,
+    /// File of exceptions from what no machine may reach: when they held, and how
+    /// they were used.
+    pub exceptions: PathBuf,
     /// What its memory is at the start.
     pub memory: Memory,
 }

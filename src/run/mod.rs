@@ -1,5 +1,6 @@
 //! From a plan to an outcome.
 
+mod audit;
 mod capture;
 mod clone;
 mod command;
@@ -12,6 +13,7 @@ mod disk;
 pub mod doctor;
 mod ends;
 mod error;
+mod exception;
 mod exchange;
 mod export;
 mod follow;
@@ -50,6 +52,7 @@ pub use control::{ControlError, Controller};
 pub use dirs::Dirs;
 pub use disk::{DiskState, DiskWatch};
 pub use error::MachineError;
+pub use exception::{Excepted, ExceptedEvent, exceptions};
 pub use export::import_template;
 pub use grow::{Grown, lengthen};
 pub use host::Host;

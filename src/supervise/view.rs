@@ -1,13 +1,14 @@
 //! A machine as it is shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Status, Transition, Violation};
 use crate::snapshot::SnapshotName;
 use crate::spec::{
-    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec, Tuning, VmId,
+    Accel, Bytes, Exception, LabelName, Lifetime, Malformed, NetworkMode, ProfileName, Spec,
+    Tuning, VmId,
 };
 
 /// Whether a machine outlives its command.
@@ -57,6 +58,9 @@ pub struct View {
     pub accel: Accel,
     /// Its network.
     pub network: NetworkMode,
+    /// Exceptions from what no machine may reach that are made for it.
+    #[serde(default)]
+    pub exceptions: BTreeSet<Exception>,
     /// What ends it besides its user.
     pub lifetime: Lifetime,
     /// What it is held to besides its limits.
@@ -154,6 +158,7 @@ impl View {
             disk: spec.limits.disk,
             accel: spec.accel,
             network: spec.network.mode,
+            exceptions: spec.network.exceptions.clone(),
             lifetime: spec.lifetime,
             tuning: spec.tuning,
             labels: spec.labels.clone(),
