@@ -8,7 +8,9 @@ mod dns;
 #[path = "support/internet.rs"]
 mod internet;
 
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use bulkhead::net::{Event, Excepted, What};
@@ -16,6 +18,7 @@ use bulkhead::run::{ExceptedEvent, Machine, exceptions, failures};
 use bulkhead::spec::{Bytes, Catalog, NetworkPolicy, Preset, Request as Wish};
 use internet::{GOOD, Internet, serve};
 use support::live::{Live, sh};
+use support::ran;
 
 /// Somebody in the host's LAN, and what a rule says who makes an exception for it.
 const LAN: &str = "10.77.0.9";
@@ -278,4 +281,107 @@ async fn strict_mode_names_the_proxy_and_what_it_went_by() {
     let last = noted.last().unwrap();
     assert_eq!(last.event, ExceptedEvent::Ended);
     assert!(last.connections > Some(0), "{noted:?}");
+}
+
+#[test]
+fn the_network_of_a_run_changes_while_it_runs() {
+    let internet = internet();
+    let bulkhead = internet.bulkhead();
+    let script = include_str!("support/try.pl");
+    let script = format!(
+        "cat > /tmp/try.pl <<'PERL'\n{script}\nPERL\necho ready\nwhile read -r line; do echo \"$line\" | perl /tmp/try.pl; done"
+    );
+    let accel = support::accel();
+    let words = ["run", "--accel", &accel, "--image", "base", "--kernel"];
+    let words = [&words[..], &["tuned", "--name", "ran", "--memory", "256M"]].concat();
+    let network = ["--network", "offline", "--allow-host", "good.org"];
+    let command = ["--", "sh", "-c", &script];
+    let mut command = bulkhead.command(&[&words[..], &network, &command].concat());
+    command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = bulkhead.spawn(&mut command);
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = || {
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    };
+    assert_eq!(line(), "ready");
+    let mut tries = |asked: &str, expected: &str| {
+        writeln!(stdin, "{asked}").unwrap();
+        assert_eq!(line(), expected, "{asked}");
+    };
+    let verify = || {
+        let seen = bulkhead.raw(&["verify", "ran"]);
+        assert_eq!(seen.code, 0, "{seen:?}");
+    };
+    let (good, evil) = ("web good.org 80 good.org", "web evil.org 80 evil.org");
+    let lan = format!("tcp {LAN} 5432");
+    tries(good, "200 93.184.215.14");
+    tries("name evil.org", "try again");
+    tries(&lan, "refused");
+
+    let both = ["--host", "evil.org", "--cidr", EXCEPTION];
+    bulkhead.must(&[&["net", "allow", "ran"][..], &both].concat());
+    tries(evil, "200 93.184.215.15");
+    tries(&lan, "silent");
+    tries(good, "200 93.184.215.14");
+    verify();
+    let shown = bulkhead.must(&["net", "show", "ran"]);
+    for words in [
+        "allowed      evil.org good.org",
+        &format!("exceptions   {EXCEPTION}"),
+        &format!("exception {EXCEPTION}"),
+    ] {
+        assert!(shown.contains(words), "{words}: {shown}");
+    }
+    let inspected = bulkhead.json(&["inspect", "ran"]);
+    assert_eq!(inspected["exceptions"], serde_json::json!([EXCEPTION]));
+    let log = bulkhead.must(&["net", "log", "ran"]);
+    for words in [
+        format!("allowed  exception {EXCEPTION}"),
+        format!("new      tcp {LAN}:5432 [{BY_EXCEPTION}]"),
+        "[allow-host:evil.org]".into(),
+    ] {
+        assert!(log.contains(&words), "{words}: {log}");
+    }
+
+    // What cannot be is refused, and changes nothing.
+    bulkhead.must_fail(
+        &["net", "deny", "ran", "--cidr", "10.1.2.3"],
+        "value-invalid",
+    );
+    bulkhead.must_fail(&["set", "ran", "--ttl", "5m"], "machine-attached");
+    tries(&lan, "silent");
+
+    bulkhead.must(&[&["net", "deny", "ran"][..], &both].concat());
+    tries("name evil.org", "try again");
+    tries("tcp 93.184.215.15 80", "refused");
+    tries(&lan, "refused");
+    tries(good, "200 93.184.215.14");
+    verify();
+
+    drop(stdin);
+    let over = ran(child.wait_with_output().unwrap());
+    assert_eq!(over.code, 0, "{over:?}");
+    let told = format!("exception {EXCEPTION} used");
+    assert!(over.stderr.contains(&told), "{}", over.stderr);
+    let noted = exceptions(&bulkhead.state().join("exceptions.jsonl"));
+    let noted: Vec<_> = noted
+        .iter()
+        .map(|one| (one.event, one.connections))
+        .collect();
+    assert!(
+        matches!(
+            noted[..],
+            [
+                (ExceptedEvent::Allowed, None),
+                (ExceptedEvent::Denied, Some(2..))
+            ]
+        ),
+        "{noted:?}"
+    );
 }

@@ -31,6 +31,7 @@ mod recovery;
 mod resources;
 #[cfg(feature = "service")]
 mod rest;
+mod retune;
 mod runner;
 mod share;
 mod snapshot;
@@ -62,6 +63,7 @@ pub use network::Given;
 pub(crate) use network::record_files;
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
 pub use provision::provision;
+pub(crate) use record::save_spec;
 pub use record::{Record, RecordError};
 pub use recovery::{Found, recover};
 pub(crate) use recovery::{abandon, look};

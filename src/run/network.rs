@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -164,6 +164,11 @@ impl Net {
     /// What it is held to now.
     pub(super) fn held(&self) -> Arc<Mutex<NetworkPolicy>> {
         Arc::clone(&self.rules.held)
+    }
+
+    /// What can change it for as long as it is there.
+    pub(super) fn rules(&self) -> Weak<Rules> {
+        Arc::downgrade(&self.rules)
     }
 
     pub(super) fn traffic(&self) -> &Traffic {
