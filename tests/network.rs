@@ -147,6 +147,7 @@ fn rules_change_at_once_and_keep_what_they_counted() {
     for line in [
         "22, 80, 443, 8443, 9418",
         "ip daddr 10.77.0.1",
+        "counter name \"allow-cidr:10.77.0.1/32:5432\"",
         "ct count over 7",
     ] {
         assert!(rules.contains(line), "{line} is not in {rules}");
@@ -289,13 +290,20 @@ fn one_operand_that_somebody_changes_is_found() {
             inet,
             "service",
             1,
-            "@nh,128,32 0xc6120001 meta l4proto udp th dport 54 accept",
+            "@nh,128,32 0xc6120001 meta l4proto udp th dport 54 meta mark set 1 ct mark set 1 accept",
         ),
         (
             inet,
             "service",
             1,
-            "@nh,128,32 0xc6120001 meta l4proto tcp th dport 53 accept",
+            "@nh,128,32 0xc6120001 meta l4proto tcp th dport 53 meta mark set 1 ct mark set 1 accept",
+        ),
+        // What the record would say of it.
+        (
+            inet,
+            "service",
+            1,
+            "@nh,128,32 0xc6120001 meta l4proto udp th dport 53 meta mark set 1 ct mark set 2 accept",
         ),
         (
             inet,

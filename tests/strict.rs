@@ -178,8 +178,11 @@ async fn check_record(world: &mut World) {
     ] {
         assert!(refused(code), "{code:?} is not on record: {whats:#?}");
     }
-    assert!(whats.iter().any(|what| matches!(what, What::Packet(packet)
-        if packet.name.as_deref() == Some("good.org") && packet.refusal.is_none())));
+    assert!(
+        whats.iter().any(|what| matches!(what, What::Packet(packet)
+        if packet.name.as_deref() == Some("good.org") && packet.refusal.is_none()
+            && packet.rule.as_deref().is_some_and(|rule| rule.starts_with("allow-host:good.org"))))
+    );
     assert!(whats.iter().any(|what| matches!(what, What::Packet(packet)
         if packet.refusal.as_ref().is_some_and(|refusal| refusal.rule == "packet:private"))));
     assert!(whats.iter().any(|what| matches!(what, What::Proxied(one)
@@ -221,6 +224,7 @@ async fn ends_of_connections_are_told_with_their_bytes() {
         panic!("it is no such event")
     };
     assert_eq!(flow.name.as_deref(), Some("good.org"));
+    assert_eq!(flow.rule.as_deref(), Some("allow-host:good.org:8443"));
     assert_eq!(flow.source.address.to_string(), GUEST);
     assert!(
         flow.counted && flow.sent > 200 && flow.received > 200,
@@ -342,7 +346,7 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
     };
     assert!(dig("good.org").await.contains(GOOD));
     assert!(dig("evil.org").await.contains("REFUSED"));
-    let same = filter.set_policy(Arc::new(dns::policy(
+    let same = filter.policies().set(Arc::new(dns::policy(
         Preset::Offline,
         &["*.org"],
         &["evil.org"],
@@ -354,7 +358,8 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
     );
     assert!(
         filter
-            .set_policy(Arc::new(dns::policy(Preset::Offline, &[], &[])))
+            .policies()
+            .set(Arc::new(dns::policy(Preset::Offline, &[], &[])))
             .is_empty()
     );
     assert!(dig("good.org").await.contains("REFUSED"));

@@ -51,6 +51,9 @@ fn show(view: &View) {
             view.profile, view.vcpus, view.memory, view.disk
         ),
     );
+    for exception in &view.exceptions {
+        line("exception", exception.to_string());
+    }
     line("accelerator", view.accel.as_str().to_owned());
     if !view.command.is_empty() {
         line("command", view.command.join(" "));

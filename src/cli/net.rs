@@ -12,7 +12,7 @@ use super::net_log::{self, Log};
 use crate::host::netns::Netns;
 use crate::host::network::{NetworkError, guarded};
 use crate::host::nft::{self, Counted};
-use crate::plan::firewall::{Family, guard_name};
+use crate::plan::firewall::{ALLOW_CIDR, Family, guard_name};
 use crate::run::Record;
 use crate::spec::{Exception, HostPattern, NetworkChange, NetworkPolicy, Port, SpecError, VmId};
 use crate::supervise::{Machines, Settings};
@@ -70,7 +70,8 @@ pub struct NetworkView {
     /// What it may reach and use.
     policy: NetworkPolicy,
     /// What was counted while it runs, by rule: `new` connections, bytes `sent`
-    /// and `received`, and what was refused, by reason.
+    /// and `received`, what began a connection by an exception (`allow-cidr:...`),
+    /// and what was refused, by reason.
     counters: BTreeMap<String, Counted>,
 }
 
@@ -220,9 +221,10 @@ fn text(view: &NetworkView) -> String {
         .iter()
         .filter(|(_, counted)| counted.packets > 0)
     {
-        let what = match name.as_str() {
-            "new" | "sent" | "received" => name.clone(),
-            refused => format!("refused {refused}"),
+        let what = match (name.as_str(), name.strip_prefix(ALLOW_CIDR)) {
+            ("new" | "sent" | "received", _) => name.clone(),
+            (_, Some(exception)) => format!("exception {exception}"),
+            (refused, None) => format!("refused {refused}"),
         };
         text += &format!(
             "{what:<24} {} packets, {} bytes\n",

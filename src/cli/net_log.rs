@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::Global;
 use super::message::{Failure, visible};
 use super::table::clock;
-use crate::net::{Endpoint, Event, QueryResult, Refusal, What};
+use crate::net::{Endpoint, Event, Excepted, QueryResult, Refusal, What};
 use crate::run::{Record, RecordError, record_files};
 use crate::spec::VmId;
 use crate::supervise::Machines;
@@ -213,8 +213,9 @@ fn text(event: &Event) -> String {
         What::Packet(packet) => {
             let to = place(packet.name.as_deref(), packet.destination.as_ref());
             let about = format!(
-                "{} {to}{}",
+                "{} {to}{}{}",
                 packet.protocol,
+                by(packet.rule.as_ref()),
                 or_why(packet.refusal.as_ref())
             );
             (
@@ -232,7 +233,8 @@ fn text(event: &Event) -> String {
                 true => format!(", {} bytes sent, {} received", flow.sent, flow.received),
                 false => String::new(),
             };
-            ("over", format!("{} {to}{bytes}", flow.protocol))
+            let rule = by(flow.rule.as_ref());
+            ("over", format!("{} {to}{bytes}{rule}", flow.protocol))
         }
         What::Proxied(proxied) => {
             let to = Endpoint {
@@ -241,11 +243,15 @@ fn text(event: &Event) -> String {
             };
             let to = place(proxied.name.as_deref(), Some(&to));
             let failure = proxied.failure.as_ref().map(|why| format!(": {why}"));
+            // A refusal says it by itself.
+            let rule = proxied.rule.as_ref();
+            let rule = rule.filter(|_| proxied.refusal.is_none());
             let about = format!(
-                "{} {to}, {} bytes sent, {} received{}{}",
+                "{} {to}, {} bytes sent, {} received{}{}{}",
                 proxied.protocol,
                 proxied.sent,
                 proxied.received,
+                by(rule),
                 failure.unwrap_or_default(),
                 or_why(proxied.refusal.as_ref())
             );
@@ -258,6 +264,10 @@ fn text(event: &Event) -> String {
                 about,
             )
         }
+        What::Exception(Excepted { exception, allowed }) => (
+            if *allowed { "allowed" } else { "denied" },
+            format!("exception {exception}"),
+        ),
         What::Lost { count } => ("lost", format!("{count} events are missing here")),
     };
     format!("{} {what:<8} {about}", clock(event.at_ms))
@@ -270,6 +280,11 @@ fn place(name: Option<&str>, to: Option<&Endpoint>) -> String {
     });
     let words = name.map(str::to_owned).into_iter().chain(address);
     words.collect::<Vec<_>>().join(" ")
+}
+
+/// The rule that let something through, where it is known.
+fn by(rule: Option<&String>) -> String {
+    rule.map_or(String::new(), |rule| format!(" [{rule}]"))
 }
 
 fn because(refusal: &Refusal) -> String {
@@ -287,4 +302,46 @@ fn or_why(refusal: Option<&Refusal>) -> String {
         } = refusal;
         format!(": {cause} [{}, {rule}]. {remedy}", code.as_str())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(json: &str) -> String {
+        let line = format!(r#"{{"at_ms":0,"machine":"m",{json}}}"#);
+        let shown = text(&serde_json::from_str(&line).unwrap());
+        let (_time, rest) = shown.split_once(' ').unwrap();
+        // The time may have a date before it.
+        let at = rest.find(|c: char| c.is_ascii_lowercase()).unwrap();
+        rest[at..].to_owned()
+    }
+
+    #[test]
+    fn the_rule_stands_behind_what_it_let_through() {
+        let ends = r#""protocol":"tcp","source":{"address":"198.18.0.2","port":1},"destination":{"address":"10.1.2.3","port":5432}"#;
+        let rule = r#""rule":"allow-cidr:10.1.2.3/32:5432""#;
+        let bytes = r#""sent":7,"received":9,"counted":true"#;
+        for (json, expected) in [
+            (
+                format!(r#""event":"packet",{ends},{rule}"#),
+                "new      tcp 10.1.2.3:5432 [allow-cidr:10.1.2.3/32:5432]",
+            ),
+            (
+                format!(r#""event":"flow",{ends},{rule},{bytes}"#),
+                "over     tcp 10.1.2.3:5432, 7 bytes sent, 9 received [allow-cidr:10.1.2.3/32:5432]",
+            ),
+            // As earlier versions wrote it.
+            (
+                format!(r#""event":"flow",{ends},{bytes}"#),
+                "over     tcp 10.1.2.3:5432, 7 bytes sent, 9 received",
+            ),
+            (
+                r#""event":"exception","exception":"10.1.2.3/32:5432","allowed":false"#.into(),
+                "denied   exception 10.1.2.3/32:5432",
+            ),
+        ] {
+            assert_eq!(shown(&json), expected);
+        }
+    }
 }

@@ -167,9 +167,9 @@ fn report(outcome: &Outcome, json: bool) {
     if let Some(traffic) = outcome
         .traffic
         .as_ref()
-        .filter(|all| !all.refused.is_empty())
+        .filter(|all| !all.refused.is_empty() || all.excepted())
     {
-        say(&visible(&refusals(traffic)));
+        say(&visible(&network(traffic)));
     }
     if let Some(learned) = &outcome.learned {
         say(&visible(learned.trim_end()));
@@ -179,8 +179,9 @@ fn report(outcome: &Outcome, json: bool) {
     }
 }
 
-/// What was refused, so that it does not look like something else's fault.
-fn refusals(traffic: &Summary) -> String {
+/// What was refused, so that it does not look like something else's fault; and which
+/// exceptions were used.
+fn network(traffic: &Summary) -> String {
     const MOST: usize = 5;
     let one = |(to, refused): (&String, &Refused)| {
         format!("{to} ({}, {})", refused.code.as_str(), refused.rule)
@@ -190,8 +191,9 @@ fn refusals(traffic: &Summary) -> String {
         true => " and others",
         false => "",
     };
+    let colon = if told.is_empty() { "" } else { ": " };
     format!(
-        "bulkhead: network: {}: {}{more}",
+        "bulkhead: network: {}{colon}{}{more}",
         traffic.line(),
         told.join(", ")
     )

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::bucket::Bucket;
 use super::refusal::Refusal;
+use crate::spec::Exception;
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,6 +39,8 @@ pub enum What {
     Flow(Flow),
     /// The proxy has done with a connection.
     Proxied(Proxied),
+    /// An exception from what no machine may reach is made, or made no more.
+    Exception(Excepted),
     /// So many events before this one are missing: they came faster than they
     /// could be written, or the kernel dropped them.
     Lost {
@@ -53,7 +56,7 @@ impl What {
             Self::Query(query) => query.refusal.as_ref(),
             Self::Packet(packet) => packet.refusal.as_ref(),
             Self::Proxied(proxied) => proxied.refusal.as_ref(),
-            Self::Flow(_) | Self::Lost { .. } => None,
+            Self::Flow(_) | Self::Exception(_) | Self::Lost { .. } => None,
         }
     }
 }
@@ -116,9 +119,22 @@ pub struct Packet {
     /// The name that the resolver gave the address out for, where it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// The rule that let it through: `allow-host:*.example.org`, `preset:dev:443`,
+    /// `allow-port:8443`, `allow-cidr:10.1.2.3/32:5432`, `built-in:proxy`. Absent
+    /// when it was refused, and in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// Why it was refused; absent when it was let through.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<Refusal>,
+}
+
+impl Packet {
+    /// Whether it goes to a part of the machine's own network, and no further.
+    pub(super) fn is_built_in(&self) -> bool {
+        let rule = self.rule.as_deref();
+        rule.is_some_and(|rule| rule.starts_with("built-in:"))
+    }
 }
 
 /// One end of a connection.
@@ -145,12 +161,26 @@ pub struct Flow {
     /// The name that the resolver gave the address out for, where it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// The rule that let it through when it began, as in `packet`, or
+    /// `built-in:resolver` or `built-in:ping`; absent in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// Bytes from the guest, headers of packets included.
     pub sent: u64,
     /// Bytes to the guest.
     pub received: u64,
     /// Whether these two are known (nf_conntrack_acct is on).
     pub counted: bool,
+}
+
+/// An exception, and what became of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Excepted {
+    /// The exception, such as `10.1.2.3/32:5432`.
+    pub exception: Exception,
+    /// Whether it is made from now on, or made no more.
+    pub allowed: bool,
 }
 
 /// A connection through the proxy of strict mode.
@@ -220,7 +250,38 @@ pub struct Journal {
     rate: Arc<Mutex<Bucket>>,
 }
 
+/// A journal that does not keep its reader waiting for more.
+#[derive(Debug, Clone)]
+pub(super) struct WeakJournal {
+    machine: Arc<str>,
+    events: mpsc::WeakSender<Event>,
+    lost: Arc<AtomicU64>,
+    rate: Arc<Mutex<Bucket>>,
+}
+
+impl WeakJournal {
+    /// The journal, where somebody still has it.
+    pub(super) fn upgrade(&self) -> Option<Journal> {
+        Some(Journal {
+            machine: Arc::clone(&self.machine),
+            events: self.events.upgrade()?,
+            lost: Arc::clone(&self.lost),
+            rate: Arc::clone(&self.rate),
+        })
+    }
+}
+
 impl Journal {
+    /// The same, for who may outlive all others who have it.
+    pub(super) fn downgrade(&self) -> WeakJournal {
+        WeakJournal {
+            machine: Arc::clone(&self.machine),
+            events: self.events.downgrade(),
+            lost: Arc::clone(&self.lost),
+            rate: Arc::clone(&self.rate),
+        }
+    }
+
     /// A journal and where its events come out; `room` of them may wait, and
     /// as many, but at least a thousand, may come at once.
     pub fn new(machine: &str, room: usize) -> (Self, mpsc::Receiver<Event>) {
@@ -303,6 +364,35 @@ mod tests {
         let lost = events.recv().await.unwrap().what;
         assert_eq!(lost, What::Lost { count: 3 });
         assert!(matches!(events.recv().await.unwrap().what, What::Query(_)));
+    }
+
+    /// What earlier versions wrote is read, and what they read is as it was.
+    #[test]
+    fn a_rule_is_there_where_it_is_known() {
+        let old = r#"{"at_ms":1,"machine":"m","event":"flow","protocol":"tcp","source":{"address":"198.18.0.2","port":1},"destination":{"address":"1.2.3.4","port":443},"sent":1,"received":2,"counted":true}"#;
+        let mut event = serde_json::from_str::<Event>(old).unwrap();
+        assert_eq!(serde_json::to_string(&event).unwrap(), old);
+        let What::Flow(flow) = &mut event.what else {
+            panic!("{event:?}")
+        };
+        assert_eq!(flow.rule, None);
+        flow.rule = Some("allow-port:443".into());
+        let new = serde_json::to_string(&event).unwrap();
+        assert!(new.contains(r#""rule":"allow-port:443""#), "{new}");
+        assert_eq!(serde_json::from_str::<Event>(&new).unwrap(), event);
+        let event = Event {
+            what: What::Exception(Excepted {
+                exception: "10.1.2.3:5432".parse().unwrap(),
+                allowed: true,
+            }),
+            ..event
+        };
+        let json = serde_json::to_string(&event).unwrap();
+        assert_eq!(
+            json,
+            r#"{"at_ms":1,"machine":"m","event":"exception","exception":"10.1.2.3/32:5432","allowed":true}"#
+        );
+        assert_eq!(serde_json::from_str::<Event>(&json).unwrap(), event);
     }
 
     #[test]

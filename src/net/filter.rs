@@ -9,13 +9,14 @@ use std::sync::{Arc, PoisonError};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::event::{Event, Journal, What};
+use super::event::{Event, Excepted, Journal, WeakJournal, What};
 use super::names::{Feed, Grant, Names};
 use super::outgoing::Outgoing;
 use super::policy::Policy;
 use super::proxy::{Proxy, ProxyLimits, Redirect};
-use super::record::{Learned, Summary, Taps, record};
+use super::record::{Learned, Rules, Summary, Taps, record};
 use super::resolver::{Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets};
+use crate::spec::Exception;
 
 /// Where name resolution is.
 const DNS: u16 = 53;
@@ -81,8 +82,7 @@ pub struct FilterConfig {
 /// Resolver, proxy and record of one machine; they end when this is dropped.
 #[derive(Debug)]
 pub struct Filter {
-    policy: watch::Sender<Arc<Policy>>,
-    names: Names,
+    policies: Policies,
     traffic: Traffic,
     /// Whether a part has ended.
     broken: watch::Receiver<bool>,
@@ -90,6 +90,54 @@ pub struct Filter {
     end: watch::Sender<bool>,
     parts: JoinSet<()>,
     writing: JoinSet<()>,
+}
+
+/// What one machine's filter holds it to. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Policies {
+    policy: watch::Sender<Arc<Policy>>,
+    names: Names,
+    rules: Rules,
+    journal: WeakJournal,
+}
+
+impl Policies {
+    /// What it is, as it changes.
+    pub fn watch(&self) -> watch::Receiver<Arc<Policy>> {
+        self.policy.subscribe()
+    }
+
+    /// What it is now.
+    pub fn now(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
+    }
+
+    /// Changes it, and gives what is to be let through from now on, in the place of
+    /// what was before. Proxied connections that it forbids are cut.
+    pub fn set(&self, policy: Arc<Policy>) -> Vec<Grant> {
+        // Before anything can be let through by it.
+        self.rules.follow(Arc::clone(&policy));
+        // First the new answers, then the old addresses: not the other way round.
+        let before = self.policy.send_replace(Arc::clone(&policy));
+        let (before, now) = (before.exceptions(), policy.exceptions());
+        self.tell(now.difference(before), true);
+        self.tell(before.difference(now), false);
+        self.names.follow(&policy)
+    }
+
+    /// Has the record say what became of exceptions.
+    fn tell<'e>(&self, exceptions: impl Iterator<Item = &'e Exception>, allowed: bool) {
+        // When all has ended, there is no record any more.
+        let Some(journal) = self.journal.upgrade() else {
+            return;
+        };
+        for exception in exceptions {
+            journal.note(What::Exception(Excepted {
+                exception: *exception,
+                allowed,
+            }));
+        }
+    }
 }
 
 /// What the network of one machine comes to; goes on to say so when the machine
@@ -130,12 +178,20 @@ impl Filter {
         let strict = !inside.proxy.is_empty();
         let writer = Writer::open(&config.record)?;
         let (journal, events) = Journal::new(&config.machine, WAITING);
-        let (policy, watched) = watch::channel(Arc::new(config.policy));
+        let held = Arc::new(config.policy);
+        let (policy, watched) = watch::channel(Arc::clone(&held));
         let (feed, fed) = mpsc::channel(32);
         let (end, ending) = watch::channel(false);
         let (last, told_last) = watch::channel(false);
         let (break_down, broken) = watch::channel(false);
         let names = Names::default();
+        let policies = Policies {
+            policy,
+            rules: Rules::new(names.clone(), Arc::clone(&held)),
+            journal: journal.downgrade(),
+            names: names.clone(),
+        };
+        policies.tell(held.exceptions().iter(), true);
         let resolver = ResolverConfig {
             upstreams: config.upstreams,
             from: config.from,
@@ -143,12 +199,11 @@ impl Filter {
             reach: config.reach,
             limits: ResolverLimits::default(),
         };
-        let resolver = Resolver::new(resolver, watched, names.clone(), feed, journal.clone());
-        let guests = config.guests;
+        let resolver = Resolver::new(resolver, watched, names, feed, journal.clone());
         let recording = record(
             inside.taps,
-            guests,
-            names.clone(),
+            config.guests,
+            policies.rules.clone(),
             journal.clone(),
             told_last,
         )?;
@@ -164,8 +219,7 @@ impl Filter {
         let mut writing = JoinSet::new();
         writing.spawn(write(events, writer, traffic.clone()));
         let filter = Self {
-            policy,
-            names,
+            policies,
             traffic,
             broken,
             end,
@@ -175,17 +229,9 @@ impl Filter {
         Ok((filter, fed))
     }
 
-    /// What it holds the machine to, as it changes.
-    pub fn policy(&self) -> watch::Receiver<Arc<Policy>> {
-        self.policy.subscribe()
-    }
-
-    /// Changes the policy, and gives what is to be let through from now on, in the
-    /// place of what was before. Proxied connections that it forbids are cut.
-    pub fn set_policy(&self, policy: Arc<Policy>) -> Vec<Grant> {
-        // First the new answers, then the old addresses: not the other way round.
-        self.policy.send_replace(Arc::clone(&policy));
-        self.names.follow(&policy)
+    /// What it holds the machine to.
+    pub fn policies(&self) -> &Policies {
+        &self.policies
     }
 
     /// What the machine's network comes to.

@@ -18,14 +18,16 @@ pub mod record;
 mod refusal;
 mod resolver;
 
-pub use event::{Endpoint, Event, Flow, Journal, Packet, Proxied, Query, QueryResult, What};
-pub use filter::{Filter, FilterConfig, Inside, Traffic};
+pub use event::{
+    Endpoint, Event, Excepted, Flow, Journal, Packet, Proxied, Query, QueryResult, What,
+};
+pub use filter::{Filter, FilterConfig, Inside, Policies, Traffic};
 pub use forward::{Connections, forward};
 pub use names::{Feed, Grant, Names};
 pub use outgoing::Outgoing;
 pub use policy::{Allowed, Policy, Ports};
 pub use proxy::{Proxy, ProxyLimits, Redirect};
-pub use record::{Learned, Reached, Refused, Summary, Taps};
+pub use record::{Learned, Reached, Refused, Rules, Summary, Taps, Used};
 pub use refusal::{Code, Refusal};
 pub use resolver::{
     LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,

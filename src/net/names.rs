@@ -99,10 +99,17 @@ impl Names {
 
     /// The name that an address was given out for last, perhaps some time ago.
     pub fn name_of(&self, address: IpAddr) -> Option<Domain> {
+        self.names_of(address).into_iter().next()
+    }
+
+    /// The names that an address was given out for, the last first.
+    pub(crate) fn names_of(&self, address: IpAddr) -> Vec<Domain> {
         let table = self.lock();
-        let names = table.names.get(&address)?;
-        let until = |name: &&Domain| table.until.get(&((*name).clone(), address)).copied();
-        names.iter().max_by_key(until).cloned()
+        let names = table.names.get(&address).into_iter().flatten();
+        let mut names: Vec<_> = names.cloned().collect();
+        let until = |name: &Domain| table.until.get(&(name.clone(), address)).copied();
+        names.sort_by_cached_key(|name| std::cmp::Reverse(until(name)));
+        names
     }
 
     /// Forgets what a new policy does not allow, and gives what is to be let

@@ -17,6 +17,8 @@ use tokio::task::AbortHandle;
 
 use super::dirs::Dirs;
 use super::machine::Machine;
+use super::retune::Retune;
+use super::transfer::joined;
 use super::verify::{Finding, Subject};
 use super::{MachineError, RunError};
 use crate::error::{Explain, Report};
@@ -24,7 +26,7 @@ use crate::guest::Channel;
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::qmp::GuestAgent;
-use crate::spec::{Spec, VmId};
+use crate::spec::{NetworkChange, Spec, VmId};
 
 /// Longest request or answer, in bytes.
 const MAX_LINE: u64 = 1 << 20;
@@ -36,7 +38,7 @@ const ANSWER: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_millis(100);
 
 /// What can be asked of a running machine.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case", deny_unknown_fields)]
 enum Ask {
     /// What the guest agent says of the guest.
@@ -47,6 +49,12 @@ enum Ask {
     Console,
     /// What the kernel and QEMU say of its layers.
     Verify,
+    /// Change what it may reach. Of a `bulkhead run` only: what a supervisor is
+    /// asked for is changed with everything else of its machine.
+    Network {
+        /// What is to change.
+        change: Box<NetworkChange>,
+    },
 }
 
 /// The answer.
@@ -57,6 +65,7 @@ enum Answer {
     Qga(QgaInfo),
     Console,
     Verify(Vec<Finding>),
+    Changed,
     Refused(Report),
 }
 
@@ -280,6 +289,8 @@ pub(crate) struct Desk {
     subject: Subject,
     console: Mutex<Option<UnixStream>>,
     qga: Mutex<Option<Qga>>,
+    /// What changes its network, where nobody else does.
+    retune: Option<Arc<Retune>>,
 }
 
 /// qemu-guest-agent's port, before and after its first use.
@@ -302,7 +313,9 @@ pub(super) async fn serve(
         path,
         source,
     })?;
-    let desk = Arc::new(Desk::new(machine));
+    let mut desk = Desk::new(machine);
+    desk.retune = Some(Arc::new(Retune::new(machine, spec)));
+    let desk = Arc::new(desk);
     tokio::spawn(async move {
         while let Some(asked) = asked.recv().await {
             let desk = Arc::clone(&desk);
@@ -320,6 +333,7 @@ impl Desk {
             subject: machine.subject(),
             console: Mutex::new(machine.take_emergency_console()),
             qga: Mutex::new(machine.take_qga().map(Qga::Port)),
+            retune: None,
         }
     }
 
@@ -333,10 +347,24 @@ impl Desk {
                 Err(error) => Answer::Refused(Report::of(&error)),
             },
             Some(Ask::Console) => return self.console(asked).await,
+            Some(Ask::Network { change }) => self.change(change).await,
             None => Answer::Refused(Report::of(&ControlError::Attached)),
         };
         asked.answer(&answer).await;
         Some(())
+    }
+
+    async fn change(&self, change: Box<NetworkChange>) -> Answer {
+        let Some(retune) = self.retune.clone() else {
+            return Answer::Refused(Report::of(&ControlError::Answer {
+                id: self.subject.plan.id.clone(),
+            }));
+        };
+        let work = tokio::task::spawn_blocking(move || retune.change(&change));
+        match joined(work.await) {
+            Ok(()) => Answer::Changed,
+            Err(error) => Answer::Refused(Report::of(&error)),
+        }
     }
 
     async fn guest(&self) -> Answer {
@@ -466,6 +494,18 @@ impl Controller {
     pub async fn verify(&self) -> Result<Vec<Finding>, ControlError> {
         match self.ask(Ask::Verify).await? {
             Answer::Verify(findings) => Ok(findings),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// Changes what the machine of a `bulkhead run` may reach, at once.
+    ///
+    /// # Errors
+    /// No such machine, it has a supervisor, or it cannot be so.
+    pub async fn set_network(&self, change: &NetworkChange) -> Result<(), ControlError> {
+        let change = Box::new(change.clone());
+        match self.ask(Ask::Network { change }).await? {
+            Answer::Changed => Ok(()),
             _ => Err(self.confused()),
         }
     }

@@ -81,6 +81,12 @@ impl Dirs {
         self.state.join("violations.jsonl")
     }
 
+    /// Exceptions from what no machine may reach, and how they were used; JSON, one
+    /// object a line.
+    pub fn exceptions(&self) -> PathBuf {
+        self.state.join("exceptions.jsonl")
+    }
+
     /// Which user ids machines have.
     pub fn uids(&self) -> PathBuf {
         self.runtime.join("uids")

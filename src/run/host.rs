@@ -271,6 +271,7 @@ impl Host {
             site: self.site.clone(),
             given: Given::default(),
             violations: self.dirs.violations(),
+            exceptions: self.dirs.exceptions(),
             memory: Memory::Empty,
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }

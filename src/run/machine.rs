@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bulkhead_agent::{Hello, Request};
@@ -17,7 +17,7 @@ use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::jail;
-use super::network::{Given, Net};
+use super::network::{Given, Net, Rules};
 use super::record::{Record, RecordError};
 use super::verify::{self, Finding, Subject};
 use super::violation::Audit;
@@ -64,6 +64,9 @@ pub struct StartOptions {
     pub given: Given,
     /// Where it is written down when the VMM does what it may not.
     pub violations: PathBuf,
+    /// File of exceptions from what no machine may reach: when they held, and how
+    /// they were used.
+    pub exceptions: PathBuf,
     /// What its memory is at the start.
     pub memory: Memory,
 }
@@ -466,6 +469,11 @@ impl Machine {
     pub fn set_network(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
         let network = self.live.network.as_ref();
         network.ok_or(missing("a network"))?.change(policy, deny)
+    }
+
+    /// What changes its network, where it has one, for as long as it lives.
+    pub(super) fn rules(&self) -> Option<Weak<Rules>> {
+        self.live.network.as_ref().map(Net::rules)
     }
 
     /// The serial console.

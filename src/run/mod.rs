@@ -1,5 +1,6 @@
 //! From a plan to an outcome.
 
+mod audit;
 mod capture;
 mod clone;
 mod command;
@@ -12,6 +13,7 @@ mod disk;
 pub mod doctor;
 mod ends;
 mod error;
+mod exception;
 mod exchange;
 mod export;
 mod follow;
@@ -29,6 +31,7 @@ mod recovery;
 mod resources;
 #[cfg(feature = "service")]
 mod rest;
+mod retune;
 mod runner;
 mod share;
 mod snapshot;
@@ -50,6 +53,7 @@ pub use control::{ControlError, Controller, QgaInfo};
 pub use dirs::Dirs;
 pub use disk::{DiskState, DiskWatch};
 pub use error::MachineError;
+pub use exception::{Excepted, ExceptedEvent, exceptions};
 pub use export::import_template;
 pub use grow::{Grown, lengthen};
 pub use host::Host;
@@ -59,6 +63,7 @@ pub use network::Given;
 pub(crate) use network::record_files;
 pub use outcome::{Captured, Changes, FAILED, Outcome, Resources, TIMED_OUT, Times};
 pub use provision::provision;
+pub(crate) use record::save_spec;
 pub use record::{Record, RecordError};
 pub use recovery::{Found, recover};
 pub(crate) use recovery::{abandon, look};

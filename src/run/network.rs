@@ -6,12 +6,13 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use super::error::MachineError;
+use super::exception::{Counted, ExceptedEvent, Exceptions};
 use super::machine::{StartOptions, io_error};
 use super::record::{Record, RecordError};
 use crate::host::lease::Lease;
@@ -19,10 +20,10 @@ use crate::host::netns::Netns;
 use crate::host::network::{self, Site, Wires};
 use crate::host::{fault, nft};
 use crate::net::{
-    Feed, Filter, FilterConfig, Grant, Inside, Outgoing, Policy, Ports, Reach, Traffic,
+    Feed, Filter, FilterConfig, Grant, Inside, Outgoing, Policies, Policy, Ports, Reach, Traffic,
     host_upstreams,
 };
-use crate::plan::firewall::{LOG_GROUP, Names};
+use crate::plan::firewall::{Family, LOG_GROUP, Names};
 use crate::plan::network::{GATEWAY4, GATEWAY6, GUEST4, GUEST6};
 use crate::plan::{Network, Plan};
 use crate::spec::NetworkPolicy;
@@ -41,13 +42,21 @@ pub(crate) fn record_files(dir: &Path) -> [std::path::PathBuf; 2] {
 /// A machine's network. Dropped, its filter ends: no name is resolved any more.
 #[derive(Debug)]
 pub(super) struct Net {
-    netns: Netns,
+    rules: Arc<Rules>,
     filter: Filter,
+    /// Lets through what the filter finds.
+    feeding: JoinSet<()>,
+}
+
+/// The rules of a machine's network, and who changes them.
+#[derive(Debug)]
+pub(super) struct Rules {
+    netns: Netns,
+    policies: Policies,
     /// What it is held to. Locked while what is let through changes, so that
     /// nothing is let through by a policy that is none any more.
     held: Arc<Mutex<NetworkPolicy>>,
-    /// Lets through what the filter finds.
-    feeding: JoinSet<()>,
+    exceptions: Exceptions,
 }
 
 impl Net {
@@ -77,7 +86,7 @@ impl Net {
         }
         let tap = given.tap.as_ref().map(|tap| tap.as_fd());
         let wired = wires.make_on(policy, Names::of(policy), tap)?;
-        let net = Self::watch(wired.netns, policy, plan, record, &site)?;
+        let net = Self::watch(wired.netns, policy, plan, record, &site, options)?;
         Ok((net, wired.tap))
     }
 
@@ -102,7 +111,7 @@ impl Net {
             uplink,
             ..options.site.clone()
         };
-        Self::watch(netns, policy, plan, record, &site)
+        Self::watch(netns, policy, plan, record, &site, options)
     }
 
     /// Starts the filter of a namespace.
@@ -112,7 +121,13 @@ impl Net {
         plan: &Plan,
         record: &Record,
         site: &Site,
+        options: &StartOptions,
     ) -> Result<Self, MachineError> {
+        let exceptions = Exceptions::new(options.exceptions.clone(), plan.id.clone());
+        // Before anything can come from the guest.
+        exceptions
+            .note(&policy.exceptions, ExceptedEvent::Allowed, None)
+            .map_err(io_error("write to", exceptions.file()))?;
         let start = || {
             fault::at("open filter")?;
             let opened = || io::Result::Ok((open(policy)?, nft::Allowing::open()?));
@@ -126,24 +141,34 @@ impl Net {
         let mut feeding = JoinSet::new();
         let feeder = Feeder {
             allowing,
-            policy: filter.policy(),
+            policy: filter.policies().watch(),
         };
         feeding.spawn(feed(fed, feeder, Arc::clone(&held)));
-        Ok(Self {
+        let rules = Arc::new(Rules {
             netns,
-            filter,
+            policies: filter.policies().clone(),
             held,
+            exceptions,
+        });
+        Ok(Self {
+            rules,
+            filter,
             feeding,
         })
     }
 
     pub(super) fn netns(&self) -> &Netns {
-        &self.netns
+        &self.rules.netns
     }
 
     /// What it is held to now.
     pub(super) fn held(&self) -> Arc<Mutex<NetworkPolicy>> {
-        Arc::clone(&self.held)
+        Arc::clone(&self.rules.held)
+    }
+
+    /// What can change it for as long as it is there.
+    pub(super) fn rules(&self) -> Weak<Rules> {
+        Arc::downgrade(&self.rules)
     }
 
     pub(super) fn traffic(&self) -> &Traffic {
@@ -158,23 +183,59 @@ impl Net {
     /// Changes what may be reached, all at once. With `deny`, connections there
     /// are have to pass the new rules, too. What fails is taken back.
     pub(super) fn change(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
+        self.rules.change(policy, deny)
+    }
+
+    /// Ends the filter, when its machine has ended: connections there are end
+    /// with it, and are in the record.
+    pub(super) async fn end(self) {
+        let Self {
+            rules,
+            filter,
+            mut feeding,
+        } = self;
+        rules.end();
+        if let Err(error) = network::forget_connections(&rules.netns) {
+            tracing::debug!("connections that are not in the record: {error}");
+        }
+        filter.end().await;
+        feeding.shutdown().await;
+    }
+}
+
+impl Rules {
+    /// As [`Net::change`].
+    pub(super) fn change(&self, policy: &NetworkPolicy, deny: bool) -> Result<(), MachineError> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = Arc::clone(&self.filter.policy().borrow());
-        let grants = self.filter.set_policy(Arc::new(Policy::new(policy)));
+        let made = policy.exceptions.difference(&held.exceptions);
+        // What cannot be written down is not made.
+        self.exceptions
+            .note(made.clone(), ExceptedEvent::Allowed, None)
+            .map_err(io_error("write to", self.exceptions.file()))?;
+        let before = self.policies.now();
+        let grants = self.policies.set(Arc::new(Policy::new(policy)));
         let only: Vec<_> = grants
             .iter()
             .flat_map(|grant| entries(grant, &grant.ports))
             .collect();
         let changed = network::change(&self.netns, policy, Names::of(policy), deny, Some(&only));
+        let other = policy.exceptions != held.exceptions;
+        let counted = other.then(|| self.counted()).flatten();
         let Err(source) = changed else {
+            let gone = held.exceptions.difference(&policy.exceptions);
+            self.exceptions
+                .note_after(gone, ExceptedEvent::Denied, counted.as_ref());
             held.clone_from(policy);
             return Ok(());
         };
-        let grants = self.filter.set_policy(before);
+        let grants = self.policies.set(before);
         let entries = grants.iter().flat_map(|grant| entries(grant, &grant.ports));
         let only: Vec<_> = entries.collect();
         // What failed may have come after the rules.
-        match network::change(&self.netns, &held, Names::of(&held), true, Some(&only)) {
+        let back = network::change(&self.netns, &held, Names::of(&held), true, Some(&only));
+        self.exceptions
+            .note_after(made, ExceptedEvent::Denied, counted.as_ref());
+        match back {
             Ok(()) => Err(source.into()),
             Err(back) => {
                 tracing::warn!("the network may be the one that was refused: {back}");
@@ -184,20 +245,21 @@ impl Net {
         }
     }
 
-    /// Ends the filter, when its machine has ended: connections there are end
-    /// with it, and are in the record.
-    pub(super) async fn end(self) {
-        let Self {
-            netns,
-            filter,
-            mut feeding,
-            held: _,
-        } = self;
-        if let Err(error) = network::forget_connections(&netns) {
-            tracing::debug!("connections that are not in the record: {error}");
+    /// What was counted so far.
+    fn counted(&self) -> Option<Counted> {
+        let count = || nft::counters(Family::Inet);
+        self.netns.run_in(count).and_then(|counted| counted).ok()
+    }
+
+    /// Writes down how exceptions were used, when all is over.
+    fn end(&self) {
+        let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.exceptions.is_empty() {
+            return;
         }
-        filter.end().await;
-        feeding.shutdown().await;
+        let counted = self.counted();
+        self.exceptions
+            .note_after(&held.exceptions, ExceptedEvent::Ended, counted.as_ref());
     }
 }
 

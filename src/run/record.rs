@@ -472,6 +472,14 @@ fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), RecordEr
         .map_err(io_error("write", path))
 }
 
+/// Replaces what a machine was asked for, in its directory.
+pub(crate) fn save_spec(dir: &Path, spec: &Spec) -> Result<(), RecordError> {
+    let path = dir.join(SPEC);
+    let text = serde_json::to_vec_pretty(spec).map_err(io::Error::from);
+    text.and_then(|text| write_durably(&path, &text))
+        .map_err(io_error("write", &path))
+}
+
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, RecordError> {
     fs::read(path)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))

@@ -1,22 +1,18 @@
 //! What VMMs did that they may not: written down where it outlives their
 //! machines, to be counted and looked into.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::audit;
 use super::state::now_ms;
 use crate::host::{fault, kmsg};
 use crate::spec::VmId;
 use crate::vmm::{VmmProcess, seccomp};
-
-/// How long the file gets before it is put aside for a fresh one.
-const LONGEST: u64 = 1 << 20;
 
 /// A system call that a VMM was ended for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,38 +104,22 @@ fn named(number: Option<i64>) -> String {
     }
 }
 
-/// Where an older part goes.
-fn older(file: &Path) -> PathBuf {
-    file.with_extension("old.jsonl")
-}
-
 fn append(file: &Path, violation: &Violation) -> io::Result<()> {
     fault::at("write violation")?;
-    if fs::metadata(file).is_ok_and(|meta| meta.len() > LONGEST) {
-        fs::rename(file, older(file))?;
-    }
-    let mut line = serde_json::to_vec(violation)?;
-    line.push(b'\n');
-    let mut options = File::options();
-    let mut file = options.append(true).create(true).mode(0o600).open(file)?;
-    // In one piece: others write to it too.
-    file.write_all(&line)?;
-    file.sync_data()
+    audit::append(file, violation)
 }
 
 /// What is written down in `file` (see [`super::Dirs::violations`]), oldest
 /// first; lines that cannot be read are left out.
 pub fn violations(file: &Path) -> Vec<Violation> {
-    let read = |file: &Path| fs::read_to_string(file).unwrap_or_default();
-    let text = read(&older(file)) + &read(file);
-    let lines = text.lines();
-    lines
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect()
+    audit::lines(file)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+    use std::io::Write;
+
     use super::*;
 
     #[test]

@@ -13,8 +13,8 @@ use super::view::{Kind, View};
 use super::wire::{ExecId, ExecInfo, Settings};
 use crate::host::lease::Lease;
 use crate::run::{
-    Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile, Violation, abandon,
-    detached, look, recover, violations,
+    ControlError, Controller, Dirs, Found, Host, ImageUse, Record, RecordError, State, StateFile,
+    Violation, abandon, detached, look, recover, violations,
 };
 use crate::spec::{Spec, Timeout, VmId};
 
@@ -64,7 +64,7 @@ impl Machines {
         if !runs {
             let view = self.look(id).await?;
             return Err(match view.kind {
-                Kind::Run => crate::run::ControlError::Attached.into(),
+                Kind::Run => ControlError::Attached.into(),
                 Kind::Machine => wrong_state(&view, "reached"),
             });
         }
@@ -259,8 +259,12 @@ impl Machines {
     /// # Errors
     /// There is no such machine, or it cannot be so.
     pub async fn set(&self, id: &VmId, settings: Settings) -> Result<(), SuperviseError> {
-        if self.look(id).await?.state.is_live() {
-            return self.client(id).set(settings).await;
+        let view = self.look(id).await?;
+        if view.state.is_live() {
+            return match view.kind {
+                Kind::Machine => self.client(id).set(settings).await,
+                Kind::Run => self.set_run(id, settings).await,
+            };
         }
         let (record, mut spec, _) = Record::open(self.dirs(), id)?;
         settings.check(&spec).map_err(crate::run::RunError::from)?;
@@ -284,6 +288,19 @@ impl Machines {
             is_torn: false,
             source: error.into(),
         })
+    }
+
+    /// Of the machine of a `bulkhead run`, only its network can change.
+    async fn set_run(&self, id: &VmId, settings: Settings) -> Result<(), SuperviseError> {
+        let network = Settings {
+            network: settings.network.clone(),
+            ..Settings::default()
+        };
+        if settings != network {
+            return Err(ControlError::Attached.into());
+        }
+        let controller = Controller::new(self.dirs(), id.clone());
+        Ok(controller.set_network(&settings.network).await?)
     }
 
     /// Removes a machine, its disk and its logs; with `force` also one that

@@ -17,7 +17,7 @@ use super::wire::{Answer, Ask, ExecRequest};
 use super::{tune, watch};
 use crate::error::Report;
 use crate::host::fault;
-use crate::host::lease::{Lease, write_durably};
+use crate::host::lease::Lease;
 use crate::qmp::Monitor;
 use crate::run::detached::{self, Detached};
 use crate::run::{
@@ -495,15 +495,5 @@ fn machine_id(id: &VmId, created_ms: u64) -> String {
 
 /// Writes a changed spec down.
 pub(super) fn save_spec(dir: &Path, spec: &Spec) -> Result<(), SuperviseError> {
-    let path = dir.join("spec.json");
-    let text = serde_json::to_vec_pretty(spec).map_err(std::io::Error::from);
-    text.and_then(|text| write_durably(&path, &text))
-        .map_err(|source| {
-            RecordError::Io {
-                action: "write",
-                path,
-                source,
-            }
-            .into()
-        })
+    Ok(crate::run::save_spec(dir, spec)?)
 }

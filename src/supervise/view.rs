@@ -1,14 +1,14 @@
 //! A machine as it is shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
 use crate::run::{Ended, ImageUse, Owner, State, Status, Transition, Violation};
 use crate::snapshot::SnapshotName;
 use crate::spec::{
-    Accel, Bytes, LabelName, Lifetime, Malformed, NetworkLimits, NetworkMode, ProfileName, Spec,
-    Tuning, VmId,
+    Accel, Bytes, Exception, LabelName, Lifetime, Malformed, NetworkLimits, NetworkMode,
+    ProfileName, Spec, Tuning, VmId,
 };
 
 /// Whether a machine outlives its command.
@@ -62,6 +62,9 @@ pub struct View {
     /// limited); absent without a network.
     #[serde(default)]
     pub network_limits: Option<NetworkLimits>,
+    /// Exceptions from what no machine may reach that are made for it.
+    #[serde(default)]
+    pub exceptions: BTreeSet<Exception>,
     /// What ends it besides its user.
     pub lifetime: Lifetime,
     /// What it is held to besides its limits.
@@ -163,6 +166,7 @@ impl View {
                 NetworkMode::Isolated => None,
                 NetworkMode::NatFiltered | NetworkMode::Bridge => Some(spec.network.limits),
             },
+            exceptions: spec.network.exceptions.clone(),
             lifetime: spec.lifetime,
             tuning: spec.tuning,
             labels: spec.labels.clone(),

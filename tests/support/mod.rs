@@ -116,7 +116,7 @@ impl Bulkhead {
         self
     }
 
-    fn spawn(&self, command: &mut Command) -> Child {
+    pub(crate) fn spawn(&self, command: &mut Command) -> Child {
         match &self.inside {
             None => command.spawn().unwrap(),
             Some((netns, _)) => netns.run_in(|| command.spawn()).unwrap().unwrap(),

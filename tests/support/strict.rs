@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::dns::{self, Says, Upstream, a};
 use bulkhead::net::{
     Event, Feed, Journal, Names, Outgoing, Policy, Proxy, ProxyLimits, Reach, Redirect, Resolver,
-    ResolverConfig, ResolverLimits, Serving, Sockets, Taps, What, record,
+    ResolverConfig, ResolverLimits, Rules, Serving, Sockets, Taps, What, record,
 };
 use bulkhead::spec::Preset;
 use hickory_proto::rr::RecordType;
@@ -140,7 +140,7 @@ table inet bulkhead {
   chain forward { type filter hook forward priority 0; policy drop;
     ct state established,related accept
     ip daddr 10.0.0.0/8 log prefix \"refused:private\" group 1 reject
-    ip daddr . tcp dport @allowed4 log prefix \"new:\" group 1 accept
+    ip daddr . tcp dport @allowed4 meta mark set 5 ct mark set 5 log prefix \"new:\" group 1 accept
     log prefix \"refused:name\" group 1 reject with tcp reset
   }
 }";
@@ -201,7 +201,8 @@ impl World {
         .await;
 
         let (journal, events) = Journal::new("test", 10_000);
-        let (policy, watched) = watch::channel(Arc::new(dns::policy(preset, allow, deny)));
+        let held = Arc::new(dns::policy(preset, allow, deny));
+        let (policy, watched) = watch::channel(Arc::clone(&held));
         let (feed, fed) = mpsc::channel(8);
         let router = Arc::new(router);
         tokio::spawn(let_through(fed, Arc::clone(&router)));
@@ -238,7 +239,7 @@ impl World {
             record::record(
                 taps,
                 guests,
-                names.clone(),
+                Rules::new(names.clone(), held),
                 journal,
                 watch::channel(false).1,
             )

@@ -4,12 +4,13 @@
 use std::io;
 use std::net::IpAddr;
 
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt};
 use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
 };
@@ -22,6 +23,7 @@ use rtnetlink::{
 };
 
 use super::bridge::Device;
+use crate::host::nft::{TRIES, restless};
 use crate::spec::Cidr;
 
 /// Marks the host's routes to machines: they are ours (rtnetlink(7), rtm_protocol).
@@ -33,7 +35,9 @@ pub(super) fn talk<T>(work: impl AsyncFnOnce(&Handle) -> io::Result<T>) -> io::R
         .enable_io()
         .build()?;
     runtime.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (mut connection, handle, _) = rtnetlink::new_connection()?;
+        // For the end of a list may say that it is none.
+        connection.set_forward_done(true);
         let connection = tokio::spawn(connection);
         let done = work(&handle).await;
         connection.abort();
@@ -47,6 +51,33 @@ fn told(error: rtnetlink::Error) -> io::Error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other.to_string()),
     }
+}
+
+/// Asks for all there is of a kind. A list that changed while it was told is asked
+/// for again, which the crate's own requests do not look at.
+async fn dump(handle: &Handle, ask: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    let mut handle = handle.clone();
+    for _ in 0..TRIES {
+        let mut request = NetlinkMessage::from(ask.clone());
+        request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+        let mut answers = handle.request(request).map_err(told)?;
+        let (mut found, mut interrupted) = (Vec::new(), false);
+        while let Some(answer) = answers.next().await {
+            interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+            match answer.payload {
+                NetlinkPayload::InnerMessage(message) => found.push(message),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                NetlinkPayload::Done(end) if end.code < 0 => {
+                    return Err(io::Error::from_raw_os_error(-end.code));
+                }
+                _ => {}
+            }
+        }
+        if !interrupted {
+            return Ok(found);
+        }
+    }
+    Err(restless())
 }
 
 /// A link of this namespace.
@@ -164,14 +195,15 @@ pub(super) async fn retire(handle: &Handle, index: u32, group: u32) -> io::Resul
 
 /// All links of a group.
 pub(super) async fn in_group(handle: &Handle, group: u32) -> io::Result<Vec<Link>> {
-    let mut found = handle.link().get().execute();
-    let mut links = Vec::new();
-    while let Some(message) = found.try_next().await.map_err(told)? {
-        if message.attributes.contains(&LinkAttribute::Group(group)) {
-            links.push(link(&message));
-        }
-    }
-    Ok(links)
+    let ask = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let found = dump(handle, ask).await?;
+    let links = found.iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewLink(message) => Some(message),
+        _ => None,
+    });
+    let of_group = LinkAttribute::Group(group);
+    let links = links.filter(|message| message.attributes.contains(&of_group));
+    Ok(links.map(link).collect())
 }
 
 /// Removes a link with everything on it, where it is there.
@@ -283,12 +315,12 @@ pub(super) async fn routes(handle: &Handle, v6: bool) -> io::Result<Vec<Route>> 
         false => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
         true => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
     };
-    let mut found = handle.route().get(message).execute();
-    let mut routes = Vec::new();
-    while let Some(message) = found.try_next().await.map_err(told)? {
-        routes.extend(route(&message));
-    }
-    Ok(routes)
+    let found = dump(handle, RouteNetlinkMessage::GetRoute(message)).await?;
+    let routes = found.iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewRoute(message) => route(message),
+        _ => None,
+    });
+    Ok(routes.collect())
 }
 
 fn route(message: &RouteMessage) -> Option<Route> {
@@ -313,9 +345,12 @@ fn route(message: &RouteMessage) -> Option<Route> {
 
 /// The addresses of this namespace, but for those only it itself can reach.
 pub(super) async fn addresses(handle: &Handle) -> io::Result<Vec<IpAddr>> {
-    let mut found = handle.address().get().execute();
+    let ask = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     let mut addresses = Vec::new();
-    while let Some(message) = found.try_next().await.map_err(told)? {
+    for message in dump(handle, ask).await? {
+        let RouteNetlinkMessage::NewAddress(message) = message else {
+            continue;
+        };
         if matches!(
             message.header.scope,
             AddressScope::Host | AddressScope::Link
@@ -358,9 +393,8 @@ pub(super) async fn shape(handle: &Handle, index: u32, rate: Option<u64>) -> io:
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
     let mut handle = handle.clone();
     let mut answers = handle.request(request).map_err(told)?;
-    use futures_util::StreamExt;
     while let Some(answer) = answers.next().await {
-        if let netlink_packet_core::NetlinkPayload::Error(error) = answer.payload
+        if let NetlinkPayload::Error(error) = answer.payload
             && let Some(code) = error.code
         {
             let error = io::Error::from_raw_os_error(-code.get());

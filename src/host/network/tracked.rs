@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use nix::libc;
 use nix::sys::socket::{MsgFlags, NetlinkAddr, sendto};
 
-use crate::host::nft::{HEADER, NESTED, attributes, connect, messages, receive};
+use crate::host::nft::{HEADER, NESTED, attributes, connect, dump, messages, receive};
 
 // linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h.
 const SUBSYSTEM: u16 = 1 << 8;
@@ -27,7 +27,6 @@ const BY_SOURCE: u32 = 1;
 /// Length of `struct nfgenmsg`.
 const GENERAL: usize = 4;
 const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
 
 /// Forgets every connection that began at this address.
 pub(super) fn forget(address: IpAddr) -> io::Result<()> {
@@ -56,20 +55,12 @@ pub(super) fn forget(address: IpAddr) -> io::Result<()> {
     ];
     let filter = attribute(CTA_FILTER | NESTED, &flags.concat());
     let ask = message(GET, libc::NLM_F_DUMP, family, &[tuple, filter].concat());
+    let told = dump(&socket, &ask)?;
+    let found = told
+        .iter()
+        .filter_map(|message| of(&message[HEADER..], address));
     let to = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &ask, &to, MsgFlags::empty())?;
-    let mut found = Vec::new();
     let mut buffer = vec![0; 1 << 16];
-    'dump: loop {
-        let length = receive(&socket, &mut buffer)?;
-        for (kind, _, content) in messages(&buffer[..length]) {
-            match kind {
-                NLMSG_DONE => break 'dump,
-                NLMSG_ERROR => return Err(code(content)),
-                _ => found.extend(of(content, address)),
-            }
-        }
-    }
     for one in found {
         let ask = message(DELETE, libc::NLM_F_ACK, family, &one);
         sendto(socket.as_raw_fd(), &ask, &to, MsgFlags::empty())?;

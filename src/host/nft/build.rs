@@ -44,16 +44,7 @@ pub(super) fn table_named(family: Family, name: &str) -> nftnl::Table {
 pub(super) fn add_table(batch: &mut Batch, data: &Table, again: bool) {
     let table = table_named(data.family, &data.name);
     batch.add(&table, MsgType::Add);
-    for name in &data.counters {
-        let name = text(name);
-        batch.add(
-            &raw::Counter {
-                table: &table,
-                name,
-            },
-            MsgType::Add,
-        );
-    }
+    add_counters(batch, &data.counters, &table);
     for (id, set) in (1..).zip(&data.sets) {
         batch.add(&declared(set, id, &table), MsgType::Add);
     }
@@ -72,9 +63,18 @@ pub(super) fn add_table(batch: &mut Batch, data: &Table, again: bool) {
     }
 }
 
+/// Adds counters; those that are there go on counting.
+fn add_counters(batch: &mut Batch, names: &[String], table: &nftnl::Table) {
+    for name in names {
+        let name = text(name);
+        batch.add(&raw::Counter { table, name }, MsgType::Add);
+    }
+}
+
 /// Replaces what can change of a machine's table.
 pub(super) fn change(batch: &mut Batch, changes: &Changes) {
     let table = table(Family::Inet);
+    add_counters(batch, &changes.counters, &table);
     for (id, set) in (1..).zip(&changes.sets) {
         batch.add(&raw::Emptied(&declared(set, id, &table)), MsgType::Del);
         fill(batch, set, id, &table);

@@ -4,17 +4,12 @@
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::AsRawFd;
 
 use nftnl::nftnl_sys::{self as sys, libc};
-use nix::sys::socket::{MsgFlags, NetlinkAddr, sendto};
 
 use super::raw::NFT_OBJECT_COUNTER;
-use super::{HEADER, NLMSG_ERROR, connect, messages, receive};
+use super::{connect, dump};
 use crate::plan::firewall::{Family, TABLE};
-
-/// End of a list (linux/netlink.h).
-const NLMSG_DONE: u16 = 3;
 
 /// What a counter has counted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
@@ -44,7 +39,6 @@ pub fn counters_of(family: Family, table: &str) -> io::Result<BTreeMap<String, C
         Family::Inet => libc::NFPROTO_INET,
         Family::Netdev => libc::NFPROTO_NETDEV,
     };
-    let socket = connect()?;
     let mut request = vec![0u8; nftnl::nft_nlmsg_maxsize() as usize];
     // SAFETY: the buffer is as long as libnftnl's longest message; what it
     // writes is one header.
@@ -58,34 +52,11 @@ pub fn counters_of(family: Family, table: &str) -> io::Result<BTreeMap<String, C
         );
         (*header).nlmsg_len as usize
     };
-    let to = NetlinkAddr::new(0, 0);
-    sendto(
-        socket.as_raw_fd(),
-        &request[..length],
-        &to,
-        MsgFlags::empty(),
-    )?;
-    let mut counters = BTreeMap::new();
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let length = receive(&socket, &mut buffer)?;
-        let mut at = 0;
-        for (kind, _, content) in messages(&buffer[..length]) {
-            let whole = HEADER + content.len();
-            let message = &buffer[at..at + whole];
-            at += whole.next_multiple_of(4);
-            match kind {
-                NLMSG_DONE => return Ok(counters),
-                NLMSG_ERROR => {
-                    let code = content
-                        .first_chunk()
-                        .map_or(0, |code| i32::from_ne_bytes(*code));
-                    return Err(io::Error::from_raw_os_error(-code));
-                }
-                _ => counters.extend(counter(message, table)),
-            }
-        }
-    }
+    let messages = dump(&connect()?, &request[..length])?;
+    let found = messages
+        .iter()
+        .filter_map(|message| counter(message, table));
+    Ok(found.collect())
 }
 
 /// The counter in a message, if it is one of this table.

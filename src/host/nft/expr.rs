@@ -28,6 +28,30 @@ fn meta(key: i32) -> Raw {
     )
 }
 
+/// Sets the mark of the packet, and that of its connection.
+fn marked(mark: u32) -> Vec<Raw> {
+    let set = |name, key, number, from| {
+        let (of, register) = ((key, Value::U32(number)), (from, Value::U32(REG)));
+        [
+            constant(mark.to_ne_bytes(), REG),
+            Raw::new(name, [of, register]),
+        ]
+    };
+    let (meta, ct) = (libc::NFT_META_MARK as u32, libc::NFT_CT_MARK as u32);
+    [
+        set(
+            c"meta",
+            sys::NFTNL_EXPR_META_KEY,
+            meta,
+            sys::NFTNL_EXPR_META_SREG,
+        ),
+        set(c"ct", sys::NFTNL_EXPR_CT_KEY, ct, sys::NFTNL_EXPR_CT_SREG),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
 /// Loads what is known of the packet's connection.
 fn ct(key: i32) -> Raw {
     Raw::new(
@@ -320,6 +344,7 @@ pub(super) fn raws(expr: &Expr) -> Vec<Raw> {
                 (sys::NFTNL_EXPR_LOG_SNAPLEN, Value::U32(LOGGED)),
             ],
         )],
+        Expr::Mark(through) => marked(through.mark()),
         Expr::Accept => vec![verdict(libc::NF_ACCEPT, None)],
         Expr::Drop => vec![verdict(libc::NF_DROP, None)],
         Expr::Return => vec![verdict(libc::NFT_RETURN, None)],

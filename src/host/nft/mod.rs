@@ -3,6 +3,7 @@
 
 mod build;
 mod counters;
+mod dump;
 mod expr;
 mod operands;
 mod raw;
@@ -25,6 +26,7 @@ use nix::sys::socket::{
 use crate::plan::firewall::{Changes, Family, Ruleset, gate, gate_mark, gate_member};
 
 pub use counters::{Counted, counters, counters_of};
+pub(super) use dump::{TRIES, dump, restless};
 pub use readback::{ChainShape, Leading, Shape, planned, ranges, rules};
 
 /// How long the kernel may take to answer: it holds one lock for everybody who

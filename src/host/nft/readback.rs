@@ -4,17 +4,14 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 
 use nftnl::{MsgType, NlMsg};
 use nix::libc;
-use nix::sys::socket::{MsgFlags, NetlinkAddr, sendto};
 
-use super::{HEADER, NLMSG_ERROR, attributes, build, connect, messages, operands, raw, receive};
+use super::{HEADER, attributes, build, connect, operands, raw};
 use crate::plan::firewall::{Family, Table};
 
-/// linux/netlink.h and linux/netfilter/nf_tables.h.
-const NLMSG_DONE: u16 = 3;
+/// linux/netfilter/nf_tables.h.
 const SUBSYSTEM: u16 = 10 << 8;
 const GET_TABLE: u16 = 1;
 const GET_CHAIN: u16 = 4;
@@ -173,12 +170,11 @@ fn element(bytes: &[u8]) -> Option<(u128, Option<(bool, String)>)> {
 }
 
 /// Asks for all there is of a kind, one message each.
-fn dump(kind: u16, family: Family, wanted: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
+fn dump(kind: u16, family: Family, wanted: &[u8], each: impl FnMut(&[u8])) -> io::Result<()> {
     let family = match family {
         Family::Inet => libc::NFPROTO_INET,
         Family::Netdev => libc::NFPROTO_NETDEV,
     };
-    let socket = connect()?;
     let mut ask = Vec::with_capacity(HEADER + GENERAL + wanted.len());
     ask.extend(((HEADER + GENERAL + wanted.len()) as u32).to_ne_bytes());
     ask.extend((SUBSYSTEM | kind).to_ne_bytes());
@@ -186,24 +182,12 @@ fn dump(kind: u16, family: Family, wanted: &[u8], mut each: impl FnMut(&[u8])) -
     ask.extend([0; 8]); // number and port
     ask.extend([family as u8, 0, 0, 0]); // version 0, resource 0
     ask.extend(wanted);
-    let to = NetlinkAddr::new(0, 0);
-    sendto(socket.as_raw_fd(), &ask, &to, MsgFlags::empty())?;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let length = receive(&socket, &mut buffer)?;
-        for (kind, _, content) in messages(&buffer[..length]) {
-            match kind {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = content
-                        .first_chunk()
-                        .map_or(0, |code| i32::from_ne_bytes(*code));
-                    return Err(io::Error::from_raw_os_error(-code));
-                }
-                _ => each(content),
-            }
-        }
-    }
+    let messages = super::dump(&connect()?, &ask)?;
+    messages
+        .iter()
+        .map(|message| content(message))
+        .for_each(each);
+    Ok(())
 }
 
 /// Takes in a chain that packets enter by themselves, if it is one of this table.

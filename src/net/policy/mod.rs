@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::refusal::{Code, Refusal};
-use crate::spec::{Domain, HostPattern, Hosts, NetworkPolicy, Preset, Protocol};
+use crate::spec::{Domain, Exception, HostPattern, Hosts, NetworkPolicy, Port, Preset, Protocol};
 
 /// Top-level names, and some below `arpa`, that mean something only inside
 /// somebody's own network (RFC 6761, RFC 6762 appendix G, RFC 8375, RFC 9476,
@@ -81,6 +81,9 @@ pub struct Policy {
     allow: Vec<Allow>,
     deny: Vec<HostPattern>,
     ports: Arc<[(u16, u16)]>,
+    /// The same as they were written, with those of UDP.
+    written: BTreeSet<Port>,
+    exceptions: BTreeSet<Exception>,
     closed: bool,
 }
 
@@ -109,8 +112,27 @@ impl Policy {
             allow: own.chain(preset).collect(),
             deny: network.deny_hosts.iter().cloned().collect(),
             ports: tcp.map(|port| (port.first, port.last)).collect(),
+            exceptions: network.exceptions.clone(),
             closed: network.is_closed(),
+            written: ports,
         }
+    }
+
+    /// The rule that allows a port to any host, the narrowest where there are
+    /// several: `preset:dev:443`, `allow-port:8000-8100`.
+    pub fn port(&self, protocol: Protocol, port: u16) -> Option<String> {
+        let has = |one: &&Port| one.protocol == protocol && (one.first..=one.last).contains(&port);
+        let width = |one: &&Port| one.last - one.first;
+        let found = self.written.iter().filter(has).min_by_key(width)?;
+        Some(match self.preset.ports().contains(found) {
+            true => format!("preset:{}:{found}", self.preset),
+            false => format!("allow-port:{found}"),
+        })
+    }
+
+    /// Exceptions from what no machine may reach.
+    pub fn exceptions(&self) -> &BTreeSet<Exception> {
+        &self.exceptions
     }
 
     /// Whether only listed hosts may be reached, so that an address has to be

@@ -33,6 +33,8 @@ impl Learned {
                     self.host(&query.name, None);
                 }
             }
+            // What the proxy does with it is told by itself.
+            What::Packet(packet) if packet.is_built_in() => {}
             What::Packet(packet) => {
                 let Some(to) = packet.destination else {
                     return;
@@ -60,7 +62,7 @@ impl Learned {
                     self.host(name, Some(proxied.destination.port()));
                 }
             }
-            What::Flow(_) | What::Lost { .. } => {}
+            What::Flow(_) | What::Exception(_) | What::Lost { .. } => {}
         }
     }
 
@@ -164,6 +166,7 @@ mod tests {
                     port: Some(port),
                 }),
                 name: name.map(Into::into),
+                rule: None,
                 refusal: None,
             })
         };

@@ -4,6 +4,7 @@ mod flow;
 mod learn;
 mod netlink;
 mod packet;
+mod rules;
 mod summary;
 
 use std::io;
@@ -21,10 +22,10 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::event::{Journal, What};
-use super::names::Names;
 use super::resolver::Serving;
 pub use learn::Learned;
-pub use summary::{Reached, Refused, Summary};
+pub use rules::Rules;
+pub use summary::{Reached, Refused, Summary, Used};
 
 /// Bytes of a logged packet that are looked at: headers with all their options.
 const PACKET: u32 = 128;
@@ -98,7 +99,8 @@ fn order(socket: &OwnedFd, request: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Notes what the kernel tells, with the names that the resolver gave out.
+/// Notes what the kernel tells, with the names that the resolver gave out and the
+/// rules that let it through.
 /// Connections of others than `guests` are the proxy's own, and not noted. When
 /// `end` becomes true it takes in what the kernel has told so far, and ends.
 ///
@@ -107,13 +109,13 @@ fn order(socket: &OwnedFd, request: &[u8]) -> io::Result<()> {
 pub fn record(
     taps: Taps,
     guests: Vec<IpAddr>,
-    names: Names,
+    rules: Rules,
     journal: Journal,
     end: watch::Receiver<bool>,
 ) -> io::Result<Serving> {
     let scribe = Scribe {
         guests,
-        names,
+        rules,
         journal,
         next: None,
     };
@@ -159,7 +161,7 @@ async fn follow(socket: AsyncFd<OwnedFd>, mut scribe: Scribe, mut end: watch::Re
 #[derive(Debug, Clone)]
 struct Scribe {
     guests: Vec<IpAddr>,
-    names: Names,
+    rules: Rules,
     journal: Journal,
     /// The number that the next logged packet has, if none is lost.
     next: Option<u32>,
@@ -178,9 +180,14 @@ impl Scribe {
     }
 
     fn packet(&mut self, message: &netlink::Message<'_>) {
-        let Some((mut packet, number)) = packet::read(message) else {
+        let Some(logged) = packet::read(message) else {
             return;
         };
+        let packet::Logged {
+            mut packet,
+            number,
+            mark,
+        } = logged;
         if let Some(number) = number {
             let missing = number.wrapping_sub(self.next.unwrap_or(number));
             // A number before the last one is a new count.
@@ -189,23 +196,19 @@ impl Scribe {
             }
             self.next = Some(number.wrapping_add(1));
         }
-        packet.name = packet.destination.and_then(|to| self.name_of(to.address));
+        self.rules.tell_packet(&mut packet, mark, &self.guests);
         self.journal.note(What::Packet(packet));
     }
 
     fn flow(&mut self, message: &netlink::Message<'_>) {
-        let Some(mut flow) = flow::read(message) else {
+        let Some((mut flow, mark)) = flow::read(message) else {
             return;
         };
         if !self.guests.contains(&flow.source.address) {
             return;
         }
-        flow.name = self.name_of(flow.destination.address);
+        self.rules.tell_flow(&mut flow, mark);
         self.journal.note(What::Flow(flow));
-    }
-
-    fn name_of(&self, address: IpAddr) -> Option<String> {
-        self.names.name_of(address).map(String::from)
     }
 }
 
@@ -215,7 +218,7 @@ pub fn take_bytes(bytes: &[u8], names: Names, journal: Journal) {
     let guests = vec![IpAddr::from([198, 18, 0, 2])];
     Scribe {
         guests,
-        names,
+        rules,
         journal,
         next: None,
     }
@@ -224,8 +227,11 @@ pub fn take_bytes(bytes: &[u8], names: Names, journal: Journal) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::names::Names;
+    use super::super::policy::Policy;
     use super::*;
-    use crate::spec::Domain;
+    use crate::plan::firewall::Through;
+    use crate::spec::{Domain, NetworkPolicy};
 
     #[tokio::test]
     async fn packets_and_connections_have_names_and_losses_are_told() {
@@ -237,22 +243,33 @@ mod tests {
             [1, 2, 3, 4].into(),
             std::time::Duration::from_secs(60),
         );
+        let policy = NetworkPolicy {
+            exceptions: ["9.9.9.9".parse().unwrap()].into(),
+            ..NetworkPolicy::default()
+        };
         let mut scribe = Scribe {
             guests: vec![[198, 18, 0, 2].into()],
-            names,
+            rules: Rules::new(names, Policy::new(&policy).into()),
             journal,
             next: None,
         };
-        let packet = packet::tests::logged;
-        scribe.take(&packet(b"new:", [1, 2, 3, 4], 5));
+        let (packet, over) = (packet::tests::logged, flow::tests::over);
+        let [port, nine] = [
+            Through::Port,
+            Through::Exception("9.9.9.9".parse().unwrap()),
+        ]
+        .map(|through| through.mark());
+        scribe.take(&packet(b"new:", [1, 2, 3, 4], 5, port));
         scribe.take(
             &[
-                packet(b"refused:private", [10, 0, 0, 1], 6),
-                flow::tests::over([1, 2, 3, 4], true),
+                packet(b"refused:private", [10, 0, 0, 1], 6, 0),
+                over([1, 2, 3, 4], true, port),
             ]
             .concat(),
         );
-        scribe.take(&packet(b"new:", [9, 9, 9, 9], 10));
+        scribe.take(&packet(b"new:", [9, 9, 9, 9], 10, nine));
+        // Its beginning is not known: its mark is.
+        scribe.take(&over([9, 9, 9, 8], true, nine));
         let mut all = Vec::new();
         while let Ok(event) = events.try_recv() {
             all.push(event.what);
@@ -263,11 +280,21 @@ mod tests {
                 What::Packet(refused),
                 What::Flow(flow),
                 What::Lost { count: 3 },
-                What::Packet(_),
+                What::Packet(excepted),
+                What::Flow(ended),
             ] => {
                 assert_eq!(new.name.as_deref(), Some("example.org"));
                 assert!(refused.name.is_none() && refused.refusal.is_some());
                 assert_eq!(flow.name.as_deref(), Some("example.org"));
+                for (rule, expected) in [
+                    (&new.rule, Some("preset:dev:443")),
+                    (&refused.rule, None),
+                    (&flow.rule, Some("preset:dev:443")),
+                    (&excepted.rule, Some("allow-cidr:9.9.9.9/32")),
+                    (&ended.rule, Some("allow-cidr:9.9.9.9/32")),
+                ] {
+                    assert_eq!(rule.as_deref(), expected);
+                }
             }
             other => panic!("{other:?}"),
         }

@@ -11,6 +11,7 @@ pub(super) const PACKET: u16 = 4 << 8;
 /// And of an order to log.
 pub(super) const CONFIG: u16 = 4 << 8 | 1;
 const NFULA_PACKET_HDR: u16 = 1;
+const NFULA_MARK: u16 = 2;
 const NFULA_PAYLOAD: u16 = 9;
 const NFULA_PREFIX: u16 = 10;
 const NFULA_SEQ: u16 = 12;
@@ -22,9 +23,20 @@ const IP6: u16 = 0x86dd;
 const NEW: &str = "new:";
 const REFUSED: &str = "refused:";
 
-/// A logged packet and its place in the sequence.
-pub(super) fn read(message: &Message<'_>) -> Option<(Packet, Option<u32>)> {
-    let (mut payload, mut prefix, mut sequence, mut kind) = (&[][..], String::new(), None, 0);
+/// A logged packet.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Logged {
+    pub(super) packet: Packet,
+    /// Its place in the sequence.
+    pub(super) number: Option<u32>,
+    /// What the rule that let it through has put on it; zero is nothing.
+    pub(super) mark: u32,
+}
+
+/// The packet that a message is about.
+pub(super) fn read(message: &Message<'_>) -> Option<Logged> {
+    let (mut payload, mut prefix, mut number, mut kind) = (&[][..], String::new(), None, 0);
+    let mut mark = 0;
     for (attribute, data) in message.attributes() {
         match attribute {
             NFULA_PACKET_HDR => kind = number16(data.get(..2)?)?,
@@ -33,7 +45,8 @@ pub(super) fn read(message: &Message<'_>) -> Option<(Packet, Option<u32>)> {
                 let text = data.split(|&byte| byte == 0).next().unwrap_or_default();
                 prefix = crate::text::printable(text);
             }
-            NFULA_SEQ => sequence = number32(data),
+            NFULA_SEQ => number = number32(data),
+            NFULA_MARK => mark = number32(data).unwrap_or(0),
             _ => {}
         }
     }
@@ -51,7 +64,11 @@ pub(super) fn read(message: &Message<'_>) -> Option<(Packet, Option<u32>)> {
         None if prefix.starts_with(NEW) => {}
         None => return None,
     }
-    Some((packet, sequence))
+    Some(Logged {
+        packet,
+        number,
+        mark,
+    })
 }
 
 fn bare(protocol: String) -> Packet {
@@ -60,6 +77,7 @@ fn bare(protocol: String) -> Packet {
         source: None,
         destination: None,
         name: None,
+        rule: None,
         refusal: None,
     }
 }
@@ -225,29 +243,38 @@ pub(super) mod tests {
     use super::*;
 
     /// A logged TCP packet.
-    pub(crate) fn logged(prefix: &[u8], to: [u8; 4], sequence: u32) -> Vec<u8> {
+    pub(crate) fn logged(prefix: &[u8], to: [u8; 4], sequence: u32, mark: u32) -> Vec<u8> {
         let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, 6, 0, 0, 198, 18, 0, 2];
         packet.extend(to);
         packet.extend([0x9c, 0x40, 1, 0xbb]);
         let prefix = [prefix, b"\0"].concat();
-        let sequence = sequence.to_be_bytes();
-        let attributes = [
+        let (sequence, mark) = (sequence.to_be_bytes(), mark.to_be_bytes());
+        let mut attributes = vec![
             (1, &[8, 0, 2, 0][..]),
             (10, &prefix),
             (12, &sequence),
             (9, &packet),
         ];
+        // The kernel leaves it out where it is zero.
+        if mark != [0; 4] {
+            attributes.insert(1, (2, &mark));
+        }
         told(PACKET, &attributes)
     }
 
-    fn one(bytes: &[u8]) -> Option<(Packet, Option<u32>)> {
+    fn one(bytes: &[u8]) -> Option<Logged> {
         read(&messages(bytes).next().unwrap())
     }
 
     #[test]
     fn what_the_rules_say_is_read() {
-        let (packet, sequence) = one(&logged(b"new:", [1, 2, 3, 4], 9)).unwrap();
-        assert_eq!((packet.protocol.as_str(), sequence), ("tcp", Some(9)));
+        let Logged {
+            packet,
+            number,
+            mark,
+        } = one(&logged(b"new:", [1, 2, 3, 4], 9, 0x8000_0001)).unwrap();
+        assert_eq!((packet.protocol.as_str(), number), ("tcp", Some(9)));
+        assert_eq!(mark, 0x8000_0001);
         let to = packet.destination.unwrap();
         assert_eq!(
             (to.address.to_string().as_str(), to.port),
@@ -255,8 +282,9 @@ pub(super) mod tests {
         );
         assert_eq!(packet.source.unwrap().port, Some(40000));
         assert_eq!(packet.refusal, None);
-        let (packet, _) = one(&logged(b"refused:private", [10, 0, 0, 1], 1)).unwrap();
-        let refusal = packet.refusal.unwrap();
+        let refused = one(&logged(b"refused:private", [10, 0, 0, 1], 1, 0)).unwrap();
+        assert_eq!(refused.mark, 0);
+        let refusal = refused.packet.refusal.unwrap();
         assert_eq!(
             (refusal.code, refusal.rule.as_str()),
             (Code::Packet, "packet:private")
@@ -266,7 +294,7 @@ pub(super) mod tests {
             "{}",
             refusal.remedy
         );
-        assert_eq!(one(&logged(b"somebody else's", [1, 2, 3, 4], 1)), None);
+        assert_eq!(one(&logged(b"somebody else's", [1, 2, 3, 4], 1, 0)), None);
     }
 
     #[test]

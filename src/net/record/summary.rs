@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::net::event::{Endpoint, Event, QueryResult, What};
 use crate::net::refusal::{Code, Refusal};
+use crate::plan::firewall::ALLOW_CIDR;
 
 /// Most hosts, and most refusals, that are told one by one.
 const MOST: usize = 1000;
@@ -18,6 +19,10 @@ pub struct Summary {
     pub hosts: BTreeMap<String, Reached>,
     /// What was refused, by name or address.
     pub refused: BTreeMap<String, Refused>,
+    /// Exceptions from what no machine may reach that were made, by address and
+    /// port, and how they were used; also those that were not.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub exceptions: BTreeMap<String, Used>,
     /// Hosts and refusals beyond those told one by one.
     pub more: u64,
     /// Questions to the resolver.
@@ -35,6 +40,14 @@ pub struct Summary {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Reached {
     /// How often.
+    pub connections: u64,
+}
+
+/// An exception that was made.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct Used {
+    /// How many connections it let through.
     pub connections: u64,
 }
 
@@ -67,7 +80,13 @@ impl Summary {
                 let to = target(packet.name.as_deref(), packet.destination, &packet.protocol);
                 match &packet.refusal {
                     Some(refusal) => self.refuse(to, refusal),
+                    // It is the proxy that reaches somebody, or not.
+                    None if packet.is_built_in() => {}
                     None => self.reach(to),
+                }
+                let rule = packet.rule.as_deref();
+                if let Some(exception) = rule.and_then(|rule| rule.strip_prefix(ALLOW_CIDR)) {
+                    self.exception(exception).connections += 1;
                 }
             }
             What::Flow(flow) => {
@@ -90,6 +109,10 @@ impl Summary {
                     self.refuse(to, refusal);
                 }
             }
+            What::Exception(one) if one.allowed => {
+                self.exception(&one.exception.to_string());
+            }
+            What::Exception(_) => {}
             What::Lost { count } => self.lost += count,
         }
     }
@@ -101,6 +124,16 @@ impl Summary {
             count => format!("{count} hosts"),
         };
         let mut line = format!("{hosts}, {} refused", self.refused.len());
+        let used = self
+            .exceptions
+            .iter()
+            .filter(|(_, used)| used.connections > 0);
+        for (exception, used) in used {
+            line.push_str(&format!(
+                ", exception {exception} used {} times",
+                used.connections
+            ));
+        }
         if self.more > 0 {
             line.push_str(&format!(", {} more", self.more));
         }
@@ -108,6 +141,16 @@ impl Summary {
             line.push_str(&format!(", {} not recorded", self.lost));
         }
         line
+    }
+
+    /// Whether an exception let something through.
+    pub fn excepted(&self) -> bool {
+        self.exceptions.values().any(|used| used.connections > 0)
+    }
+
+    /// Exceptions are the user's: there are only so many.
+    fn exception(&mut self, exception: &str) -> &mut Used {
+        self.exceptions.entry(exception.to_owned()).or_default()
     }
 
     fn reach(&mut self, to: String) {
@@ -158,7 +201,7 @@ fn target(name: Option<&str>, to: Option<Endpoint>, protocol: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::event::{Packet, Query};
+    use crate::net::event::{Excepted, Packet, Query};
 
     fn event(what: What) -> Event {
         Event {
@@ -197,6 +240,7 @@ mod tests {
                     port: Some(443),
                 }),
                 name: name.map(Into::into),
+                rule: None,
                 refusal: None,
             }))
         };
@@ -219,5 +263,52 @@ mod tests {
             summary.take(&query(&format!("n{last}.org"), true));
         }
         assert_eq!((summary.refused.len(), summary.more), (MOST, 2001));
+    }
+
+    #[test]
+    fn exceptions_are_named_with_their_use() {
+        let mut summary = Summary::default();
+        let [one, other] = ["10.1.2.3/32:5432", "10.0.0.0/24"];
+        for exception in [one, other] {
+            summary.take(&event(What::Exception(Excepted {
+                exception: exception.parse().unwrap(),
+                allowed: true,
+            })));
+        }
+        assert_eq!(summary.line(), "0 hosts, 0 refused");
+        assert!(!summary.excepted());
+        let packet = |rule: &str, port| {
+            event(What::Packet(Packet {
+                protocol: "tcp".into(),
+                source: None,
+                destination: Some(Endpoint {
+                    address: [10, 1, 2, 3].into(),
+                    port: Some(port),
+                }),
+                name: None,
+                rule: Some(rule.into()),
+                refusal: None,
+            }))
+        };
+        for event in [
+            packet("allow-cidr:10.1.2.3/32:5432", 5432),
+            packet("allow-cidr:10.1.2.3/32:5432", 5432),
+            packet("built-in:proxy", 8443),
+            // Made no more: what it let through stays.
+            event(What::Exception(Excepted {
+                exception: one.parse().unwrap(),
+                allowed: false,
+            })),
+        ] {
+            summary.take(&event);
+        }
+        assert!(summary.excepted());
+        assert_eq!(summary.exceptions[one].connections, 2);
+        assert_eq!(summary.exceptions[other].connections, 0);
+        assert_eq!(summary.hosts.len(), 1, "{summary:?}");
+        assert_eq!(
+            summary.line(),
+            "1 host, 0 refused, exception 10.1.2.3/32:5432 used 2 times"
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::machine::refuse;
 use super::*;
 use crate::plan::network::{PROXY, TAP};
-use crate::spec::NetworkPolicy;
+use crate::spec::{Exception, NetworkPolicy};
 
 /// What names have to do with what may be reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,6 +34,9 @@ impl Names {
 /// What can change while the machine runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
+    /// Counters that have to be there: one for each exception. Those of others stay,
+    /// with what they have counted.
+    pub counters: Vec<String>,
     /// Chains whose rules are replaced.
     pub chains: Vec<Chain>,
     /// Sets whose elements are replaced.
@@ -43,7 +46,8 @@ pub struct Changes {
 /// The rules and sets that follow from what is allowed and limited. `used` are
 /// the bytes that count against the total already.
 pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
-    let through = || Expr::goto("let-through");
+    let port = || [Expr::Mark(Through::Port), Expr::goto("let-through")];
+    let host = || [Expr::Mark(Through::Host), Expr::goto("let-through")];
     let ports = policy.ports();
     let sets = [("ports-tcp", Protocol::Tcp), ("ports-udp", Protocol::Udp)];
     let sets = sets.map(|(name, protocol)| {
@@ -53,21 +57,24 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
             elements: Elements::Ports(merged(ports)),
         }
     });
-    let to_ports =
-        |protocol, set| vec![Expr::L4(protocol), Expr::InSet(Field::Port, set), through()];
+    let to_ports = |protocol, set| {
+        let at = [Expr::L4(protocol), Expr::InSet(Field::Port, set)];
+        [&at[..], &port()].concat()
+    };
     // At ports of its own, or at the policy's.
     let to_own = |family, v6| {
         let set = Expr::DestInSet(v6, ALLOWED[usize::from(v6)]);
-        vec![Expr::Nfproto(family), Expr::L4(TCP), set, through()]
+        let at = [Expr::Nfproto(family), Expr::L4(TCP), set];
+        [&at[..], &host()].concat()
     };
     let to_fed = |family, v6, protocol, ports| {
-        vec![
+        let at = [
             Expr::Nfproto(family),
             Expr::L4(protocol),
             Expr::InSet(Field::Port, ports),
             Expr::DestAnyPort(v6, ALLOWED[usize::from(v6)]),
-            through(),
-        ]
+        ];
+        [&at[..], &host()].concat()
     };
     let fed = |family, v6| [to_own(family, v6), to_fed(family, v6, TCP, "ports-tcp")];
     let udp = |family, v6| to_fed(family, v6, UDP, "ports-udp");
@@ -101,22 +108,39 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
         .total
         .map(|total| vec![Expr::QuotaOver(total.0, used), refuse("quota")]);
     let mut chains = vec![
-        chain("exceptions", exceptions(policy, &through())),
+        chain("exceptions", exceptions(policy, let_through)),
         chain("allowed", allowed),
         chain("limits", new),
         chain("quota", quota.into_iter().collect()),
     ];
     if let Names::Strict(_) = names {
-        chains.push(chain("not-strict", exceptions(policy, &Expr::Accept)));
+        let accept = |_: &Exception| vec![Expr::Accept];
+        chains.push(chain("not-strict", exceptions(policy, accept)));
     }
+    let counters = policy.exceptions.iter().map(counter);
     Changes {
+        counters: counters.collect(),
         chains,
         sets: sets.into(),
     }
 }
 
-/// A rule for each exception and protocol.
-fn exceptions(policy: &NetworkPolicy, then: &Expr) -> Vec<Rule> {
+/// Name of the counter of an exception: that of its rule.
+fn counter(exception: &Exception) -> String {
+    Through::Exception(*exception).to_string()
+}
+
+/// What becomes of a connection that an exception is made for.
+fn let_through(exception: &Exception) -> Rule {
+    vec![
+        Expr::Counter(counter(exception)),
+        Expr::Mark(Through::Exception(*exception)),
+        Expr::goto("let-through"),
+    ]
+}
+
+/// A rule for each exception and protocol, which ends with `then`.
+fn exceptions(policy: &NetworkPolicy, then: impl Fn(&Exception) -> Rule) -> Vec<Rule> {
     let rules = policy.exceptions.iter().flat_map(|exception| {
         let (family, field) = match exception.cidr.first() {
             IpAddr::V4(_) => (2, Field::Ip4Dest),
@@ -127,7 +151,8 @@ fn exceptions(policy: &NetworkPolicy, then: &Expr) -> Vec<Rule> {
             None => vec![vec![Expr::L4(TCP)], vec![Expr::L4(UDP)]],
         };
         let to = vec![Expr::Nfproto(family), Expr::Within(field, exception.cidr)];
-        let rule = move |port| [to.clone(), port, vec![then.clone()]].concat();
+        let then = then(exception);
+        let rule = move |port| [to.clone(), port, then.clone()].concat();
         ports.into_iter().map(rule)
     });
     rules.collect()

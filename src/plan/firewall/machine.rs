@@ -214,6 +214,7 @@ fn beyond(policy: &NetworkPolicy, names: Names, host: &[IpAddr]) -> Table {
     ));
     let mut counters: Vec<String> = BEYOND.map(str::to_owned).into();
     counters.extend(["new", "sent", "received"].map(str::to_owned));
+    counters.extend(changing.counters);
     let mut sets = changing.sets;
     for v6 in [false, true].into_iter().take(1 + usize::from(policy.ipv6)) {
         let ranges = never(v6, host).into_iter();
@@ -255,6 +256,7 @@ fn service(policy: &NetworkPolicy, names: Names) -> Vec<Rule> {
                 to(),
                 Expr::L4(protocol),
                 Expr::is(Field::Port, DNS[0].to_be_bytes()),
+                Expr::Mark(Through::Resolver),
                 Expr::Accept,
             ]);
         }
@@ -263,6 +265,7 @@ fn service(policy: &NetworkPolicy, names: Names) -> Vec<Rule> {
             Expr::L4(icmp),
             Expr::is(kind, [echo]),
             Expr::Rate(10),
+            Expr::Mark(Through::Ping),
             Expr::Accept,
         ]);
     }
@@ -279,8 +282,13 @@ fn service(policy: &NetworkPolicy, names: Names) -> Vec<Rule> {
     rules.push(vec![Expr::Ct(State::Known), Expr::Accept]);
     if let Names::Strict(port) = names {
         let to = Expr::is(Field::Port, port.to_be_bytes());
-        let through = Expr::goto("let-through");
-        rules.push(vec![Expr::Redirected, Expr::L4(TCP), to, through]);
+        rules.push(vec![
+            Expr::Redirected,
+            Expr::L4(TCP),
+            to,
+            Expr::Mark(Through::Proxy),
+            Expr::goto("let-through"),
+        ]);
     }
     rules.push(vec![refuse("host")]);
     rules

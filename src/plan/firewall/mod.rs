@@ -2,7 +2,8 @@
 //! host safe from it.
 //!
 //! The words are nftables' own (nft(8)). [`std::fmt::Display`] writes what
-//! `nft list ruleset` would; nothing at run time reads it.
+//! `nft list ruleset` would, and what marks stand for besides; nothing at run time
+//! reads it.
 
 mod bridge;
 mod changes;
@@ -10,6 +11,7 @@ mod gate;
 mod machine;
 mod never;
 mod text;
+mod through;
 
 use std::net::IpAddr;
 
@@ -20,6 +22,7 @@ pub use changes::{Changes, Names, changes};
 pub use gate::{gate, gate_mark, gate_member};
 pub use machine::machine;
 pub use never::{Never, never};
+pub use through::Through;
 
 /// Name of every table of ours in a machine's namespace, and of the gate.
 pub const TABLE: &str = "bulkhead";
@@ -29,6 +32,8 @@ pub const LOG_GROUP: u16 = 1;
 pub const LOG_NEW: &str = "new:";
 /// What the log says of one that was not, before the rule's name.
 pub const LOG_REFUSED: &str = "refused:";
+/// Before an exception, in the name of its rule and of its counter.
+pub const ALLOW_CIDR: &str = "allow-cidr:";
 /// Sets of addresses and ports that names stand for, fed by the resolver. Port 0
 /// stands for those of the policy.
 pub const ALLOWED: [&str; 2] = ["allowed4", "allowed6"];
@@ -226,6 +231,8 @@ pub enum Expr {
     Counter(String),
     /// Logged with this prefix, to [`LOG_GROUP`].
     Log(String),
+    /// Marked as let through by this, the packet and its connection.
+    Mark(Through),
     /// Let through.
     Accept,
     /// Thrown away without a word.

@@ -89,7 +89,15 @@ impl Display for Chain {
         }
         for rule in &self.rules {
             let words: Vec<_> = rule.iter().map(Expr::to_string).collect();
-            writeln!(f, "    {}", words.join(" "))?;
+            write!(f, "    {}", words.join(" "))?;
+            // What the number stands for.
+            match rule.iter().find_map(|expr| match expr {
+                Expr::Mark(through) => Some(through),
+                _ => None,
+            }) {
+                Some(through) => writeln!(f, " comment \"{through}\"")?,
+                None => writeln!(f)?,
+            }
         }
         writeln!(f, "  }}")
     }
@@ -177,6 +185,10 @@ impl Display for Expr {
             Self::QuotaOver(bytes, used) => write!(f, "quota over {bytes} bytes used {used} bytes"),
             Self::Counter(name) => write!(f, "counter name {name}"),
             Self::Log(prefix) => write!(f, "log prefix \"{prefix}\" group {LOG_GROUP}"),
+            Self::Mark(through) => {
+                let mark = through.mark();
+                write!(f, "meta mark set {mark:#010x} ct mark set {mark:#010x}")
+            }
             Self::Accept => write!(f, "accept"),
             Self::Drop => write!(f, "drop"),
             Self::Reset => write!(f, "reject with tcp reset"),
