@@ -68,8 +68,13 @@ fn networked<'a>(bulkhead: &'a Bulkhead, name: &str) -> (Detached<'a>, Netns) {
     (vm, Netns::open(&path).unwrap())
 }
 
+/// What the kernel has in a chain. `nft list chain` takes `limits` and `quota`
+/// for words of its own.
 fn chain(netns: &Netns, name: &str) -> String {
-    sh_in(netns, &format!("nft list chain inet bulkhead {name}"))
+    let table = sh_in(netns, "nft list table inet bulkhead");
+    let begin = table.find(&format!("chain {name} {{")).expect(name);
+    let chain = &table[begin..];
+    chain[..chain.find("\n\t}").unwrap()].to_owned()
 }
 
 #[test]

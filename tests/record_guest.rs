@@ -283,8 +283,8 @@ async fn strict_mode_names_the_proxy_and_what_it_went_by() {
     assert!(last.connections > Some(0), "{noted:?}");
 }
 
-#[test]
-fn the_network_of_a_run_changes_while_it_runs() {
+#[tokio::test(flavor = "multi_thread")]
+async fn the_network_of_a_run_changes_while_it_runs() {
     let internet = internet();
     let bulkhead = internet.bulkhead();
     let script = include_str!("support/try.pl");
