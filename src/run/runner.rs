@@ -417,7 +417,7 @@ pub(super) fn fresh(identity: &Configure) -> Configure {
     }
 }
 
-fn random_hex<const BYTES: usize>() -> String {
+pub(super) fn random_hex<const BYTES: usize>() -> String {
     let mut bytes = [0; BYTES];
     fill_random(&mut bytes);
     bytes.map(|byte| format!("{byte:02x}")).concat()

@@ -16,7 +16,7 @@ use super::command::command;
 use super::host::Host;
 use super::machine::{Machine, Memory, StartOptions, io_error};
 use super::record::{Record, RecordError};
-use super::runner::{ANSWER, Io, fresh, unless_interrupted};
+use super::runner::{ANSWER, Io, fresh, random_hex, unless_interrupted};
 use super::transfer::joined;
 use super::{MachineError, RunError, now_ms};
 use crate::guest::GuestError;
@@ -178,6 +178,8 @@ async fn warm_up(
 ) -> Result<(), RunError> {
     let identity = fresh(&Configure {
         hostname: Some(NAME.into()),
+        machine_id: Some(random_hex::<16>()),
+        room: true,
         ..Configure::default()
     });
     let channel = machine.channel();

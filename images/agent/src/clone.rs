@@ -15,6 +15,7 @@ use nix::unistd::sync;
 
 use crate::failure::{Context, Result, failure, invalid};
 use crate::identity;
+use crate::names::Held;
 
 /// Where this machine is in its lives.
 #[derive(Debug, Default)]
@@ -28,6 +29,8 @@ struct Now {
     rests: bool,
     /// How often it was told to go on as itself.
     resumed: u64,
+    /// Where a clone's names are stored, while it rests.
+    held: Option<Held>,
 }
 
 impl Lives {
@@ -72,6 +75,8 @@ impl Lives {
             now.session = draw()?;
         }
         now.rests = true;
+        // After everything was written down, which takes the hold off.
+        now.held = Held::take(Path::new("/"));
         Ok(life(&now))
     }
 
@@ -93,7 +98,8 @@ impl Lives {
         if identity.seed.is_none() || identity.unix_ns.is_none() || identity.hostname.is_none() {
             return Err(invalid("a clone needs a seed, a clock and a name"));
         }
-        identity::apply(identity)?;
+        identity::apply(identity, now.held.as_ref())?;
+        now.held = None;
         hooks::run(Path::new(HOOKS), generation)?;
         now.session = draw()?;
         now.generation = generation;
@@ -108,7 +114,8 @@ impl Lives {
     /// The identity could not be taken.
     pub(crate) fn resumed(&self, identity: &Configure) -> Result<Life> {
         let mut now = self.now();
-        let taken = identity::apply(identity);
+        let taken = identity::apply(identity, None);
+        now.held = None;
         now.rests = false;
         now.resumed += 1;
         taken.map(|()| life(&now))

@@ -1,10 +1,10 @@
 //! Making a machine unlike its siblings: entropy, clock, names.
 #![allow(unsafe_code)] // the ioctls of the random pool have no safe form
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use bulkhead_agent::Configure;
 use nix::libc;
@@ -13,6 +13,7 @@ use nix::time::{ClockId, clock_settime};
 use nix::unistd::sethostname;
 
 use crate::failure::{Context, Result, invalid};
+use crate::names::{self, Held};
 
 /// Most entropy taken at once, in bytes.
 const MAX_SEED: usize = 512;
@@ -28,8 +29,9 @@ struct Entropy {
     bytes: [u8; MAX_SEED],
 }
 
-/// Applies everything that is asked for; stops at the first failure.
-pub(crate) fn apply(configure: &Configure) -> Result<()> {
+/// Applies everything that is asked for; stops at the first failure. Names are
+/// stored in the files that are held, where they are.
+pub(crate) fn apply(configure: &Configure, held: Option<&Held>) -> Result<()> {
     if let Some(seed) = &configure.seed {
         let seed = decode_hex(seed).filter(|seed| !seed.is_empty() && seed.len() <= MAX_SEED);
         let what = || format!("the seed is not 1 to {MAX_SEED} bytes in hexadecimal");
@@ -39,18 +41,45 @@ pub(crate) fn apply(configure: &Configure) -> Result<()> {
     if let Some(ns) = configure.unix_ns {
         set_clock(ns)?;
     }
-    if let Some(id) = &configure.machine_id {
-        if id.len() != 32 || !id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(invalid(format!(
-                "machine id {id:?} is not 32 lower-case hex digits"
-            )));
-        }
-        write("/etc/machine-id", &format!("{id}\n"), 0o444)?;
+    let (id, name) = (&configure.machine_id, &configure.hostname);
+    if let Some(id) = id {
+        check_id(id)?;
     }
-    if let Some(name) = &configure.hostname {
-        name_host(name)?;
+    if let Some(name) = name {
+        check_name(name)?;
+        sethostname(name).context(|| format!("cannot set the host name {name}"))?;
     }
-    Ok(())
+    if let (Some(held), Some(id), Some(name)) = (held, id, name)
+        && held.store(id, name)
+    {
+        return Ok(());
+    }
+    let root = Path::new("/");
+    if let Some(id) = id {
+        names::write_id(root, id)?;
+    }
+    match name {
+        Some(name) => names::write_host(root, name, configure.room),
+        None => Ok(()),
+    }
+}
+
+fn check_id(id: &str) -> Result<()> {
+    let fits = |b| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+    match id.len() == 32 && id.bytes().all(fits) {
+        true => Ok(()),
+        false => Err(invalid(format!(
+            "machine id {id:?} is not 32 lower-case hex digits"
+        ))),
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
+    match !name.is_empty() && name.len() <= names::LONGEST && name.bytes().all(fits) {
+        true => Ok(()),
+        false => Err(invalid(format!("{name:?} cannot be a host name"))),
+    }
 }
 
 /// Sets the wall clock, in nanoseconds since 1970-01-01 UTC.
@@ -79,38 +108,6 @@ fn stir(seed: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn name_host(name: &str) -> Result<()> {
-    let fits = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
-    if name.is_empty() || name.len() > 64 || !name.bytes().all(fits) {
-        return Err(invalid(format!("{name:?} cannot be a host name")));
-    }
-    sethostname(name).context(|| format!("cannot set the host name {name}"))?;
-    write("/etc/hostname", &format!("{name}\n"), 0o644)?;
-    let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
-    write("/etc/hosts", &hosts_with(&hosts, name), 0o644)
-}
-
-/// Debian's line for the machine's own name, in the place of an older one.
-fn hosts_with(hosts: &str, name: &str) -> String {
-    let mut text: String = hosts
-        .lines()
-        .filter(|line| line.split_whitespace().next() != Some("127.0.1.1"))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    if hosts.trim().is_empty() {
-        text = "127.0.0.1 localhost\n::1 localhost\n".into();
-    }
-    text + &format!("127.0.1.1 {name}\n")
-}
-
-fn write(path: &str, text: &str, mode: u32) -> Result<()> {
-    // A read-only file of an image is in the way of its own replacement.
-    let _ = fs::remove_file(path);
-    fs::write(path, text)
-        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
-        .context(|| format!("cannot write {path}"))
-}
-
 fn decode_hex(text: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u8>> = text.chars().map(|c| Some(c.to_digit(16)? as u8)).collect();
     let digits = digits?;
@@ -131,13 +128,5 @@ mod tests {
         assert_eq!(decode_hex("00ff7A"), Some(vec![0, 255, 0x7a]));
         assert_eq!(decode_hex("abc"), None);
         assert_eq!(decode_hex("zz"), None);
-    }
-
-    #[test]
-    fn the_own_name_is_replaced_in_hosts() {
-        let hosts = "127.0.0.1 localhost\n127.0.1.1 old\n# end\n";
-        let expected = "127.0.0.1 localhost\n# end\n127.0.1.1 new\n";
-        assert_eq!(hosts_with(hosts, "new"), expected);
-        assert!(hosts_with("", "new").starts_with("127.0.0.1 localhost\n"));
     }
 }

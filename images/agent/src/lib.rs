@@ -217,6 +217,10 @@ pub struct Configure {
     /// Fresh entropy as hexadecimal digits, credited to the guest's random pool.
     #[serde(default)]
     pub seed: Option<String>,
+    /// Leave room for any other names in the files of these: for a machine that
+    /// is to be cloned.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub room: bool,
 }
 
 /// Programs here are run in a clone before it is handed out, as root, by name.

@@ -12,6 +12,7 @@ mod identity;
 mod info;
 mod init;
 mod memory;
+mod names;
 mod server;
 mod watch;
 

@@ -280,7 +280,7 @@ impl Session {
                 answer(stream, &Reply::Life(life));
             }
             Request::Configure(configure) => {
-                identity::apply(&configure)?;
+                identity::apply(&configure, None)?;
                 answer(stream, &Reply::Done);
             }
             Request::Info => answer(stream, &Reply::Info(info::collect())),
