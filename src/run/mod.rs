@@ -28,7 +28,7 @@ mod provision;
 mod publish;
 mod record;
 mod recovery;
-mod resources;
+pub(crate) mod resources;
 #[cfg(feature = "service")]
 mod rest;
 mod retune;

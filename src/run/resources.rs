@@ -16,6 +16,9 @@ use crate::spec::{Bytes, IoLimits};
 const LEAST_MEMORY: Bytes = Bytes::mib(64);
 /// The most that can be asked for: every virtual CPU that a machine may have.
 const MOST_PERCENT: u32 = 6400;
+/// Limits of reads and writes a second that QEMU takes.
+pub(crate) const IO_LIMIT: std::ops::RangeInclusive<u64> = 1..=1_000_000_000_000_000;
+pub(crate) const IO_LIMIT_WHY: &str = "1 to 10^15 a second are possible";
 /// QEMU throttles both disks of a machine together under this name.
 const THROTTLE_GROUP: &str = "machine";
 /// The guest is looked at so often for memory it gave up without an event.
@@ -115,13 +118,13 @@ impl Machine {
     /// A limit of zero, or QEMU's refusal.
     pub async fn set_io_limits(&self, limits: IoLimits) -> Result<(), MachineError> {
         let number = |limit: Option<u64>| match limit {
+            // QEMU takes zero for no limit.
             None => Ok(0),
-            // QEMU takes zero for no limit, and bounds what it takes.
-            Some(limit @ 1..=1_000_000_000_000_000) => Ok(limit),
+            Some(limit) if IO_LIMIT.contains(&limit) => Ok(limit),
             Some(limit) => Err(MachineError::Value {
                 what: "a limit of reads or writes",
                 value: limit.to_string(),
-                why: "1 to 10^15 a second are possible".into(),
+                why: IO_LIMIT_WHY.into(),
             }),
         };
         let (read, write) = (

@@ -20,6 +20,15 @@ pub struct IoLimits {
     pub write_operations: Option<u64>,
 }
 
+impl IoLimits {
+    /// Those that are given.
+    pub(crate) fn all(&self) -> impl Iterator<Item = u64> {
+        let bytes = [self.read_bytes, self.write_bytes].map(|limit| limit.map(|bytes| bytes.0));
+        let operations = [self.read_operations, self.write_operations];
+        bytes.into_iter().chain(operations).flatten()
+    }
+}
+
 /// What a detached machine is held to; what is absent is not limited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

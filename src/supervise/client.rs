@@ -18,6 +18,8 @@ use crate::spec::{Timeout, VmId};
 
 /// How long a supervisor may take to answer.
 const ANSWER: Duration = Duration::from_secs(20);
+/// The guest's time to fill a larger disk, within [`ANSWER`] more.
+const GROW: Duration = Duration::from_secs(60);
 /// How long it may take to say how its machine is: it asks QEMU and the guest.
 const LOOK: Duration = Duration::from_secs(10);
 /// How long it may take to save its machine.
@@ -105,7 +107,7 @@ impl Client {
     /// It cannot be so, or no supervisor answers.
     pub async fn set(&self, settings: Settings) -> Result<(), SuperviseError> {
         let settings = Box::new(settings);
-        self.done(&Ask::Set { settings }, ANSWER).await
+        self.done(&Ask::Set { settings }, GROW + ANSWER).await
     }
 
     /// Starts a command that runs on when the caller is gone.

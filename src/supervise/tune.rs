@@ -6,6 +6,7 @@ use super::error::SuperviseError;
 use super::supervisor::save_spec;
 use super::wire::{Limit, Settings};
 use crate::host::fault;
+use crate::run::resources::{IO_LIMIT, IO_LIMIT_WHY};
 use crate::run::{Machine, MachineError, RunError, look};
 use crate::spec::{Bytes, Spec, SpecError, Tuning};
 
@@ -274,7 +275,14 @@ impl Settings {
                 let why = "64M up to what the machine was made with are possible";
                 value("memory", memory.to_string(), why)
             }
-            _ => Ok(()),
+            _ => match self.io.all().find(|limit| !IO_LIMIT.contains(limit)) {
+                Some(limit) => value(
+                    "a limit of reads or writes",
+                    limit.to_string(),
+                    IO_LIMIT_WHY,
+                ),
+                None => Ok(()),
+            },
         }
     }
 
@@ -311,6 +319,23 @@ impl Settings {
 mod tests {
     use super::*;
     use crate::spec::{Catalog, IoLimits, Request};
+
+    #[test]
+    fn what_no_start_could_give_is_refused() {
+        let spec = Request::default()
+            .resolve_machine(&Catalog::default())
+            .unwrap();
+        let written = |write_operations| Settings {
+            io: IoLimits {
+                write_operations,
+                ..IoLimits::default()
+            },
+            ..Settings::default()
+        };
+        written(Some(1)).check(&spec).unwrap();
+        let error = written(Some(0)).check(&spec).unwrap_err();
+        assert!(error.to_string().contains("reads or writes"), "{error}");
+    }
 
     #[test]
     fn what_is_absent_stays_and_what_is_taken_away_goes() {
