@@ -494,13 +494,13 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
 
     // Somebody changes its rules, until it is started again: one address in one of
     // them; what no machine may reach; all of a chain; a port; a whole table.
-    let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '2s/.* //p'";
+    let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '4s/.* //p'";
     let handle = sh_in(&inside, handle);
     let other = format!("handle {} @nh,96,32 0xc6120003 accept", handle.trim());
     for (change, named) in [
         (
             format!("replace rule netdev bulkhead ip4 {other}"),
-            "ip4 (rule 2, ip saddr 198.18.0.2 accept)",
+            "ip4 (rule 4, ip saddr 198.18.0.2 accept)",
         ),
         (
             "delete element inet bulkhead never4 '{ 192.168.0.0/16 : goto refuse-private }'".into(),

@@ -55,10 +55,15 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
     });
     let to_ports =
         |protocol, set| vec![Expr::L4(protocol), Expr::InSet(Field::Port, set), through()];
-    // At ports of its own, or at the policy's.
+    // At ports of its own, or at the policy's. Port 0 is none: it stands for those.
     let to_own = |family, v6| {
-        let set = Expr::DestInSet(v6, ALLOWED[usize::from(v6)]);
-        vec![Expr::Nfproto(family), Expr::L4(TCP), set, through()]
+        vec![
+            Expr::Nfproto(family),
+            Expr::L4(TCP),
+            Expr::Is(Field::Port, vec![0, 0], false),
+            Expr::DestInSet(v6, ALLOWED[usize::from(v6)]),
+            through(),
+        ]
     };
     let to_fed = |family, v6, protocol, ports| {
         vec![
