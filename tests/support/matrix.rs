@@ -34,7 +34,8 @@ pub(crate) fn greet(netns: &Netns, address: &str, seen: &Seen) {
                 continue;
             };
             seen.lock().unwrap().push((peer, own));
-            let _ = writeln!(stream, "{}", peer.ip());
+            // In one piece, as it is read.
+            let _ = stream.write_all(format!("{}\n", peer.ip()).as_bytes());
         }
     });
 }
