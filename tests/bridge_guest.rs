@@ -3,6 +3,10 @@
 
 mod support;
 
+#[path = "support/ears.rs"]
+mod ears;
+#[path = "support/frames.rs"]
+mod frames;
 #[path = "support/matrix.rs"]
 mod matrix;
 
@@ -11,12 +15,15 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead::error::Explain;
+use bulkhead::host::netns::Netns;
 use bulkhead::host::network::guarded;
 use bulkhead::host::nft;
 use bulkhead::plan::firewall::{Family, guard_name};
 use bulkhead::run::{Given, Machine, failures};
 use bulkhead::spec::{Bytes, Catalog, NetworkMode, NetworkPolicy, Request as Wish};
-use matrix::{Seen, counted, greet, matrix, tries};
+use ears::{Ears, Judge};
+use frames::{IP, Maker, UDP, ethernet, ip};
+use matrix::{Hand, Seen, counted, greet, matrix, tries};
 use support::live::{Live, sh};
 use support::net::{Place, World, note, sh_in};
 
@@ -78,6 +85,10 @@ async fn a_machine_on_a_bridge_is_who_it_is_and_no_one_else() {
     assert_eq!(shown, "nameserver 10.99.0.1\n02:62:0a:63:00:32");
     let counts = || counted(&machine, Family::Netdev);
     held(&machine, &peer, "on a bridge", counts).await;
+    let ears = Ears::new(machine.netns().unwrap());
+    plain(machine.netns().unwrap());
+    plain(&world.host.netns);
+    served(&machine, &peer, "on a bridge", ears, &counts).await;
     // The host's own rules are as they were, and nothing was added.
     assert_eq!(ruleset(&world), rules);
 
@@ -144,6 +155,100 @@ async fn held(
         );
     }
     assert_eq!((macs(known()), before.len()), (before, 2));
+}
+
+/// Has bridges pass on what comes, as they do where br_netfilter is not loaded: with
+/// it they look at packets themselves.
+fn plain(netns: &Netns) {
+    let switch = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    sh_in(
+        netns,
+        &format!("if [ -e {switch} ]; then echo 0 > {switch}; fi"),
+    );
+}
+
+/// What would serve its neighbour with an address does not get there, however it is
+/// wrapped up; `before` is where it is heard in any case.
+async fn served(
+    machine: &Machine,
+    peer: &Place,
+    place: &str,
+    before: Ears,
+    counts: &dyn Fn() -> BTreeMap<String, u64>,
+) {
+    let judge = Judge {
+        before,
+        beyond: vec![Ears::new(&peer.netns)],
+        leaving: false,
+        counts: Box::new(counts),
+    };
+    let theirs = sh_in(&peer.netns, "cat /sys/class/net/eth0/address");
+    let theirs = theirs.trim().split(':');
+    let theirs: Vec<u8> = theirs
+        .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+        .collect();
+    let theirs: [u8; 6] = theirs.try_into().unwrap();
+    let bridge: bulkhead::spec::Bridge = BRIDGE.parse().unwrap();
+    type Make = fn(&Maker) -> Vec<u8>;
+    // Where the length of a packet is, which its checksum covers.
+    const LENGTH: usize = 2;
+    fn long(m: &Maker, length: u16) -> Vec<u8> {
+        let mut packet = m.packet(UDP, &m.udp(1067, 68));
+        let sum = u16::from_be_bytes([packet[10], packet[11]]);
+        let old = u16::from_be_bytes([packet[LENGTH], packet[LENGTH + 1]]);
+        // RFC 1624.
+        let mut new = u32::from(!sum) + u32::from(!old) + u32::from(length);
+        new = (new & 0xffff) + (new >> 16);
+        new = (new & 0xffff) + (new >> 16);
+        packet[LENGTH..LENGTH + 2].copy_from_slice(&length.to_be_bytes());
+        packet[10..12].copy_from_slice(&(!(new as u16)).to_be_bytes());
+        packet
+    }
+    let all: [(&str, &str, Make); 8] = [
+        ("UDP to its neighbour", "through", |m| {
+            m.packet(UDP, &m.udp(1067, 8080))
+        }),
+        ("DHCP from port 67", "dhcp", |m| {
+            m.packet(UDP, &m.udp(67, 68))
+        }),
+        ("DHCP from port 67 to another", "dhcp", |m| {
+            m.packet(UDP, &m.udp(67, 1068))
+        }),
+        ("DHCP from another port", "dhcp", |m| {
+            m.packet(UDP, &m.udp(1067, 68))
+        }),
+        ("DHCP as a first piece", "dhcp", |m| {
+            m.packet4(UDP, &[], 0x2000, &m.udp(1067, 68))
+        }),
+        ("DHCP behind options", "dhcp", |m| {
+            m.packet4(UDP, &[1, 1, 1, 1], 0, &m.udp(1067, 68))
+        }),
+        ("DHCP with a length too long", "ip", |m| long(m, 600)),
+        ("DHCP with a length too short", "ip", |m| long(m, 8)),
+    ];
+    let mut hand = Hand::new(machine).await;
+    let mut wrong = Vec::new();
+    for ((case, expected, make), number) in all.into_iter().zip(100..) {
+        let expected = match expected {
+            "through" => expected.to_owned(),
+            rule => format!("stopped as {rule}"),
+        };
+        let maker = Maker {
+            from: bridge.address.into(),
+            to: ip("10.99.0.9"),
+            number,
+        };
+        let counted = judge.counted();
+        let frame = ethernet(theirs, bridge.mac(), IP, &make(&maker));
+        hand.sends(&[frame]).await;
+        let seen = judge.came(&maker.mark(), &counted, &expected).await;
+        let case = format!("{place}: {case}");
+        note(&case, &expected, &seen);
+        if seen != expected {
+            wrong.push(format!("{case}: expected {expected}, seen {seen}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -243,7 +348,11 @@ async fn a_tap_of_the_hosts_is_used_and_left_as_it_was() {
         ("ping 10.99.0.9", "reply"),
     ];
     matrix(&machine, &rows).await;
-    held(&machine, &peer, "on a tap", || stopped(&live, &machine)).await;
+    let counts = || stopped(&live, &machine);
+    held(&machine, &peer, "on a tap", counts).await;
+    let ears = Ears::new(&world.host.netns);
+    plain(&world.host.netns);
+    served(&machine, &peer, "on a tap", ears, &counts).await;
 
     // It is nobody else's meanwhile, and what cannot be limited is not said to be.
     let other = |wish: Wish| {

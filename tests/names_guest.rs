@@ -313,6 +313,56 @@ async fn strict_mode_reads_the_name_at_a_shared_address() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn strict_mode_reads_the_name_over_ipv6_as_well() {
+    let internet = Internet::new();
+    let world = &internet.world;
+    sh_in(
+        &world.host.netns,
+        "sysctl -qw net.ipv6.conf.all.forwarding=1",
+    );
+    for address in ["2a00:1234::1", "2a00:1234::2"] {
+        let add = format!("ip -6 addr add {address}/128 dev lo nodad");
+        sh_in(&world.internet.netns, &add);
+        for port in [22, 80, 443, 8443] {
+            let listen = || TcpListener::bind(format!("[{address}]:{port}"));
+            serve(world.internet.netns.run_in(listen).unwrap().unwrap());
+        }
+    }
+    let live = Live::with_site(internet.site());
+    let strict = NetworkPolicy {
+        ipv6: true,
+        strict: true,
+        ..policy(Preset::Offline, &["six.org"], &[])
+    };
+    let machine = start(&live, strict).await;
+    matrix(
+        &machine,
+        &[
+            ("name6 six.org", "2a00:1234::1"),
+            ("tls 2a00:1234::1 six.org", "reached 2a00:1234::1"),
+            ("tls 2a00:1234::1 other.org", "alert 49"),
+            ("tls 2a00:1234::1 -", "alert 49"),
+            ("tls 2a00:1234::1 six.org ech", "alert 49"),
+            // The name leads to its own address.
+            ("tls 2a00:1234::2 six.org", "reached 2a00:1234::1"),
+            ("web x 80 six.org 2a00:1234::2", "200 2a00:1234::1"),
+            ("web x 80 evil.org 2a00:1234::2", "403 host-not-allowed"),
+            ("tcp 2a00:1234::1 22", "refused"),
+            ("tcp 2a00:1234::1 8443", "refused"),
+            ("udp 2a00:1234::1 443", "prohibited"),
+            // Where the proxy listens, unless it was led there.
+            ("tcp fd62:756c:6b68::1 8443", "refused"),
+            ("tcp fd62:756c:6b68::1 443", "refused"),
+            ("tcp fd00:ec2::254 80", "refused"),
+            ("tcp 2001:db8:1::1 443", "refused"),
+            ("tcp 64:ff9b::a4d:9 443", "refused"),
+        ],
+    )
+    .await;
+    machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_says_what_it_reached_and_what_was_refused() {
     let internet = Internet::new();
     let bulkhead = internet.bulkhead();
@@ -503,13 +553,13 @@ async fn a_detached_machine_keeps_its_names_with_each_supervisor() {
 
     // Somebody changes its rules, until it is started again: one address in one of
     // them; what no machine may reach; all of a chain; a port; a whole table.
-    let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '2s/.* //p'";
+    let handle = "nft -a list chain netdev bulkhead ip4 | grep ' # handle ' | grep -v '{' | sed -n '4s/.* //p'";
     let handle = sh_in(&inside, handle);
     let other = format!("handle {} @nh,96,32 0xc6120003 accept", handle.trim());
     for (change, named) in [
         (
             format!("replace rule netdev bulkhead ip4 {other}"),
-            "ip4 (rule 2, ip saddr 198.18.0.2 accept)",
+            "ip4 (rule 4, ip saddr 198.18.0.2 accept)",
         ),
         (
             "delete element inet bulkhead never4 '{ 192.168.0.0/16 : goto refuse-private }'".into(),

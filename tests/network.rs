@@ -281,9 +281,9 @@ fn one_operand_that_somebody_changes_is_found() {
     for (table, chain, rule, other) in [
         (tap, "ingress", 0, "ether saddr 02:62:68:00:00:03 goto own"),
         (tap, "own", 0, "ether type 0x86dd goto ip4"),
-        (tap, "ip4", 1, "@nh,96,32 0xc6120003 accept"),
-        (tap, "ip4", 1, "@nh,96,32 0xc6120002 return"),
-        (tap, "ip4", 1, "@nh,128,32 0xc6120002 accept"),
+        (tap, "ip4", 3, "@nh,96,32 0xc6120003 accept"),
+        (tap, "ip4", 3, "@nh,96,32 0xc6120002 return"),
+        (tap, "ip4", 3, "@nh,128,32 0xc6120002 accept"),
         (inet, "forward", 0, "iifname out oifname out goto outgoing"),
         (inet, "incoming", 2, "goto refuse-invalid"),
         (

@@ -24,10 +24,12 @@ pub const PREFIX4: u8 = 30;
 pub const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd62, 0x756c, 0x6b68, 0, 0, 0, 0, 2);
 /// The gateway's.
 pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfd62, 0x756c, 0x6b68, 0, 0, 0, 0, 1);
-/// Length of their prefix.
-pub const PREFIX6: u8 = 64;
+/// Length of their prefix: nobody else is on their link.
+pub const PREFIX6: u8 = 126;
 /// What the guest's hardware address gives (RFC 4291, appendix A).
 pub const LINK_LOCAL6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x62, 0x68ff, 0xfe00, 2);
+/// The same of the gateway's.
+pub const GATEWAY_LINK_LOCAL6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x62, 0x68ff, 0xfe00, 1);
 /// The device towards the guest, in the machine's namespace.
 pub const TAP: &str = "tap";
 /// The device towards the host.
@@ -91,8 +93,10 @@ mod tests {
 
     #[test]
     fn the_link_local_address_follows_from_the_hardware_address() {
-        let [a, b, c, d, e, f] = GUEST_MAC;
-        let interface = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
-        assert_eq!(LINK_LOCAL6.octets()[8..], interface);
+        for (mac, address) in [(GUEST_MAC, LINK_LOCAL6), (GATEWAY_MAC, GATEWAY_LINK_LOCAL6)] {
+            let [a, b, c, d, e, f] = mac;
+            let interface = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+            assert_eq!(address.octets()[8..], interface);
+        }
     }
 }

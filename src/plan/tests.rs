@@ -162,7 +162,7 @@ fn a_network_is_a_device_a_descriptor_and_an_address() {
         "{args:?}"
     );
     assert!(
-        cmdline.ends_with(" bulkhead.ip6=fd62:756c:6b68::2/64@fd62:756c:6b68::1"),
+        cmdline.ends_with(" bulkhead.ip6=fd62:756c:6b68::2/126@fd62:756c:6b68::1"),
         "{cmdline}"
     );
 }

@@ -7,10 +7,12 @@ use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use bulkhead::guest::{Input, Output, Stream};
 use bulkhead::host::netns::Netns;
 use bulkhead::host::nft;
 use bulkhead::plan::firewall::Family;
 use bulkhead::run::Machine;
+use bulkhead_agent::{Exec, Request};
 
 use super::support::live::sh;
 use super::support::net::note;
@@ -32,7 +34,8 @@ pub(crate) fn greet(netns: &Netns, address: &str, seen: &Seen) {
                 continue;
             };
             seen.lock().unwrap().push((peer, own));
-            let _ = writeln!(stream, "{}", peer.ip());
+            // In one piece, as it is read.
+            let _ = stream.write_all(format!("{}\n", peer.ip()).as_bytes());
         }
     });
 }
@@ -64,6 +67,67 @@ pub(crate) async fn tries(machine: &Machine, lines: &[&str]) -> Vec<String> {
     )
     .await;
     output.lines().map(str::to_owned).collect()
+}
+
+/// Somebody in a guest who tries what he is told, one line after another.
+pub(crate) struct Hand {
+    stream: Stream,
+    input: Input,
+    said: Vec<u8>,
+}
+
+impl Hand {
+    pub(crate) async fn new(machine: &Machine) -> Self {
+        let script = include_str!("try.pl");
+        sh(
+            machine,
+            &format!("cat > /tmp/try.pl <<'PERL'\n{script}\nPERL"),
+        )
+        .await;
+        let exec = Exec {
+            argv: ["perl", "/tmp/try.pl"].map(str::to_owned).into(),
+            user: Some("root".into()),
+            stdin: true,
+            ..Exec::default()
+        };
+        let mut stream = machine.channel().open(&Request::Exec(exec)).await.unwrap();
+        stream.started("try").await.unwrap();
+        Self {
+            input: stream.input(),
+            stream,
+            said: Vec::new(),
+        }
+    }
+
+    pub(crate) async fn tries(&mut self, line: &str) -> String {
+        assert!(
+            self.input
+                .send(format!("{line}\n").as_bytes())
+                .await
+                .unwrap()
+        );
+        loop {
+            if let Some(end) = self.said.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.said.drain(..=end).collect();
+                return String::from_utf8_lossy(&line).trim_end().to_owned();
+            }
+            match self.stream.next().await.unwrap() {
+                Output::Out(bytes) | Output::Err(bytes) => self.said.extend(bytes),
+                Output::Exit(exit) => panic!("{exit:?}: {:?}", self.said),
+            }
+        }
+    }
+
+    /// Sends frames as they are.
+    pub(crate) async fn sends(&mut self, frames: &[Vec<u8>]) {
+        assert_eq!(self.tries(&format!("raw {}", hex(frames))).await, "sent");
+    }
+}
+
+/// Frames as digits, with commas between them.
+pub(crate) fn hex(frames: &[Vec<u8>]) -> String {
+    let digits = |frame: &Vec<u8>| frame.iter().map(|byte| format!("{byte:02x}")).collect();
+    frames.iter().map(digits).collect::<Vec<String>>().join(",")
 }
 
 /// Rows: what is tried, what must come of it. All that differ are shown.

@@ -83,6 +83,11 @@ sub frame { my ($name) = @_;
     my $to = pack 'SnlSCCa8', 17, 3, $index, 0, 0, 6, "\0" x 8;
     my $frame = $frames{$name}->(); $frame .= "\0" x (60 - length $frame) if length $frame < 60;
     return defined send($s, $frame, 0, $to) ? 'sent' : said($!); }
+sub raw { my ($frames) = @_; # frames in hexadecimal digits
+    socket(my $s, 17, SOCK_RAW, 0) or return said($!);
+    my $to = pack 'SnlSCCa8', 17, 3, $index, 0, 0, 6, "\0" x 8;
+    for (split /,/, $frames) { defined send $s, pack('H*', $_), 0, $to or return said($!) }
+    return 'sent'; }
 # SYNs of no socket of the guest's kernel, which resets what answers them.
 sub whole { my ($to, $id, $field, $data, $options) = @_; my $words = 5 + length($options) / 4;
     return pack('CCnnnCCna4a4', 0x40 | $words, 0, 4 * $words + length $data, $id, $field, 64, 6, 0, $me, $to) . $options . $data; }
@@ -143,14 +148,16 @@ sub name { my ($host) = @_; # its addresses, or why there are none
     return 'no address' if !@all; return join ' ', sort map { inet_ntoa $_ } @all[4 .. $#all]; }
 sub name6 { my ($host) = @_; my ($e, @all) = Socket::getaddrinfo($host, 80, { family => AF_INET6, socktype => SOCK_STREAM });
     return $e ? 'none' : Socket::inet_ntop(AF_INET6, (unpack_sockaddr_in6($all[0]{addr}))[1]); }
+sub packed { my ($text) = @_; return $text =~ /:/ ? Socket::inet_pton(AF_INET6, $text) : inet_aton $text; }
 sub asked { my ($address, $port, $request) = @_; # all of the answer, or why there is none
-    socket(my $s, PF_INET, SOCK_STREAM, 6) or return said($!);
-    connect $s, pack_sockaddr_in($port, $address) or return said($!);
+    my ($family, $to) = length $address == 16 ? (PF_INET6, pack_sockaddr_in6($port, $address)) : (PF_INET, pack_sockaddr_in($port, $address));
+    socket(my $s, $family, SOCK_STREAM, 6) or return said($!);
+    connect $s, $to or return said($!);
     syswrite $s, $request;
     my ($all, $x) = ('', ''); while (ready($s, 0, 10) && sysread $s, $x, 65536) { $all .= $x }
     return $all; }
 sub web { my ($host, $port, $asked, $at) = @_; # the status of a request, and a refusal's code
-    my $address = defined $at ? inet_aton $at : gethostbyname $host; return 'no address' unless $address;
+    my $address = defined $at ? packed($at) : gethostbyname $host; return 'no address' unless $address;
     my $all = asked($address, $port, "GET / HTTP/1.1\r\nHost: $asked\r\nConnection: close\r\n\r\n");
     my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return $all || 'no answer';
     my ($code) = $all =~ /"code":\s*"([a-z-]+)"/; my ($server) = $all =~ /^I am (\S+)/m;
@@ -163,7 +170,7 @@ sub relay { my ($host, $port, $to) = @_; # a tunnel to somebody else
     my ($status) = $all =~ m{^HTTP/1.1 (\d+)} or return 'no answer'; my ($code) = $all =~ /"code":\s*"([a-z-]+)"/;
     return join ' ', $status, grep { defined } $code; }
 sub tls { my ($host, $name, $ech) = @_; # what comes of a handshake that asks this host for a name, or for none (-)
-    my $address = $host =~ /^[0-9.]+$/ ? inet_aton $host : gethostbyname $host; return 'no address' unless $address;
+    my $address = $host =~ /^[0-9.]+$|:/ ? packed($host) : gethostbyname $host; return 'no address' unless $address;
     my $more = $name eq '-' ? '' : pack('n', 0) . pack('n/a*', pack('n/a*', "\0" . pack('n/a*', $name)));
     $more .= pack('n n/a*', 0xfe0d, 'x' x 20) if $ech;
     my $body = "\3\3" . "\7" x 32 . "\0" . pack('n/a*', "\x13\1") . "\1\0" . pack('n/a*', $more);
@@ -175,7 +182,7 @@ sub tunnel { my ($domain, $count) = @_; # characters that names carry out before
     for (1 .. $count) { my $data = join '', map { $letters[rand @letters] } 1 .. 40;
         my @all = gethostbyname "$data.$domain"; $out += 40 unless !@all && $? == 2 }
     return $out < $count * 20 ? 'held' : "$out characters"; }
-my %tries = (tls => \&tls, tunnel => \&tunnel, name => \&name, name6 => \&name6, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, pieces => \&pieces, overlap => \&overlap, options => \&options, detour => \&detour, flood => \&flood, sniff => \&sniff,
+my %tries = (raw => \&raw, tls => \&tls, tunnel => \&tunnel, name => \&name, name6 => \&name6, web => \&web, tcp => \&tcp, udp => \&udp, ping => \&ping, frame => \&frame, scan => \&scan, get => \&get, pieces => \&pieces, overlap => \&overlap, options => \&options, detour => \&detour, flood => \&flood, sniff => \&sniff,
     follow => \&follow, relay => \&relay, put => \&put,
     hold => sub { my ($h, $p, $n) = @_; my %r; $r{tcp($h, $p, 1)}++ for 1 .. $n; join ', ', map { "$r{$_} $_" } sort keys %r });
 while (<STDIN>) { chomp; my ($kind, @rest) = split; print $tries{$kind}->(@rest), "\n" }

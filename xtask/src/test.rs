@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::count::{self, Check, Count};
+use crate::probe::network;
 use crate::{docs, fuzz, kernel, lab, qemu10, setup};
 
 /// Options.
@@ -44,12 +45,15 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if args.filter.is_none() {
         count.checks(static_checks());
     }
+    let rows = tempfile::tempdir()?;
+    let matrix = rows.path().join("rows");
     let tests = |wanted: &[&str], threads: &str| -> Result<(ExitStatus, String)> {
         let mut tests = Command::new("cargo");
         tests.args(["test", "--workspace", "--no-fail-fast", "--"]);
         tests.args(["--show-output", "--test-threads", threads]);
         tests.args(wanted);
         tests.env("BULKHEAD_TEST_STATE", &state);
+        tests.env("BULKHEAD_MATRIX", &matrix);
         tests.env(
             "BULKHEAD_TEST_AGENT",
             ready.bulkhead.with_file_name("bulkhead-agent"),
@@ -75,6 +79,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         count.second_try(&failed, status.success(), &text);
     }
     if args.filter.is_none() {
+        // The tests fail where a row does; here, where one is left out.
+        count.checks(vec![("network matrix", network::tried_by(&matrix))]);
         count.lab(lab::ci(&state));
     }
     // Before the probe, which kills whole machines and clears away after itself.

@@ -4,7 +4,7 @@ use nftnl::nftnl_sys::{self as sys, libc};
 
 use super::build::{octets, text};
 use super::raw::{self, Raw, Value};
-use crate::plan::firewall::{Expr, Field, LOG_GROUP, State};
+use crate::plan::firewall::{Expr, Extra, Field, LOG_GROUP, State};
 use crate::spec::Cidr;
 
 /// Source and destination register of every expression: the first.
@@ -13,6 +13,13 @@ const REG: u32 = libc::NFT_REG_1 as u32;
 const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 const NFTA_FIB_F_DADDR: u32 = 2;
 const NFT_CONNLIMIT_F_INV: u32 = 1;
+const NFT_EXTHDR_F_PRESENT: u32 = 1;
+const NFT_EXTHDR_OP_IPV6: u32 = 0;
+const NFT_EXTHDR_OP_IPV4: u32 = 2;
+/// Routing header (linux/in6.h); loose and strict source route (linux/ip.h).
+const ROUTING: u8 = 43;
+const LOOSE_ROUTE: u8 = 131;
+const STRICT_ROUTE: u8 = 137;
 /// linux/rtnetlink.h.
 const RTN_UNICAST: u32 = 1;
 /// Bytes of a logged packet that are passed on: its headers.
@@ -69,12 +76,16 @@ fn cmp(bytes: impl Into<Vec<u8>>, equal: bool) -> Raw {
     } else {
         libc::NFT_CMP_NEQ
     };
+    compare(op, bytes.into())
+}
+
+fn compare(op: i32, bytes: Vec<u8>) -> Raw {
     Raw::new(
         c"cmp",
         [
             (sys::NFTNL_EXPR_CMP_SREG, Value::U32(REG)),
             (sys::NFTNL_EXPR_CMP_OP, Value::U32(op as u32)),
-            (sys::NFTNL_EXPR_CMP_DATA, Value::Bytes(bytes.into())),
+            (sys::NFTNL_EXPR_CMP_DATA, Value::Bytes(bytes)),
         ],
     )
 }
@@ -98,6 +109,7 @@ fn payload(field: Field, register: u32) -> Raw {
         Field::SourcePort => (transport, 0, 2),
         Field::Port => (transport, 2, 2),
         Field::IcmpType | Field::Icmp6Type => (transport, 0, 1),
+        Field::Target6 => (transport, 8, 16),
     };
     Raw::new(
         c"payload",
@@ -106,6 +118,29 @@ fn payload(field: Field, register: u32) -> Raw {
             (sys::NFTNL_EXPR_PAYLOAD_OFFSET, Value::U32(offset)),
             (sys::NFTNL_EXPR_PAYLOAD_LEN, Value::U32(length)),
             (sys::NFTNL_EXPR_PAYLOAD_DREG, Value::U32(register)),
+        ],
+    )
+}
+
+/// Whether a header or an option is there: one or zero.
+fn has(extra: Extra) -> Raw {
+    let (op, number) = match extra {
+        Extra::Routing6 => (NFT_EXTHDR_OP_IPV6, ROUTING),
+        Extra::LooseRoute4 => (NFT_EXTHDR_OP_IPV4, LOOSE_ROUTE),
+        Extra::StrictRoute4 => (NFT_EXTHDR_OP_IPV4, STRICT_ROUTE),
+    };
+    Raw::new(
+        c"exthdr",
+        [
+            (sys::NFTNL_EXPR_EXTHDR_DREG, Value::U32(REG)),
+            (sys::NFTNL_EXPR_EXTHDR_TYPE, Value::U8(number)),
+            (sys::NFTNL_EXPR_EXTHDR_OFFSET, Value::U32(0)),
+            (sys::NFTNL_EXPR_EXTHDR_LEN, Value::U32(1)),
+            (
+                sys::NFTNL_EXPR_EXTHDR_FLAGS,
+                Value::U32(NFT_EXTHDR_F_PRESENT),
+            ),
+            (sys::NFTNL_EXPR_EXTHDR_OP, Value::U32(op)),
         ],
     )
 }
@@ -233,6 +268,12 @@ pub(super) fn raws(expr: &Expr) -> Vec<Raw> {
         Expr::Cast(kind) => vec![meta(libc::NFT_META_PKTTYPE), cmp([*kind], true)],
         Expr::Nfproto(family) => vec![meta(libc::NFT_META_NFPROTO), cmp([*family], true)],
         Expr::L4(number) => vec![meta(libc::NFT_META_L4PROTO), cmp([*number], true)],
+        // Loading it fails where there is none.
+        Expr::Whole => vec![
+            meta(libc::NFT_META_L4PROTO),
+            compare(libc::NFT_CMP_GTE, vec![0]),
+        ],
+        Expr::Has(extra) => vec![has(*extra), cmp([1], true)],
         Expr::Is(field, bytes, equal) => vec![payload(*field, REG), cmp(&bytes[..], *equal)],
         Expr::Between(field, first, last) => vec![
             payload(*field, REG),

@@ -43,11 +43,12 @@ const fn known(
 }
 
 /// Every expression that our rules have.
-const KNOWN: [Known; 17] = [
+const KNOWN: [Known; 18] = [
     known("bitwise", &[1, 2], &[4, 5, 7], 7),
     known("cmp", &[1], &[3], 3),
     known("connlimit", &[], &[], 2),
     known("ct", &[1, 4], &[], 4),
+    known("exthdr", &[1, 7], &[], 7),
     known("fib", &[1], &[], 3),
     known("immediate", &[1], &[2], 2),
     known("limit", &[], &[], 5),

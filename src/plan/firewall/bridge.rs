@@ -8,8 +8,9 @@ use crate::spec::Bridge;
 
 /// Kinds of packets (linux/if_packet.h): broadcast and multicast.
 const TO_MANY: [u8; 2] = [1, 2];
-/// Where DHCP servers send from (RFC 2131).
+/// Where DHCP servers send from, and to (RFC 2131). Clients mind the second alone.
 const DHCP_SERVER: u16 = 67;
+const DHCP_CLIENT: u16 = 68;
 const RULES: [&str; 6] = ["mac", "arp", "ip", "type", "broadcast", "dhcp"];
 
 /// All rules of a machine that is on a bridge. IPv4 and ARP by its own addresses
@@ -74,14 +75,14 @@ fn own_alone(bridge: &Bridge, device: &str) -> Vec<Chain> {
     let mut ip4: Vec<Rule> = TO_MANY
         .map(|kind| vec![from_guest(), Expr::Cast(kind), refuse("broadcast")])
         .into();
+    let dhcp = [(Field::SourcePort, DHCP_SERVER), (Field::Port, DHCP_CLIENT)];
+    ip4.extend(dhcp.map(|(field, port)| {
+        let is = Expr::is(field, port.to_be_bytes());
+        vec![from_guest(), Expr::L4(UDP), is, refuse("dhcp")]
+    }));
     ip4.extend([
-        vec![
-            from_guest(),
-            Expr::L4(UDP),
-            Expr::is(Field::SourcePort, DHCP_SERVER.to_be_bytes()),
-            refuse("dhcp"),
-        ],
-        vec![from_guest(), Expr::Accept],
+        // What hides its ports by lengths that are wrong is read by some all the same.
+        vec![from_guest(), Expr::Whole, Expr::Accept],
         vec![refuse("ip")],
     ]);
     let hook = Hook::Ingress(device.to_owned());

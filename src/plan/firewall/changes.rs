@@ -61,10 +61,14 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
         let at = [Expr::L4(protocol), Expr::InSet(Field::Port, set)];
         [&at[..], &port()].concat()
     };
-    // At ports of its own, or at the policy's.
+    // At ports of its own, or at the policy's. Port 0 is none: it stands for those.
     let to_own = |family, v6| {
-        let set = Expr::DestInSet(v6, ALLOWED[usize::from(v6)]);
-        let at = [Expr::Nfproto(family), Expr::L4(TCP), set];
+        let at = [
+            Expr::Nfproto(family),
+            Expr::L4(TCP),
+            Expr::Is(Field::Port, vec![0, 0], false),
+            Expr::DestInSet(v6, ALLOWED[usize::from(v6)]),
+        ];
         [&at[..], &host()].concat()
     };
     let to_fed = |family, v6, protocol, ports| {

@@ -1,10 +1,12 @@
 //! The rules of one machine, in its own network namespace.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use super::changes::{Names, changes, strict};
 use super::*;
-use crate::plan::network::{GATEWAY4, GATEWAY6, GUEST_MAC, GUEST4, GUEST6, LINK_LOCAL6, OUT, TAP};
+use crate::plan::network::{
+    GATEWAY_LINK_LOCAL6, GATEWAY4, GATEWAY6, GUEST_MAC, GUEST4, GUEST6, LINK_LOCAL6, OUT, TAP,
+};
 use crate::spec::NetworkPolicy;
 
 /// ARP (RFC 826).
@@ -23,13 +25,27 @@ const NEIGHBOUR: u8 = 136;
 const REDIRECT: u8 = 137;
 /// Multicast listener report, version 2 (RFC 3810): every Linux sends them.
 const LISTENER: u8 = 143;
+/// First and last of link-local addresses, of multicast, and of multicast on a link
+/// (RFC 4291).
+const LINK_LOCALS6: [u128; 2] = [0xfe80 << 112, (0xfec0 << 112) - 1];
+const MULTICAST6: [u128; 2] = [0xff00 << 112, u128::MAX];
+const MULTICAST_ON_LINK6: [u128; 2] = [0xff02 << 112, (0xff03 << 112) - 1];
 /// DNS, and DNS over TLS.
 const DNS: [u16; 2] = [53, 853];
 /// Refusals logged a second; all are counted.
 const LOGGED: u32 = 200;
 
 /// Rules that a refused packet can name.
-const AT_THE_TAP: [&str; 6] = ["mac", "arp", "ip", "type", "broadcast", "router"];
+const AT_THE_TAP: [&str; 8] = [
+    "mac",
+    "arp",
+    "ip",
+    "type",
+    "broadcast",
+    "router",
+    "neighbour",
+    "route",
+];
 const BEYOND: [&str; 17] = [
     "host",
     "private",
@@ -102,7 +118,12 @@ fn at_the_tap(policy: &NetworkPolicy) -> Table {
         vec![refuse("arp")],
     ];
     let from_guest = || Expr::is(Field::Ip4Source, GUEST4.octets());
+    // Whoever takes a packet by a route of the sender's sends it on to an address
+    // that was never looked at.
+    let routed = |extra| vec![Expr::Has(extra), refuse("route")];
     let ip4 = vec![
+        routed(Extra::LooseRoute4),
+        routed(Extra::StrictRoute4),
         vec![from_guest(), Expr::NotForHost, refuse("broadcast")],
         vec![from_guest(), Expr::Accept],
         vec![refuse("ip")],
@@ -116,7 +137,8 @@ fn at_the_tap(policy: &NetworkPolicy) -> Table {
     )];
     chains.extend([chain("own", own), chain("ip4", ip4), chain("arp", arp)]);
     if policy.ipv6 {
-        chains.extend([chain("ip6", ip6_at_the_tap()), neighbour6()]);
+        chains.push(chain("ip6", ip6_at_the_tap()));
+        chains.extend(neighbour6());
     }
     chains.extend(AT_THE_TAP.map(|rule| refusal(rule, &Expr::Drop)));
     Table {
@@ -128,11 +150,18 @@ fn at_the_tap(policy: &NetworkPolicy) -> Table {
     }
 }
 
+/// To an IPv6 address of this range.
+fn to_range([first, last]: [u128; 2]) -> Expr {
+    let bytes = |address: u128| address.to_be_bytes().into();
+    Expr::Between(Field::Ip6Dest, bytes(first), bytes(last))
+}
+
 fn ip6_at_the_tap() -> Vec<Rule> {
     let icmp = |kind| [Expr::L4(ICMP6), Expr::is(Field::Icmp6Type, [kind])];
     let rule = |conditions: &[Expr], then: Expr| [conditions, &[then]].concat();
     let from_guest = || Expr::is(Field::Ip6Source, GUEST6.octets());
     vec![
+        vec![Expr::Has(Extra::Routing6), refuse("route")],
         rule(&icmp(ROUTER), refuse("router")),
         rule(&icmp(REDIRECT), refuse("router")),
         // Nobody answers them, and nothing is wrong with asking.
@@ -141,6 +170,9 @@ fn ip6_at_the_tap() -> Vec<Rule> {
         // Multicast by nature.
         rule(&icmp(ASKED), Expr::goto("neighbour6")),
         rule(&icmp(NEIGHBOUR), Expr::goto("neighbour6")),
+        // Nobody else is on this link; to ask for somebody there costs the host memory.
+        rule(&[from_guest(), to_range(LINK_LOCALS6)], refuse("neighbour")),
+        rule(&[from_guest(), to_range(MULTICAST6)], refuse("broadcast")),
         rule(&[from_guest(), Expr::NotForHost], refuse("broadcast")),
         rule(&[from_guest()], Expr::Accept),
         vec![refuse("ip")],
@@ -158,6 +190,9 @@ fn beyond(policy: &NetworkPolicy, names: Names, host: &[IpAddr]) -> Table {
     let forward = vec![
         vec![Expr::In(TAP), Expr::Out(OUT), Expr::goto("outgoing")],
         vec![Expr::In(OUT), Expr::Out(TAP), Expr::goto("incoming")],
+        // Back to where it came from.
+        vec![Expr::In(TAP), refuse("private")],
+        vec![refuse("inbound")],
     ];
     let output = vec![
         vec![Expr::Out("lo"), Expr::Accept],
@@ -326,25 +361,37 @@ fn through() -> Vec<Rule> {
     ]
 }
 
-/// Chain for neighbour discovery at the tap: only for the guest's own
-/// addresses, or before it has any.
-fn neighbour6() -> Chain {
-    let from = |address: std::net::Ipv6Addr| {
-        vec![Expr::is(Field::Ip6Source, address.octets()), Expr::Accept]
-    };
-    chain(
-        "neighbour6",
-        vec![
-            from(GUEST6),
-            from(LINK_LOCAL6),
-            // It asks whether somebody has its address (RFC 4862).
+/// Chains for neighbour discovery at the tap: from the guest's own addresses, or
+/// before it has any; to its gateway or to whom it may concern; about itself.
+fn neighbour6() -> [Chain; 2] {
+    let not = |address: Ipv6Addr| Expr::Is(Field::Target6, address.octets().into(), false);
+    let from = |address: Ipv6Addr| Expr::is(Field::Ip6Source, address.octets());
+    let to = |address: Ipv6Addr| Expr::is(Field::Ip6Dest, address.octets());
+    let icmp = |kind| [Expr::L4(ICMP6), Expr::is(Field::Icmp6Type, [kind])];
+    let [l4, advertised] = icmp(NEIGHBOUR);
+    let others = vec![l4, advertised, not(GUEST6), not(LINK_LOCAL6)];
+    let [l4, asked] = icmp(ASKED);
+    let own = || Expr::goto("own6");
+    [
+        chain(
+            "neighbour6",
             vec![
-                Expr::is(Field::Ip6Source, [0; 16]),
-                Expr::L4(ICMP6),
-                Expr::is(Field::Icmp6Type, [ASKED]),
-                Expr::Drop,
+                [others, vec![refuse("neighbour")]].concat(),
+                vec![to_range(MULTICAST_ON_LINK6), own()],
+                vec![to(GATEWAY6), own()],
+                vec![to(GATEWAY_LINK_LOCAL6), own()],
+                vec![refuse("neighbour")],
             ],
-            vec![refuse("ip")],
-        ],
-    )
+        ),
+        chain(
+            "own6",
+            vec![
+                vec![from(GUEST6), Expr::Accept],
+                vec![from(LINK_LOCAL6), Expr::Accept],
+                // It asks whether somebody has its address (RFC 4862).
+                vec![from(Ipv6Addr::UNSPECIFIED), l4, asked, Expr::Drop],
+                vec![refuse("ip")],
+            ],
+        ),
+    ]
 }

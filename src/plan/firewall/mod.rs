@@ -169,6 +169,19 @@ pub enum Field {
     IcmpType,
     /// Type of an ICMPv6 message.
     Icmp6Type,
+    /// Target of a neighbour solicitation or advertisement.
+    Target6,
+}
+
+/// A header beside the usual ones, or an option of one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extra {
+    /// A routing header of IPv6 (RFC 8200, RFC 8754).
+    Routing6,
+    /// A loose source route of IPv4 (RFC 791).
+    LooseRoute4,
+    /// A strict source route of IPv4.
+    StrictRoute4,
 }
 
 /// States of connection tracking.
@@ -199,6 +212,10 @@ pub enum Expr {
     Nfproto(u8),
     /// This transport protocol, by number.
     L4(u8),
+    /// Any transport protocol: the headers before it and their lengths make sense.
+    Whole,
+    /// This header or option is there.
+    Has(Extra),
     /// A field is, or is not, this.
     Is(Field, Vec<u8>, bool),
     /// A field is in this range.

@@ -15,8 +15,10 @@ pub struct Never {
 
 /// Special addresses (RFC 6890 and its updates; IANA's special-purpose address
 /// registries). Of two that overlap, the longer prefix counts. Documentation
-/// addresses are not among them: nobody routes those.
-const NEVER: [(&str, &str); 33] = [
+/// addresses are not among them: nobody routes those. Of IPv6, only what is in
+/// 2000::/3 is the internet: no IPv4 in disguise (::ffff:0:0/96, ::/96), none behind a
+/// translator (64:ff9b::/96), no segments (5f00::/16), nothing that is not given out.
+const NEVER: [(&str, &str); 30] = [
     ("0.0.0.0/8", "special"),
     ("10.0.0.0/8", "private"),
     ("100.64.0.0/10", "cgnat"),
@@ -36,20 +38,17 @@ const NEVER: [(&str, &str); 33] = [
     ("224.0.0.0/4", "multicast"),
     ("240.0.0.0/4", "special"),
     ("255.255.255.255/32", "broadcast"),
-    ("::/127", "host"),
-    ("::ffff:0:0/96", "special"), // IPv4 in disguise
-    ("64:ff9b::/96", "special"),  // IPv4 behind a translator
-    ("64:ff9b:1::/48", "special"),
-    ("100::/64", "special"),
-    ("2001::/32", "special"), // Teredo: IPv4 inside
+    ("::/3", "special"),
+    ("2001::/23", "special"), // Teredo, with IPv4 inside, and other protocols' own
     ("2002::/16", "special"), // 6to4: IPv4 inside
+    ("4000::/2", "special"),
+    ("8000::/1", "special"),
     ("fc00::/7", "private"),
     ("fd00:ec2::254/128", "metadata"), // AWS
     ("fd20:ce::254/128", "metadata"),  // Google Cloud
     ("fe80::/10", "link-local"),
     ("fec0::/10", "private"),
     ("ff00::/8", "multicast"),
-    ("::/96", "special"),
 ];
 
 /// What no machine may reach, without overlaps, by address: IPv4 or IPv6.
@@ -139,9 +138,17 @@ mod tests {
             ("169.254.169.254", "metadata"),
             ("169.254.169.255", "link-local"),
             ("100.127.255.255", "cgnat"),
-            ("::1", "host"),
+            ("::1", "special"),
             ("::7f00:1", "special"),
             ("::ffff:10.0.0.1", "special"),
+            ("::ffff:0:10.0.0.1", "special"),
+            ("64:ff9b::10.0.0.1", "special"),
+            ("200::1", "special"),
+            ("2001:1ff::1", "special"),
+            ("2002:a00:1::1", "special"),
+            ("4000::1", "special"),
+            ("5f00::1", "special"),
+            ("fbff::1", "special"),
             ("fd00:ec2::254", "metadata"),
             ("fd00:ec2::255", "private"),
         ] {
@@ -152,7 +159,10 @@ mod tests {
             "11.0.0.0",
             "8.8.8.8",
             "169.253.0.1",
+            "2001:200::1",
+            "2003::1",
             "2600::1",
+            "3fff:ffff::1",
         ] {
             assert_eq!(rule(address, &[]), None, "{address}");
         }

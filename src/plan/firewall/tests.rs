@@ -53,6 +53,15 @@ fn what_names_change() {
 }
 
 #[test]
+fn a_machine_on_a_bridge() {
+    insta::assert_snapshot!(bridged(&bridge()));
+}
+
+fn bridge() -> crate::spec::Bridge {
+    "br0:10.99.0.50/24@10.99.0.1".parse().unwrap()
+}
+
+#[test]
 fn the_hosts_end() {
     insta::assert_snapshot!(gate());
 }
@@ -65,6 +74,8 @@ fn every_jump_has_an_end() {
     policy.limits.total = Some(crate::spec::Bytes::gib(1));
     let mut tables = machine(&policy, Names::Any, &[]).tables;
     tables.extend(machine(&policy, Names::Strict(1), &[]).tables);
+    tables.extend(bridged(&bridge()).tables);
+    tables.extend(guard(&bridge(), "token").tables);
     tables.push(gate());
     for table in tables {
         let named = |name: &str| table.chains.iter().any(|chain| chain.name == name);

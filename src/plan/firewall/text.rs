@@ -118,6 +118,7 @@ impl Display for Field {
             Self::Port => "th dport",
             Self::IcmpType => "icmp type",
             Self::Icmp6Type => "icmpv6 type",
+            Self::Target6 => "icmpv6 taddr",
         })
     }
 }
@@ -153,6 +154,10 @@ impl Display for Expr {
             Self::L4(TCP) => write!(f, "meta l4proto tcp"),
             Self::L4(UDP) => write!(f, "meta l4proto udp"),
             Self::L4(number) => write!(f, "meta l4proto {number}"),
+            Self::Whole => write!(f, "meta l4proto >= 0"),
+            Self::Has(Extra::Routing6) => write!(f, "exthdr rt exists"),
+            Self::Has(Extra::LooseRoute4) => write!(f, "ip option lsrr exists"),
+            Self::Has(Extra::StrictRoute4) => write!(f, "ip option ssrr exists"),
             Self::Is(field, bytes, true) => write!(f, "{field} {}", shown(*field, bytes)),
             Self::Is(field, bytes, false) => write!(f, "{field} != {}", shown(*field, bytes)),
             Self::Between(field, first, last) => {

@@ -4,7 +4,7 @@ mod case;
 mod faults;
 mod guest;
 mod monitor;
-mod network;
+pub(crate) mod network;
 pub(crate) mod place;
 mod points;
 pub(crate) mod verdict;

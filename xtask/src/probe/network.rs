@@ -1,17 +1,17 @@
 //! `cargo xtask probe network`: what root in a guest tries, against what comes
 //! of it, in an internet of the probe's own.
 //!
-//! The rows are those of tests/network_guest.rs, network_flood.rs, names_guest.rs,
-//! clients_guest.rs and bridge_guest.rs, which write each of them down where
-//! `BULKHEAD_MATRIX` says: probe and test cannot differ. What is on the list of
+//! The rows are those of tests/network_guest.rs, network_frames.rs, network_flood.rs,
+//! names_guest.rs, clients_guest.rs and bridge_guest.rs, which write each of them
+//! down where `BULKHEAD_MATRIX` says: probe and test cannot differ. What is on the list of
 //! tries below and in none of them is a failed row.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 
 use super::{Came, Row, Rows, Tried};
@@ -20,7 +20,7 @@ use crate::setup;
 const AGAIN: &str = "cargo xtask probe network";
 
 /// What has to be tried, and how the rows of it begin.
-const LIST: [(&str, &str); 34] = [
+const LIST: [(&str, &str); 73] = [
     ("allowed, by address", "tcp 203.0.113.1 80"),
     ("allowed, by name", "web good.org 80 good.org"),
     ("raw IP", "tcp 93.184.215.14 80"),
@@ -55,6 +55,60 @@ const LIST: [(&str, &str); 34] = [
     ("SYN flood", "flood 203.0.113.1 80"),
     ("10,000 connections", "hold 203.0.113.1 443 10000"),
     ("inbound", "from the internet to the guest"),
+    (
+        "inbound, by hand",
+        "from the internet to the guest's address: ",
+    ),
+    (
+        "inbound, by hand, IPv6",
+        "from the internet to the guest's IPv6 address: ",
+    ),
+    (
+        "inbound, from the host",
+        "from the host to the guest's address: ",
+    ),
+    (
+        "inbound, from the host, IPv6",
+        "from the host to the guest's IPv6 address: ",
+    ),
+    ("TCP flags", "ipv4: TCP XMAS"),
+    ("TCP flags, IPv6", "ipv6: TCP XMAS"),
+    ("ACK alone", "ipv4: TCP ACK alone to the LAN"),
+    ("ACK alone, IPv6", "ipv6: TCP ACK alone to a private"),
+    ("port 0", "ipv4: TCP to port 0"),
+    ("port 0 of a name", "port 0 of 2001:db8:2::1"),
+    ("GRE", "ipv4: GRE"),
+    ("IP in IP", "ipv4: IPv4 (protocol 4)"),
+    ("ESP", "ipv4: ESP"),
+    ("SCTP", "ipv4: SCTP"),
+    ("UDP-Lite", "ipv4: UDP-Lite"),
+    ("other protocols, IPv6", "ipv6: GRE"),
+    ("record route", "ipv4: a recorded route, to port 81"),
+    ("DHCP offers", "ipv4: a DHCP offer"),
+    ("DHCP offers on a bridge", "on a bridge: DHCP from another"),
+    ("DHCP offers on a tap", "on a tap: DHCP with a length"),
+    ("gratuitous ARP", "ipv4: ARP says all as the gateway"),
+    ("tags in tags", "ipv4: two tags (802.1ad, 802.1Q)"),
+    ("other types", "ipv4: LLDP"),
+    ("IPv6, switched off", "without ipv6: TCP to port 80"),
+    ("IPv6, pieces", "ipv6: two pieces to port 81"),
+    ("IPv6, a piece alone", "ipv6: a piece that is all of it"),
+    ("IPv6, tiny pieces", "ipv6: a first piece with half"),
+    ("IPv6, pieces that overlap", "ipv6: pieces that overlap"),
+    ("IPv6, options", "ipv6: hop-by-hop options, to port 81"),
+    ("IPv6, routing headers", "ipv6: routing header 4 to"),
+    ("IPv6, in disguise", "ipv6: TCP to ::ffff:10."),
+    ("IPv6, a translator", "ipv6: TCP to 64:ff9b::10."),
+    ("IPv6, 6to4 and Teredo", "ipv6: TCP to 2001:0:"),
+    ("IPv6, link-local", "ipv6: TCP to fe80::1"),
+    (
+        "IPv6, router advertisements",
+        "ipv6: a router advertisement",
+    ),
+    ("IPv6, redirect", "ipv6: a redirect"),
+    ("IPv6, neighbours", "ipv6: it says to all that it is the"),
+    ("IPv6, DHCP", "ipv6: a DHCPv6 advertisement"),
+    ("IPv6, strict", "tls 2a00:1234::1 other.org"),
 ];
 
 /// Options.
@@ -89,6 +143,8 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         "--test",
         "network_guest",
         "--test",
+        "network_frames",
+        "--test",
         "names_guest",
         "--test",
         "network_flood",
@@ -102,21 +158,15 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         .env("BULKHEAD_TEST_STATE", &state)
         .env("BULKHEAD_MATRIX", &file)
         .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
         .output()
         .context("cannot run the tests")?;
     let rows = Rows::default();
-    let text = fs::read_to_string(&file).unwrap_or_default();
-    let lines = text.lines().map(serde_json::from_str);
-    let lines: Vec<Line> = lines
-        .collect::<Result<_, _>>()
-        .context("a row of the test's")?;
+    let lines = read(&file)?;
     let wrong = lines.iter().filter(|line| line.expected != line.seen);
     let wrong = wrong.count();
-    for (what, begin) in LIST {
-        if !lines.iter().any(|line| line.case.starts_with(begin)) {
-            let case = format!("{what} ({begin})");
-            rows.add(row(case, Came::Failed, vec!["it was not tried".into()]));
-        }
+    for case in untried(&lines) {
+        rows.add(row(case, Came::Failed, vec!["it was not tried".into()]));
     }
     for line in lines {
         rows.add(told(line, args.json));
@@ -134,6 +184,34 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         ..row("the tests around the rows".into(), came, why)
     });
     rows.close(args.json)
+}
+
+/// The rows that tests have written down; none where they have not.
+fn read(file: &Path) -> Result<Vec<Line>> {
+    let text = fs::read_to_string(file).unwrap_or_default();
+    let lines = text.lines().map(serde_json::from_str);
+    lines
+        .collect::<Result<_, _>>()
+        .context("a row of the test's")
+}
+
+/// What is on the list and in none of these rows.
+fn untried(lines: &[Line]) -> Vec<String> {
+    let tried = |begin| lines.iter().any(|line| line.case.starts_with(begin));
+    let missing = LIST.iter().filter(|(_, begin)| !tried(begin));
+    missing
+        .map(|(what, begin)| format!("{what} ({begin})"))
+        .collect()
+}
+
+/// That tests which wrote their rows to this file have tried all of the list.
+///
+/// # Errors
+/// They have not; what is missing is named.
+pub(crate) fn tried_by(file: &Path) -> Result<()> {
+    let missing = untried(&read(file)?);
+    ensure!(missing.is_empty(), "not tried: {}", missing.join(", "));
+    Ok(())
 }
 
 fn row(case: String, came: Came, why: Vec<String>) -> Row {
