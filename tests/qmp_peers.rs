@@ -140,6 +140,30 @@ async fn only_a_monitor_is_taken_for_one() {
     assert!(matches!(error, QmpError::Stranger { .. }), "{error}");
 }
 
+/// On a crowded host it may take as long as its caller gives it.
+#[tokio::test(start_paused = true)]
+async fn a_monitor_that_answers_late_is_waited_for() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let version = json!({ "qemu": { "major": 99, "minor": 0, "micro": 0 }, "package": "" });
+    let greeting = json!({ "QMP": { "version": version, "capabilities": [] } });
+    let late = async {
+        let line = format!("{greeting}\r\n");
+        theirs.write_all(line.as_bytes()).await.unwrap();
+        let mut command = [0; 512];
+        assert!(theirs.read(&mut command).await.unwrap() > 0);
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        let line = "{\"return\": {}, \"id\": 0}\r\n";
+        theirs.write_all(line.as_bytes()).await.unwrap();
+    };
+    let deadline = Duration::from_secs(200);
+    let (monitor, ()) = tokio::join!(Monitor::connect(ours, deadline), late);
+    // What it is asked for later may take no longer than usual.
+    let begin = tokio::time::Instant::now();
+    let error = monitor.unwrap().execute(qmp::stop {}).await.unwrap_err();
+    assert!(matches!(error, QmpError::Timeout { .. }), "{error}");
+    assert_eq!(begin.elapsed().as_secs(), 30);
+}
+
 #[tokio::test]
 async fn dropping_the_last_handle_ends_the_connection() {
     let (monitor, mut theirs) = scripted().await;

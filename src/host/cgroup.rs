@@ -8,6 +8,7 @@
 
 mod blkio;
 mod hierarchy;
+mod oom;
 
 use std::fs;
 use std::io;
@@ -20,6 +21,7 @@ use nix::libc;
 
 pub use self::blkio::device_of;
 use self::hierarchy::{Controller, Hierarchies, lists};
+pub use self::oom::Shortage;
 use super::lease::Lease;
 use super::sys;
 use crate::error::Explain;
@@ -248,17 +250,6 @@ impl Cgroup {
         }
     }
 
-    /// How often the kernel killed in it for want of memory.
-    pub fn oom_kills(&self) -> Option<u64> {
-        let names = ["memory.events", "memory.oom_control"];
-        let text = names
-            .iter()
-            .find_map(|name| fs::read_to_string(self.file(name)?).ok());
-        let text = text?;
-        let line = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-        line?.trim().parse().ok()
-    }
-
     /// Its directories: one on v2, one for each controller on v1.
     pub fn dirs(&self) -> &[PathBuf] {
         &self.dirs
@@ -388,6 +379,23 @@ mod tests {
         }
     }
 
+    /// Tells whether the kernel was asked to kill all of a group, where it can.
+    struct Told(fs::File);
+
+    impl Told {
+        fn of(group: &Cgroup) -> Option<Self> {
+            use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+            let file = group.file("cgroup.kill")?;
+            let watch = init(CreateFlags::NONBLOCK).unwrap();
+            add_watch(&watch, file, WatchFlags::MODIFY).unwrap();
+            Some(Self(watch.into()))
+        }
+
+        fn any(&mut self) -> bool {
+            io::Read::read(&mut self.0, &mut [0; 512]).is_ok()
+        }
+    }
+
     #[test]
     fn what_is_in_a_group_ends_with_it() {
         let Some(group) = group() else { return };
@@ -407,8 +415,12 @@ mod tests {
         group.set_cpu_quota(None).unwrap();
         let leases: Vec<_> = group.leases().collect();
         assert_eq!(Cgroup::of_leases(&leases), Some(group.clone()));
+        let mut told = Told::of(&group);
         for lease in &leases {
             lease.release().unwrap();
+        }
+        if let Some(told) = &mut told {
+            assert!(told.any(), "they were killed one by one");
         }
         for child in &mut children {
             let status = child.wait().unwrap();

@@ -118,6 +118,11 @@ impl Jail {
         !self.waived.has(layer)
     }
 
+    /// Whether it is a user whose id nobody else has.
+    pub fn own_user(&self) -> bool {
+        !self.unprivileged && self.has(JailLayer::User)
+    }
+
     /// Where QEMU finds `place`, whose path on the host is `host`.
     pub fn path(&self, place: &str, host: PathBuf) -> PathBuf {
         match self.has(JailLayer::Files) {

@@ -61,14 +61,14 @@ impl Monitor {
     /// No greeting in time, something else than QEMU at the other end, or the
     /// end of the connection.
     pub async fn connect(stream: UnixStream, deadline: Duration) -> Result<Self, QmpError> {
-        let ready = tokio::time::timeout(deadline, Self::negotiate(stream));
+        let ready = tokio::time::timeout(deadline, Self::negotiate(stream, deadline));
         ready.await.unwrap_or(Err(QmpError::Greeting {
             peer: Peer::Monitor,
             after: deadline,
         }))
     }
 
-    async fn negotiate(stream: UnixStream) -> Result<Self, QmpError> {
+    async fn negotiate(stream: UnixStream, deadline: Duration) -> Result<Self, QmpError> {
         let peer = Peer::Monitor;
         let (reader, writer) = stream.into_split();
         let mut lines = Lines::new(reader, MAX_LINE);
@@ -84,13 +84,14 @@ impl Monitor {
         })?;
         let monitor = Self {
             connection: Connection::start(peer, lines, writer),
-            timeout: TIMEOUT,
+            // QEMU greets early, and answers once its machine is made.
+            timeout: deadline,
             version,
         };
         monitor
             .execute(qmp::qmp_capabilities { enable: None })
             .await?;
-        Ok(monitor)
+        Ok(monitor.with_timeout(TIMEOUT))
     }
 
     /// The version QEMU gave in its greeting.

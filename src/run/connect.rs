@@ -19,7 +19,7 @@ use super::machine::{Live, Phases, StartOptions, io_error, missing, since};
 use super::network::Net;
 use super::violation::Audit;
 use crate::guest::{Channel, GuestError, connect_vsock};
-use crate::host::cgroup::{Cgroup, CgroupError};
+use crate::host::cgroup::{Cgroup, CgroupError, Shortage};
 use crate::host::fault;
 use crate::plan::Plan;
 use crate::qmp::Monitor;
@@ -216,14 +216,14 @@ impl Witness<'_> {
             let call = audit.system_call(&self.plan.id, &qemu, self.process).await;
             return MachineError::SystemCall { qemu, call };
         }
-        if status.signal == Some(libc::SIGKILL)
-            && self
-                .cgroup
-                .and_then(Cgroup::oom_kills)
-                .is_some_and(|kills| kills > 0)
+        // Of somebody else's child nothing but its group tells.
+        if (status.signal == Some(libc::SIGKILL) || status == ExitStatus::UNKNOWN)
+            && let Some(shortage) = self.cgroup.and_then(Cgroup::shortage)
         {
-            let limit = self.plan.jail.memory;
-            return MachineError::VmmOutOfMemory { qemu, limit };
+            return match shortage {
+                Shortage::Group(limit) => MachineError::VmmOutOfMemory { qemu, limit },
+                Shortage::Host => MachineError::HostOutOfMemory { qemu },
+            };
         }
         let words = self.words.last_lines(20);
         if let Some(console) = self.console.panic_lines(20) {

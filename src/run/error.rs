@@ -166,6 +166,12 @@ pub enum MachineError {
         /// The limit.
         limit: crate::spec::Bytes,
     },
+    /// The kernel killed QEMU, which had kept to its limit, for want of memory.
+    #[error("the host ran out of memory, and its kernel killed {qemu}")]
+    HostOutOfMemory {
+        /// The binary.
+        qemu: PathBuf,
+    },
     /// The guest's kernel panicked.
     #[error("the guest kernel panicked; on its console:\n{console}")]
     GuestPanic {
@@ -255,6 +261,7 @@ impl Explain for MachineError {
             Self::NotConfined { .. } => "not-confined",
             Self::SystemCall { .. } => "system-call-violation",
             Self::VmmOutOfMemory { .. } => "qemu-out-of-memory",
+            Self::HostOutOfMemory { .. } => "host-out-of-memory",
             Self::GuestPanic { .. } => "guest-panic",
             Self::GuestEnded { .. } => "guest-ended",
             Self::AgentSilent { .. } => "agent-silent",
@@ -333,6 +340,11 @@ impl Explain for MachineError {
             Self::VmmOutOfMemory { .. } => {
                 "Take the guest for hostile, or QEMU for leaking: the limit is the guest's memory \
                  and what QEMU needs besides. See --waive cgroup."
+                    .into()
+            }
+            Self::HostOutOfMemory { .. } => {
+                "Run fewer machines at once, or smaller ones (--memory). A control group that \
+                 Bulkhead runs in may have a limit, too."
                     .into()
             }
             Self::GuestPanic { .. } => {

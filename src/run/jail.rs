@@ -83,7 +83,7 @@ fn take_user(
     options: &StartOptions,
     leases: &mut Vec<Lease>,
 ) -> Result<Option<u32>, MachineError> {
-    if plan.jail.unprivileged || !plan.jail.has(JailLayer::User) {
+    if !plan.jail.own_user() {
         record
             .lease_all(leases.drain(..))
             .map_err(RecordError::from)?;

@@ -233,14 +233,11 @@ fn files(subject: &Subject) -> io::Result<Vec<Finding>> {
     let mut planned: BTreeSet<PathBuf> = plan.jail.files.keys().cloned().collect();
     planned.insert("/".into());
     if plan.jail.kvm {
-        planned.insert(
-            if plan.jail.unprivileged {
-                "/dev/kvm"
-            } else {
-                "/dev"
-            }
-            .into(),
-        );
+        // A node of its own on a mount of its own, or the host's.
+        planned.insert(match plan.jail.own_user() {
+            true => "/dev".into(),
+            false => "/dev/kvm".into(),
+        });
     }
     if plan.jail.share.is_some() {
         planned.extend([SHARE, "/proc"].map(PathBuf::from));
@@ -419,7 +416,7 @@ fn limits(subject: &Subject) -> io::Result<Vec<Finding>> {
             false => expect("user", "longest file", &seen, &format!("{most} at most")),
         });
     }
-    if jail.has(JailLayer::User) && !jail.unprivileged {
+    if jail.own_user() {
         findings.push(expect(
             "user",
             "threads of its user",

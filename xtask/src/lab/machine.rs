@@ -53,7 +53,8 @@ impl Lab {
             nested: Some(true),
             cpus: Some(2),
             memory: Some(options.memory),
-            disk: Some(Bytes::mib(64)),
+            // Tests mount it, too: sparse.
+            disk: Some(Bytes::mib(512)),
             workspace: Some("/".into()),
             workspace_mode: Some(WorkspaceMode::Share),
             read_only: Some(true),

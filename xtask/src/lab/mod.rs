@@ -6,6 +6,7 @@
 
 mod kit;
 mod machine;
+mod probe;
 mod terminal;
 mod tests;
 
@@ -59,6 +60,8 @@ pub(crate) struct Options {
 enum Verb {
     /// Run the project's own tests there; without a filter those that need a KVM host.
     Test(tests::Args),
+    /// Run `cargo xtask probe vmm`, `guest` or `qmp` there, under KVM.
+    Probe(probe::Args),
     /// Open a terminal.
     Shell {
         #[command(flatten)]
@@ -70,11 +73,13 @@ enum Verb {
 pub(crate) fn run(args: Args) -> Result<()> {
     let code = match args.verb {
         Some(Verb::Test(args)) => return tests::run(&args),
+        Some(Verb::Probe(args)) => probe::run(&args)?,
         Some(Verb::Shell { options }) => shell(&options)?,
         None => {
             ensure!(
                 !args.command.is_empty(),
-                "say what to do: `cargo xtask lab -- COMMAND`, `lab test` or `lab shell`"
+                "say what to do: `cargo xtask lab -- COMMAND`, `lab test`, `lab probe` or \
+                 `lab shell`"
             );
             command(&args.options, args.command)?
         }

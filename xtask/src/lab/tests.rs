@@ -28,8 +28,12 @@ pub(crate) struct Args {
 
 /// The tests that need a KVM host, vhost or cgroup version 2: target, and what
 /// their names begin with. CI runs these, every time.
-const NEEDED: [(&str, &str); 7] = [
+const NEEDED: [(&str, &str); 11] = [
     ("kvm", ""),
+    ("kvm_disk", ""),
+    ("kvm_saved", ""),
+    ("ordinary_user", "who_is_in_the_group_of_kvm"),
+    ("out_of_memory", "a_run_whose_vmm_is_killed"),
     ("templates", "a_template_is_cloned_under_kvm"),
     ("whole_host", ""),
     ("jail", "no_file_of_a_machine"),
@@ -39,7 +43,7 @@ const NEEDED: [(&str, &str); 7] = [
 ];
 /// A state directory of the lab's own: images and kernels of this machine, but
 /// nothing it has running.
-const STATE: &str = "/run/lab/state";
+pub(super) const STATE: &str = "/run/lab/state";
 
 /// A test program, and the tests to be run of it.
 struct Program {
@@ -84,11 +88,16 @@ pub(crate) fn ci(state: &Path) -> Result<Tested> {
     test(&options, None)
 }
 
-fn test(options: &Options, filter: Option<&str>) -> Result<Tested> {
-    let programs = chosen(filter)?;
+/// Makes a state directory in the lab; gives the environment of what uses it.
+pub(super) async fn prepare(lab: &Lab, options: &Options) -> Result<Vec<(String, String)>> {
     let state = options.state_dir.canonicalize()?;
     let state = state.to_str().context("the state directory is not UTF-8")?;
-    let prepare = format!("mkdir -p {STATE} && ln -s '{state}/images' '{state}/kernels' {STATE}",);
+    let links = format!("ln -s '{state}/images' '{state}/kernels' {STATE}");
+    let script = format!("mkdir -p {STATE}/cache && {links}");
+    let words = ["sh", "-c", &script].map(str::to_owned);
+    let mut io = machine::plain_io(false);
+    let code = lab.run(words.into(), &[], &mut io, None).await?;
+    ensure!(code == 0, "cannot make {STATE}");
     let env = [
         ("BULKHEAD_TEST_STATE", STATE),
         ("BULKHEAD_TEST_ACCEL", "kvm"),
@@ -99,13 +108,15 @@ fn test(options: &Options, filter: Option<&str>) -> Result<Tested> {
         // Machines in a machine under emulation.
         ("BULKHEAD_BOOT_TIMEOUT", "600s"),
     ];
-    let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    let text = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    Ok(env.map(text).into())
+}
+
+fn test(options: &Options, filter: Option<&str>) -> Result<Tested> {
+    let programs = chosen(filter)?;
     with_lab(options, async |lab| {
         let work = async {
-            let mut io = machine::plain_io(false);
-            let words = ["sh", "-c", &prepare].map(str::to_owned);
-            let code = lab.run(words.into(), &[], &mut io, None).await?;
-            ensure!(code == 0, "cannot make {STATE}");
+            let env = prepare(lab, options).await?;
             run_all(lab, &programs, &env, filter.is_none()).await
         };
         match tokio::time::timeout(options.timeout.0, work).await {

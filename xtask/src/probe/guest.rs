@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use bulkhead::error::Explain as _;
 use bulkhead::guest::Output;
+use bulkhead::plan::Channel;
 use bulkhead::run::{Host, Machine};
 use bulkhead::spec::{Accel, Catalog, MachineType, Request};
 use bulkhead_agent::{Exec, Request as Ask};
@@ -87,18 +88,23 @@ async fn look(host: &Host, args: &Args, kind: MachineType) -> Result<Vec<Row>> {
         case: format!("{name}: {case}"),
         came: if good { Came::Passed } else { Came::Failed },
         why: vec![seen],
-        again: "cargo xtask probe guest".into(),
+        again: format!("cargo xtask probe guest --accel {}", args.accel),
         ms: begin.elapsed().as_millis(),
         tried: None,
     };
     let mut rows = Vec::new();
-    // Linux: include/uapi/linux/virtio_ids.h. Two disks and the ports.
+    // Linux: include/uapi/linux/virtio_ids.h. Two disks, the ports, and vsock
+    // where the host has it.
+    let wanted = match machine.plan().channel {
+        Channel::Serial => "0x0002 0x0002 0x0003",
+        Channel::Vsock => "0x0002 0x0002 0x0003 0x0013",
+    };
     let virtio = sh(
         &machine,
         "cat /sys/bus/virtio/devices/*/device | sort | tr '\\n' ' '",
     )
     .await?;
-    let planned = virtio.trim() == "0x0002 0x0002 0x0003";
+    let planned = virtio.trim() == wanted;
     rows.push(row("virtio devices are those planned", virtio, planned));
     let pci = sh(
         &machine,

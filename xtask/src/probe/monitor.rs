@@ -26,6 +26,9 @@ pub(crate) struct Args {
     /// Print the attempts as JSON; the closing line is on stderr then.
     #[arg(long)]
     json: bool,
+    /// kvm or tcg.
+    #[arg(long, default_value = "tcg")]
+    accel: String,
     /// The QEMU binary.
     #[arg(long, env = "BULKHEAD_QEMU")]
     qemu: Option<PathBuf>,
@@ -197,7 +200,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
             case: name.to_owned(),
             came,
             why: vec![why],
-            again: "cargo xtask probe qmp".into(),
+            again: format!("cargo xtask probe qmp --accel {}", args.accel),
             ms: begin.elapsed().as_millis(),
             tried: None,
         });
@@ -214,7 +217,11 @@ async fn attempt(
     let wish = Request {
         image: Some("base".into()),
         kernel: args.kernel.clone(),
-        accel: Some(Accel::Tcg),
+        accel: Some(match args.accel.as_str() {
+            "kvm" => Accel::Kvm,
+            "tcg" => Accel::Tcg,
+            other => anyhow::bail!("--accel cannot be {other}"),
+        }),
         memory: Some("256M".parse()?),
         cpus: Some(1),
         command: vec!["true".into()],

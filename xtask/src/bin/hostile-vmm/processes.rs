@@ -52,6 +52,32 @@ fn exec_memory() -> Came {
     )
 }
 
+/// Memory with these rights from the start, under KVM: emulation has to execute
+/// what it writes.
+fn memory(rights: libc::c_int) -> Came {
+    if let Err(error) = std::fs::File::open("/dev/kvm") {
+        return Came::Skipped(format!("emulation needs such memory (/dev/kvm: {error})"));
+    }
+    let (minus_one, flags) = (-1_isize as usize, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let rights = rights as usize;
+    call(
+        libc::SYS_mmap,
+        &[0, 4096, rights, flags as usize, minus_one, 0],
+    )
+}
+
+/// The same with memory that was written before.
+fn execute_what_was_written() -> Came {
+    let (read, execute) = (libc::PROT_READ, libc::PROT_EXEC);
+    match memory(read | libc::PROT_WRITE) {
+        Came::Out(_) => {}
+        other => return other,
+    }
+    let page = vec![0u8; 8192];
+    let at = (page.as_ptr() as usize).next_multiple_of(4096);
+    call(libc::SYS_mprotect, &[at, 4096, (read | execute) as usize])
+}
+
 /// All capabilities there are.
 fn capabilities() -> Came {
     let (header, all) = ([0x2008_0522_u32, 0], [u32::MAX; 6]);
@@ -198,6 +224,10 @@ pub(crate) const ATTEMPTS: &[Attempt] = &[
     deep("execute a setuid program", || exec(c"/usr/bin/su")),
     deep("execute the guest's kernel", || exec(c"/kernel")),
     flat("execute memory", exec_memory),
+    flat("make memory that is written and executed", || {
+        memory(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC)
+    }),
+    flat("execute memory that was written", execute_what_was_written),
     flat("change its personality", || {
         call(libc::SYS_personality, &[0x004_0000])
     }),
