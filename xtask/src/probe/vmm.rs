@@ -276,6 +276,7 @@ async fn start(host: &Host, spec: &Spec) -> Result<(), RunError> {
         site: host.site.clone(),
         given: Given::default(),
         violations: host.dirs.violations(),
+        exceptions: host.dirs.exceptions(),
         memory: Memory::Empty,
     };
     Machine::start(plan, record, &options).await?;
