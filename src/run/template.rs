@@ -176,16 +176,22 @@ async fn warm_up(
     wish: &Build,
     io: &mut Io,
 ) -> Result<(), RunError> {
-    let identity = fresh(&Configure {
-        hostname: Some(NAME.into()),
-        machine_id: Some(random_hex::<16>()),
-        room: true,
-        ..Configure::default()
-    });
     let channel = machine.channel();
-    channel
-        .ask("take its identity", &Request::Configure(identity), ANSWER)
-        .await?;
+    let take = async |room| {
+        let identity = fresh(&Configure {
+            hostname: Some(NAME.into()),
+            machine_id: Some(random_hex::<16>()),
+            room,
+            ..Configure::default()
+        });
+        let request = Request::Configure(identity);
+        channel.ask("take its identity", &request, ANSWER).await
+    };
+    match take(true).await {
+        // An older agent leaves none, and writes a clone's names to its disk.
+        Err(error) if knows_no_room(&error) => take(false).await?,
+        taken => taken?,
+    };
     let Some(warm) = &wish.warm else {
         return Ok(());
     };
@@ -244,6 +250,12 @@ pub(super) async fn rest(machine: &Machine) -> Result<Life, MachineError> {
 pub(super) fn is_unknown(error: &GuestError) -> bool {
     matches!(error, GuestError::Refused { failure, .. }
         if failure.kind == FailureKind::Invalid && failure.message.contains(UNKNOWN_REQUEST))
+}
+
+/// Whether the agent is older than room for names.
+fn knows_no_room(error: &GuestError) -> bool {
+    matches!(error, GuestError::Refused { failure, .. }
+        if failure.kind == FailureKind::Invalid && failure.message.contains("unknown field"))
 }
 
 /// Writes the state of the devices to a file; the machine stands still then,
