@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use super::config::{Bed, Common, Config, explain, ms};
 use super::facts::Facts;
 use super::floor::{self, Bare};
+use super::peers::{self, Libvirt};
 use super::report::{FLOOR, OURS, Report, Unit};
 use super::rounds::{Sample, Series, Subject, interleaved};
 use super::template::Made;
@@ -25,6 +26,11 @@ pub(crate) struct Args {
     /// So many at once, too.
     #[arg(long, default_value_t = 0)]
     burst: usize,
+    /// Compare with `virsh restore` and a boot by libvirt, too.
+    #[arg(long)]
+    peers: bool,
+    #[command(flatten)]
+    install: peers::Install,
 }
 
 /// Runs the bench.
@@ -35,9 +41,22 @@ pub(crate) fn run(args: Args) -> Result<()> {
 }
 
 async fn measure(args: Args) -> Result<()> {
+    args.install.run()?;
     let common = &args.common;
     let bed = Bed::new(common)?;
     let mut facts = Facts::gather(&bed, &common.config)?;
+    let (mut missing, mut name) = (Vec::new(), "clone".to_owned());
+    let mut libvirt = None;
+    if args.peers {
+        name += " peers";
+        libvirt = Libvirt::find(&bed, &common.config, &mut missing).await?;
+    }
+    if let Some(libvirt) = &libvirt {
+        facts
+            .versions
+            .insert(peers::LIBVIRT.into(), libvirt.version());
+        libvirt.save().await?;
+    }
     let clone = common.config.with("clone")?;
     let mut made = vec![(clone.clone(), Made::new(&bed, &clone).await?)];
     for size in &args.sizes {
@@ -46,7 +65,14 @@ async fn measure(args: Args) -> Result<()> {
         made.push((config, template));
     }
     let measured = async {
-        let mut all = interleaved("clone", common.n, subjects(&bed, &common.config, &made)).await?;
+        let mut subjects = subjects(&bed, &common.config, &made);
+        if let Some(libvirt) = &libvirt {
+            let restore = format!("{} restore", peers::LIBVIRT);
+            subjects.push(Subject::new(restore, || libvirt.restored_life()));
+            let boot = format!("{} boot", peers::LIBVIRT);
+            subjects.push(Subject::new(boot, || libvirt.life()));
+        }
+        let mut all = interleaved(&name, common.n, subjects).await?;
         if args.burst > 0 {
             let (config, template) = &made[0];
             for bare in [false, true] {
@@ -62,7 +88,7 @@ async fn measure(args: Args) -> Result<()> {
     for (_, template) in made {
         template.remove()?;
     }
-    let report = Report::new("clone", facts, Unit::Ms, &all?, Vec::new());
+    let report = Report::new(&name, facts, Unit::Ms, &all?, missing);
     report.give(common.json, common.save.as_deref())
 }
 

@@ -196,6 +196,11 @@ impl Libvirt {
         let begin = Instant::now();
         let domain = self.dir.path().join("domain.xml");
         self.call(&format!("create {}", domain.display())).await?;
+        self.answering(begin).await
+    }
+
+    /// Waits until the guest's agent answers.
+    async fn answering(&self, begin: Instant) -> Result<Guest<'_>> {
         let guest = Guest {
             libvirt: self,
             begin,
@@ -209,22 +214,33 @@ impl Libvirt {
         Ok(guest)
     }
 
-    /// From nothing to nothing.
-    pub(super) async fn life(&self) -> Result<Sample> {
+    /// Saves a booted guest, and keeps its disk of that moment.
+    pub(crate) async fn save(&self) -> Result<()> {
         let guest = self.start().await?;
-        let begin = guest.begin;
-        let ready = begin.elapsed();
-        let start = Instant::now();
         guest.run_true().await?;
-        let command = start.elapsed();
-        let down = Instant::now();
-        guest.power_off().await?;
-        Ok(Sample::from(vec![
-            (AGENT, ms(ready)),
-            (COMMAND, ms(command)),
-            (POWER_OFF, ms(down.elapsed())),
-            (ALL, ms(begin.elapsed())),
-        ]))
+        let file = self.dir.path().join("saved");
+        self.call(&format!("save bench {}", file.display())).await?;
+        let disk = self.dir.path().join("scratch.img");
+        std::fs::rename(disk, self.dir.path().join("saved.img"))?;
+        Ok(())
+    }
+
+    /// From what was saved to nothing.
+    pub(crate) async fn restored_life(&self) -> Result<Sample> {
+        let dir = self.dir.path();
+        let disk = dir.join("scratch.img");
+        let _ = std::fs::remove_file(&disk);
+        scratch::copy(&dir.join("saved.img"), &disk).map_err(explain)?;
+        let begin = Instant::now();
+        let saved = dir.join("saved");
+        self.call(&format!("restore {}", saved.display())).await?;
+        let guest = self.answering(begin).await?;
+        guest.lived().await
+    }
+
+    /// From nothing to nothing.
+    pub(crate) async fn life(&self) -> Result<Sample> {
+        self.start().await?.lived().await
     }
 }
 
@@ -241,6 +257,23 @@ impl Guest<'_> {
         let answer: serde_json::Value = serde_json::from_str(answer.trim())
             .with_context(|| format!("qemu-guest-agent answered {answer:?}"))?;
         Ok(answer["return"].clone())
+    }
+
+    /// A command and the end of a guest whose agent has just answered.
+    async fn lived(self) -> Result<Sample> {
+        let begin = self.begin;
+        let ready = begin.elapsed();
+        let start = Instant::now();
+        self.run_true().await?;
+        let command = start.elapsed();
+        let down = Instant::now();
+        self.power_off().await?;
+        Ok(Sample::from(vec![
+            (AGENT, ms(ready)),
+            (COMMAND, ms(command)),
+            (POWER_OFF, ms(down.elapsed())),
+            (ALL, ms(begin.elapsed())),
+        ]))
     }
 
     pub(crate) async fn ping(&self) -> Result<()> {
