@@ -52,11 +52,14 @@ fn none(spec: &Spec) -> RunError {
 }
 
 impl Machine {
-    /// Stands still until [`Machine::wake`].
+    /// Stands still until [`Machine::wake`]; its clock is set once more before,
+    /// so that an emulator has translated what `wake` needs.
     ///
     /// # Errors
-    /// QEMU refuses.
-    pub(crate) async fn rest(&self) -> Result<(), MachineError> {
+    /// It is no clone, its clock cannot be set within `within`, or QEMU refuses.
+    pub(crate) async fn rest(&self, within: Duration) -> Result<(), MachineError> {
+        let template = self.template().ok_or(missing("a template"))?;
+        clone::right_clock(self.channel(), &format!("template {template}"), within).await?;
         self.disk().hold(true);
         self.monitor().execute(stop {}).await?;
         Ok(())

@@ -402,7 +402,7 @@ async fn does_not_rest(monitor: &Monitor, every: Duration) {
 fn begin(runtime: &Handle, host: &Host, spec: &Spec) -> Result<Box<Machine>, RunError> {
     runtime.block_on(async {
         let (_, machine) = host.start_clone(spec).await?;
-        match machine.rest().await {
+        match machine.rest(host.boot_timeout).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => {
                 ended(machine).await;
