@@ -9,8 +9,8 @@ use serde_json::Value;
 use support::{Bulkhead, entries, machines};
 
 /// More than the group has left, and less than the guest has.
-const FILL: &str = "head -c 200M /dev/zero > /dev/shm/f";
-const LEFT: u64 = 32 << 20;
+const FILL: &str = "head -c 100M /dev/zero > /dev/shm/f";
+const LEFT: u64 = 16 << 20;
 
 /// Has the group of the machine `name` allow little more than is used now;
 /// gives the new limit, or none where the host has no groups for us.
@@ -58,10 +58,10 @@ fn tighten(bulkhead: &Bulkhead, name: &str) -> Option<u64> {
 fn a_run_whose_vmm_is_killed_for_its_memory_says_so() {
     let bulkhead = Bulkhead::new().with_own_state();
     let script = format!("echo ready; read go; {FILL}; echo filled");
-    let words = ["--kernel", "tuned", "--memory", "512M", "--cpus", "1"];
+    let words = ["--kernel", "tuned", "--memory", "256M", "--cpus", "1"];
     let command = ["--disk", "64M", "--", "sh", "-c", &script];
-    let mut run = bulkhead.start("short", &[&words[..], &command].concat());
-    let Some(limit) = tighten(&bulkhead, "short") else {
+    let mut run = bulkhead.start("short-run", &[&words[..], &command].concat());
+    let Some(limit) = tighten(&bulkhead, "short-run") else {
         return;
     };
     assert_eq!(run.ask("go"), "");
@@ -72,19 +72,18 @@ fn a_run_whose_vmm_is_killed_for_its_memory_says_so() {
     let told = format!("used more than the {told} of memory its control group allows");
     assert!(ran.stderr.contains(&told), "{ran:?}");
     // It went as any other.
-    assert_eq!(machines("short"), [""; 0]);
+    assert_eq!(machines("short-run"), [""; 0]);
     assert_eq!(entries(&bulkhead.state().join("runs")), [""; 0]);
 }
 
 #[test]
 fn a_detached_machine_that_is_killed_for_its_memory_says_so() {
     let bulkhead = Bulkhead::new().with_own_state();
-    let words = ["--memory", "512M", "--disk", "64M", "--start"];
-    let vm = bulkhead.create("short", &words);
-    if tighten(&bulkhead, "short").is_none() {
+    let vm = bulkhead.create("short-vm", &["--disk", "64M", "--start"]);
+    if tighten(&bulkhead, "short-vm").is_none() {
         return;
     }
-    let filled = bulkhead.exec(&["short", "sh", "-c", FILL]);
+    let filled = bulkhead.exec(&["short-vm", "sh", "-c", FILL]);
     assert_eq!(filled.code, 125, "{filled:?}");
     let seen = vm.becomes("failed");
     let reason = seen["reason"].as_str().unwrap();
@@ -92,5 +91,5 @@ fn a_detached_machine_that_is_killed_for_its_memory_says_so() {
     assert!(told, "{seen}");
     // The next start has the limit that was planned.
     vm.start();
-    bulkhead.must(&["exec", "short", "sh", "-c", FILL]);
+    bulkhead.must(&["exec", "short-vm", "sh", "-c", FILL]);
 }

@@ -150,9 +150,10 @@ async fn clones_are_ready_and_each_is_another() {
     let vmms = bed.vmms();
     assert_eq!(vmms.len(), 3);
     // Nobody asks: no processor time, but the clocks fall behind.
-    // Threads that end after the filling may take their last turns first.
+    // Threads that end after the filling may take their last turns first, which
+    // takes a slow host long.
     let (mut used, mut quiet) = (Vec::new(), 0);
-    for _ in 0..8 {
+    for _ in 0..30 {
         let before: Vec<u64> = vmms.iter().map(|pid| cpu(*pid)).collect();
         tokio::time::sleep(Duration::from_secs(3)).await;
         let now = vmms

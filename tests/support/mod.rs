@@ -309,7 +309,8 @@ impl Detached<'_> {
             if seen["state"] == state {
                 return seen;
             }
-            let patience = std::time::Duration::from_secs(60);
+            // The lab is slow.
+            let patience = std::time::Duration::from_secs(180);
             assert!(begin.elapsed() < patience, "not {state}: {seen}");
             std::thread::sleep(std::time::Duration::from_millis(100));
         }
