@@ -11,6 +11,10 @@ mod support;
 mod ears;
 #[path = "support/frames.rs"]
 mod frames;
+#[path = "support/frames4.rs"]
+mod frames4;
+#[path = "support/frames6.rs"]
+mod frames6;
 #[path = "support/matrix.rs"]
 mod matrix;
 
@@ -178,8 +182,8 @@ async fn what_is_sent_by_hand_is_held_to_the_rules_too() {
     let netns = machine.netns().unwrap();
 
     let [_, other] = outer(neighbour.netns());
-    let mut tries = frames::six("2001:db8:1::1", &other.to_string());
-    tries.extend(frames::four("10.77.0.9"));
+    let mut tries = frames6::six("2001:db8:1::1", &other.to_string());
+    tries.extend(frames4::four("10.77.0.9"));
     let mut hand = Hand::new(&machine).await;
     let judge = judge(&world, netns, &[neighbour.netns()]);
     let mut wrong = send(&mut hand, &judge, &tries).await;
@@ -222,7 +226,7 @@ async fn without_ipv6_no_frame_of_it_is_taken() {
     let world = world();
     let live = Live::with_site(world.site());
     let machine = start(&live, false).await;
-    let mut tries = frames::six("2001:db8:1::1", "fd62:756c:6b69:0:1::9");
+    let mut tries = frames6::six("2001:db8:1::1", "fd62:756c:6b69:0:1::9");
     for one in &mut tries {
         one.case = one.case.replace("ipv6:", "without ipv6:");
         if one.expected != "stopped as mac" {
