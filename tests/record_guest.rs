@@ -234,6 +234,31 @@ async fn every_rule_is_named_when_a_connection_begins_and_when_it_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_with_a_port_of_its_own_is_reached_where_any_host_is_at_others() {
+    let internet = internet();
+    let live = Live::with_site(internet.site());
+    let policy = policy(Preset::Dev, &["shared.org:8443"], &[]);
+    let machine = start(&live, policy.clone()).await;
+    matrix(
+        &machine,
+        &[
+            ("web shared.org 8443 shared.org", "200 93.184.215.16"),
+            ("web good.org 80 good.org", "200 93.184.215.14"),
+            (&format!("tcp {GOOD} 8443"), "refused"),
+        ],
+    )
+    .await;
+    holds(&machine).await;
+    let wanted = [
+        ("new", Some(8443), "allow-host:shared.org:8443"),
+        ("new", Some(80), "preset:dev:80"),
+    ];
+    let all = recorded(&machine, &policy, &wanted).await;
+    all_have_rules(&all);
+    machine.kill().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn strict_mode_names_the_proxy_and_what_it_went_by() {
     let internet = internet();
     let live = Live::with_site(internet.site());

@@ -10,7 +10,8 @@ use crate::spec::{Exception, NetworkPolicy};
 /// What names have to do with what may be reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Names {
-    /// Nothing: every address that is not forbidden, at the allowed ports.
+    /// Nothing: every address that is not forbidden, at the allowed ports; and
+    /// hosts at ports of their own.
     #[default]
     Any,
     /// Only what the resolver put into [`ALLOWED`].
@@ -92,7 +93,13 @@ pub fn changes(policy: &NetworkPolicy, names: Names, used: u64) -> Changes {
     };
     let by_name = [fed(2, false), fed(10, true)].concat();
     let mut allowed = match names {
-        Names::Any => vec![to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")],
+        Names::Any => {
+            let ports = [to_ports(TCP, "ports-tcp"), to_ports(UDP, "ports-udp")];
+            // A host may have ports that others do not.
+            let own = policy.allow_hosts.iter().any(|host| host.port().is_some());
+            let own = own.then(|| [to_own(2, false), to_own(10, true)]);
+            ports.into_iter().chain(own.into_iter().flatten()).collect()
+        }
         Names::Fed => [
             by_name,
             vec![udp(2, false), udp(10, true), nameless(UDP, "ports-udp")],
