@@ -19,18 +19,29 @@ impl Cgroup {
         let kills = self
             .counted("memory.events", "oom_kill")
             .or_else(|| self.counted("memory.oom_control", "oom_kill"))?;
-        // How often it met its own limit: v2 tells when it was to no avail.
-        let met = self.counted("memory.events", "oom").unwrap_or_else(|| {
-            let files = ["memory.failcnt", "memory.memsw.failcnt"];
-            let counts = files.map(|file| self.read([file, file])?.parse::<u64>().ok());
-            counts.into_iter().flatten().sum()
-        });
+        // Whether it met its own limit: v2 tells when it was to no avail.
+        let met = match self.counted("memory.events", "oom") {
+            Some(times) => times > 0,
+            None => self.was_full("memory") || self.was_full("memory.memsw"),
+        };
         let limit = self.read(["memory.max", "memory.limit_in_bytes"]);
         let limit = limit.and_then(|text| text.parse().ok().map(Bytes));
         (kills > 0).then_some(match limit {
-            Some(limit) if met > 0 => Shortage::Group(limit),
+            Some(limit) if met => Shortage::Group(limit),
             _ => Shortage::Host,
         })
+    }
+
+    /// Whether a group of v1 ever used what it may. Of memory and swap together
+    /// some kernels count no failures, and only what was used at most tells.
+    fn was_full(&self, of: &str) -> bool {
+        let number = |what: &str| {
+            let file = format!("{of}.{what}");
+            self.read([&file, &file])?.parse::<u64>().ok()
+        };
+        let most = number("max_usage_in_bytes");
+        let failed = number("failcnt").is_some_and(|times| times > 0);
+        failed || most.is_some() && most >= number("limit_in_bytes")
     }
 
     /// The number of this name in a file with one in each line.

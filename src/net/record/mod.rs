@@ -214,7 +214,10 @@ impl Scribe {
 
 /// For the fuzzer: takes in what a kernel might say.
 #[cfg(fuzzing)]
-pub fn take_bytes(bytes: &[u8], names: Names, journal: Journal) {
+pub fn take_bytes(bytes: &[u8], names: super::Names, journal: Journal) {
+    let policy = crate::spec::NetworkPolicy::of_preset(crate::spec::Preset::Dev);
+    let policy = std::sync::Arc::new(super::Policy::new(&policy));
+    let rules = Rules::new(names, policy);
     let guests = vec![IpAddr::from([198, 18, 0, 2])];
     Scribe {
         guests,
