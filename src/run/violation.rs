@@ -60,7 +60,7 @@ impl Audit {
         process: &VmmProcess,
     ) -> String {
         let pid = process.pid();
-        let number = logged(process, Duration::from_secs(2)).await;
+        let number = logged(process, Duration::from_secs(5)).await;
         let violation = Violation {
             at_ms: now_ms(),
             machine: machine.clone(),
