@@ -18,8 +18,9 @@ use crate::spec::{Timeout, VmId};
 
 /// How long a supervisor may take to answer.
 const ANSWER: Duration = Duration::from_secs(20);
-/// The guest's time to fill a larger disk, within [`ANSWER`] more.
-const GROW: Duration = Duration::from_secs(60);
+/// What it takes at most to make a disk larger, besides: the guest's time to fill
+/// it, before and after, and QEMU's.
+const GROW: Duration = Duration::from_secs(2 * 60 + 30);
 /// How long it may take to say how its machine is: it asks QEMU and the guest.
 const LOOK: Duration = Duration::from_secs(10);
 /// How long it may take to save its machine.

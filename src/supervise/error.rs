@@ -237,7 +237,7 @@ impl Explain for SuperviseError {
             }
             Self::NotChanged {
                 id, is_torn: true, ..
-            } => format!("Restart it, and it is held to what it was: bulkhead restart {id}"),
+            } => format!("See what it is held to with `bulkhead inspect {id}`, and set it again."),
             Self::NotChanged { source, .. } => source.remedy(),
             Self::Run(error) => error.remedy(),
             Self::State(error) => error.remedy(),

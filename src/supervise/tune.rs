@@ -6,6 +6,7 @@ use super::error::SuperviseError;
 use super::supervisor::save_spec;
 use super::wire::{Limit, Settings};
 use crate::host::fault;
+use crate::qmp::QmpError;
 use crate::run::resources::{IO_LIMIT, IO_LIMIT_WHY};
 use crate::run::{Machine, MachineError, RunError, look};
 use crate::spec::{Bytes, Spec, SpecError, Tuning};
@@ -190,6 +191,9 @@ pub(super) async fn change(machine: &Machine, settings: &Settings, before: Spec)
             if let Err(error) = save_spec(machine.dir(), &kept) {
                 left.push((Part::Record, error));
             }
+        }
+        Some(MachineError::Qmp(QmpError::Timeout { .. })) if part == Part::Disk => {
+            rest = "nothing else was changed; QEMU may still make it larger";
         }
         // It says so itself.
         Some(MachineError::NetworkAstray { .. }) => rest = "nothing else was changed",
@@ -468,7 +472,7 @@ mod tests {
         );
         assert_eq!(
             torn.remedy(),
-            "Restart it, and it is held to what it was: bulkhead restart vm1"
+            "See what it is held to with `bulkhead inspect vm1`, and set it again."
         );
     }
 }

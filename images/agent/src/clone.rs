@@ -58,10 +58,14 @@ impl Lives {
     /// It has no random pool to name this life by, or was told to go on before
     /// everything was on its disk: then nobody waits for that any more.
     pub(crate) fn quiesce(&self) -> Result<Life> {
-        self.quiesce_after(sync)
+        self.quiesce_after(sync, || Held::take(Path::new("/")))
     }
 
-    fn quiesce_after(&self, sync: impl FnOnce()) -> Result<Life> {
+    fn quiesce_after(
+        &self,
+        sync: impl FnOnce(),
+        hold: impl FnOnce() -> Option<Held>,
+    ) -> Result<Life> {
         let resumed = self.now().resumed;
         sync();
         let mut now = self.now();
@@ -76,7 +80,7 @@ impl Lives {
         }
         now.rests = true;
         // After everything was written down, which takes the hold off.
-        now.held = Held::take(Path::new("/"));
+        now.held = hold();
         Ok(life(&now))
     }
 
@@ -158,11 +162,15 @@ fn draw() -> Result<String> {
 mod tests {
     use super::*;
 
+    fn quiesce(lives: &Lives) -> Result<Life> {
+        lives.quiesce_after(|| {}, || None)
+    }
+
     #[test]
     fn what_rests_serves_nothing_until_it_is_another() {
         let lives = Lives::default();
         lives.awake().unwrap();
-        let saved = lives.quiesce().unwrap();
+        let saved = quiesce(&lives).unwrap();
         assert_eq!((saved.generation, saved.session.len()), (0, 32));
         assert!(lives.awake().is_err());
         // Neither another generation nor half an identity makes it one.
@@ -179,14 +187,14 @@ mod tests {
     #[test]
     fn what_was_saved_goes_on_as_itself_whatever_fails() {
         let lives = Lives::default();
-        let saved = lives.quiesce().unwrap();
+        let saved = quiesce(&lives).unwrap();
         let went_on = lives.resumed(&Configure::default()).unwrap();
         assert_eq!(
             (went_on.generation, went_on.session),
             (saved.generation, saved.session)
         );
         lives.awake().unwrap();
-        lives.quiesce().unwrap();
+        quiesce(&lives).unwrap();
         let bad = Configure {
             seed: Some("no digits".into()),
             ..Configure::default()
@@ -198,7 +206,8 @@ mod tests {
     #[test]
     fn a_rest_that_comes_too_late_is_none() {
         let lives = Lives::default();
-        let late = lives.quiesce_after(|| drop(lives.resumed(&Configure::default())));
+        let go_on = || drop(lives.resumed(&Configure::default()));
+        let late = lives.quiesce_after(go_on, || None);
         assert!(late.unwrap_err().message.contains("meanwhile"));
         lives.awake().unwrap();
     }

@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::num::NonZeroUsize;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 use nix::libc::{MADV_POPULATE_WRITE, c_void, madvise};
@@ -96,9 +96,8 @@ pub(crate) struct Held {
 impl Held {
     /// Takes hold of the files, where they have room for any name.
     pub(crate) fn take(root: &Path) -> Option<Self> {
-        let id = Page::map(&root.join(MACHINE_ID))?;
-        let host = Page::map(&root.join(HOSTNAME))?;
-        let hosts = Page::map(&root.join(HOSTS))?;
+        let [id, host, hosts] = [MACHINE_ID, HOSTNAME, HOSTS].map(|path| Page::map(root, path));
+        let (id, host, hosts) = (id?, host?, hosts?);
         if id.size != ID_SIZE || host.size != LONGEST + 1 {
             return None;
         }
@@ -107,7 +106,10 @@ impl Held {
         let own = text.get(line..line + own_line("").len())?;
         let name = own[OWN.len()..].trim();
         let fits = own == own_line(name) && (line == 0 || text[..line].ends_with('\n'));
-        (fits && text.len() == hosts.size).then_some(Self {
+        // Last: it changes when they were written.
+        let held = |page: &Page| page.is_still_there() && page.takes_a_store();
+        let all = fits && text.len() == hosts.size && [&id, &host, &hosts].into_iter().all(held);
+        all.then_some(Self {
             id,
             host,
             hosts,
@@ -125,7 +127,7 @@ impl Held {
             (&self.hosts, self.line, &line),
         ];
         let fit = |(page, at, text): &(&Page, usize, &String)| {
-            at + text.len() <= page.size && page.is_still_there()
+            at + text.len() <= page.size && page.is_still_there() && page.takes_a_store()
         };
         if !all.iter().all(fit) {
             return false;
@@ -140,6 +142,7 @@ impl Held {
 /// A small file in memory.
 #[derive(Debug)]
 struct Page {
+    path: PathBuf,
     file: File,
     at: NonNull<c_void>,
     size: usize,
@@ -149,28 +152,38 @@ struct Page {
 unsafe impl Send for Page {}
 
 impl Page {
-    /// A regular file, from its beginning, writable and in memory.
-    fn map(path: &Path) -> Option<Self> {
-        let link = fs::symlink_metadata(path).ok()?;
-        let file = File::options().read(true).write(true).open(path).ok()?;
+    /// A regular file, from its beginning.
+    fn map(root: &Path, path: &str) -> Option<Self> {
+        let path = root.join(path);
+        let link = fs::symlink_metadata(&path).ok()?;
+        let file = File::options().read(true).write(true).open(&path).ok()?;
         let size = usize::try_from(link.len()).ok()?;
         let long = NonZeroUsize::new(size).filter(|size| link.is_file() && size.get() <= 4096)?;
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping, where the kernel has room for it.
         let at = unsafe { mmap(None, long, access, MapFlags::MAP_SHARED, &file, 0) }.ok()?;
-        let page = Self { file, at, size };
-        page.is_still_there().then_some(page)
+        Some(Self {
+            path,
+            file,
+            at,
+            size,
+        })
     }
 
-    /// Whether the file has its name and size, and its memory takes a store. A
-    /// store into a file that was cut off, or that the disk has no room for,
-    /// would be the end of this program.
+    /// Whether the file still has its size, and its name no other file.
     fn is_still_there(&self) -> bool {
-        let size = u64::try_from(self.size).ok();
-        let whole = |file: std::fs::Metadata| file.nlink() == 1 && Some(file.len()) == size;
+        let (Ok(file), Ok(named)) = (self.file.metadata(), fs::symlink_metadata(&self.path)) else {
+            return false;
+        };
+        let same = (file.dev(), file.ino()) == (named.dev(), named.ino());
+        same && u64::try_from(self.size) == Ok(file.len())
+    }
+
+    /// Whether its memory takes a store. One into a file that was cut off, or
+    /// that the disk has no room for, would be the end of this program.
+    fn takes_a_store(&self) -> bool {
         // SAFETY: the range is the mapping's.
-        let ready = || unsafe { madvise(self.at.as_ptr(), self.size, MADV_POPULATE_WRITE) } == 0;
-        self.file.metadata().is_ok_and(whole) && ready()
+        unsafe { madvise(self.at.as_ptr(), self.size, MADV_POPULATE_WRITE) == 0 }
     }
 
     fn store(&self, at: usize, bytes: &[u8]) {
@@ -249,6 +262,13 @@ mod tests {
             assert!(Held::take(root.path()).is_none(), "{path}");
             assert_eq!(read(&root, path), "another");
             assert!(!read(&root, HOSTNAME).contains("clone"));
+            // Nor where it has moved, and a copy is in its place.
+            let root = self::root(true);
+            let held = Held::take(root.path()).unwrap();
+            let (whole, moved) = (root.path().join(path), root.path().join("moved"));
+            fs::rename(&whole, &moved).unwrap();
+            fs::copy(&moved, &whole).unwrap();
+            assert!(!held.store(&id, "clone"), "{path} has moved");
             let root = self::root(true);
             let held = Held::take(root.path()).unwrap();
             fs::write(root.path().join(path), "").unwrap();
