@@ -295,6 +295,7 @@ mod tests {
         const SH: Tool = Tool {
             name: "sh",
             package: "dash",
+            converts: false,
         };
         let dir = tempfile::tempdir().unwrap();
         let mut command = SH.command();

@@ -17,19 +17,36 @@ use super::error::{Error, Result};
 pub(super) struct Tool {
     pub(super) name: &'static str,
     pub(super) package: &'static str,
+    /// Whether it only turns one file into another. What goes in may come out of a
+    /// guest, or from a stranger: it gets no capabilities.
+    pub(super) converts: bool,
 }
 
 pub(super) const APT_CACHE: Tool = tool("apt-cache", "apt");
 pub(super) const APT_GET: Tool = tool("apt-get", "apt");
 pub(super) const DPKG_DEB: Tool = tool("dpkg-deb", "dpkg");
-pub(super) const MKFS_EXT4: Tool = tool("mkfs.ext4", "e2fsprogs");
+pub(super) const MKFS_EXT4: Tool = converter("mkfs.ext4", "e2fsprogs");
 pub(super) const MMDEBSTRAP: Tool = tool("mmdebstrap", "mmdebstrap");
-pub(super) const TAR2SQFS: Tool = tool("tar2sqfs", "squashfs-tools-ng");
-pub(super) const XZ: Tool = tool("xz", "xz-utils");
-pub(super) const ZSTD: Tool = tool("zstd", "zstd");
+pub(super) const TAR2SQFS: Tool = converter("tar2sqfs", "squashfs-tools-ng");
+pub(super) const XZ: Tool = converter("xz", "xz-utils");
+pub(super) const ZSTD: Tool = converter("zstd", "zstd");
 
 const fn tool(name: &'static str, package: &'static str) -> Tool {
-    Tool { name, package }
+    let converts = false;
+    Tool {
+        name,
+        package,
+        converts,
+    }
+}
+
+const fn converter(name: &'static str, package: &'static str) -> Tool {
+    let converts = true;
+    Tool {
+        name,
+        package,
+        converts,
+    }
 }
 
 /// Lines of a tool's stderr shown when it fails.
@@ -46,7 +63,14 @@ impl Tool {
     pub(super) fn command(self) -> Command {
         let mut command = Command::new("setpriv");
         command.process_group(0);
-        command.args(["--pdeathsig", "TERM", "--", self.name]);
+        command.args(["--pdeathsig", "TERM"]);
+        if self.converts {
+            command.arg("--no-new-privs");
+            if nix::unistd::geteuid().is_root() {
+                command.args(["--inh-caps", "-all", "--bounding-set", "-all"]);
+            }
+        }
+        command.args(["--", self.name]);
         // /usr/sbin is missing from the path of ordinary users on Debian.
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{path}:/usr/local/sbin:/usr/sbin:/sbin"));
@@ -209,6 +233,27 @@ mod tests {
         );
         assert!(!text.contains("line 2"), "{text}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_turns_a_file_into_another_has_no_capabilities() {
+        let dir = tempfile::tempdir().unwrap();
+        let sh = converter("sh", "dash");
+        let mut command = sh.command();
+        command.args([
+            "-c",
+            "grep -E '^(CapEff|CapBnd|NoNewPrivs):' /proc/self/status",
+        ]);
+        let said = sh.output(&mut command, dir.path()).unwrap();
+        let values: Vec<_> = said
+            .lines()
+            .map(|line| line.split_once(":\t").unwrap())
+            .collect();
+        assert!(values.contains(&("NoNewPrivs", "1")), "{said}");
+        assert!(values.contains(&("CapEff", "0000000000000000")), "{said}");
+        if nix::unistd::geteuid().is_root() {
+            assert!(values.contains(&("CapBnd", "0000000000000000")), "{said}");
+        }
     }
 
     #[test]
