@@ -317,7 +317,7 @@ fn config(
         policy: Policy::new(policy),
         reach: Reach {
             ipv6: policy.ipv6,
-            allow_cidrs: policy.exceptions.iter().map(|one| one.cidr).collect(),
+            allow_cidrs: Vec::new(),
         },
         upstreams: upstreams(site),
         from: match &site.uplink {

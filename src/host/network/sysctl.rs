@@ -18,8 +18,11 @@ pub(super) fn router(ipv6: bool) -> io::Result<()> {
     set("ipv4.ip_forward", "1")?;
     // Every refusal is told: there is one guest to tell it to.
     set("ipv4.icmp_ratelimit", "0")?;
+    // What the rules cannot read of a source route, the kernel refuses by itself.
+    set("ipv4.conf.all.accept_source_route", "0")?;
     match ipv6 {
         true => {
+            set("ipv6.conf.all.accept_source_route", "-1")?;
             set("ipv6.conf.all.forwarding", "1")?;
             set("ipv6.icmp.ratelimit", "0")
         }

@@ -86,8 +86,10 @@ impl Rules {
             name: packet.name,
             rule: packet.rule,
         } = told.clone();
+        // One to the proxy has another destination by then than when it ends.
         if let Some(source) = packet.source
             && guests.contains(&source.address)
+            && Through::of_mark(mark) != Some(Through::Proxy)
         {
             let begun = &mut self.lock().begun;
             // Their ends were never told: what the marks say has to do.

@@ -27,7 +27,8 @@ pub struct ResolverConfig {
 pub struct Reach {
     /// The public IPv6 internet.
     pub ipv6: bool,
-    /// Blocks that are allowed though they are private.
+    /// Blocks that are allowed though they are private, besides those of the
+    /// policy's exceptions.
     pub allow_cidrs: Vec<Cidr>,
 }
 

@@ -388,7 +388,11 @@ impl Resolver {
             .ok_or_else(|| failed("it does not fit".into()))?;
         let answer = self.0.upstreams.ask(&query).await;
         let answer = answer.map_err(|error| failed(error.to_string()))?;
-        let sifted = sift(question, &answer, policy, &self.0.reach, &self.0.limits)?;
+        // Exceptions come and go while it runs.
+        let mut reach = self.0.reach.clone();
+        let now = policy.exceptions().iter().map(|one| one.cidr);
+        reach.allow_cidrs.extend(now);
+        let sifted = sift(question, &answer, policy, &reach, &self.0.limits)?;
         self.0.budget().data(sifted.data)?;
         Ok(sifted)
     }
