@@ -80,7 +80,7 @@ impl Strict {
             allow: &[&at_port, &other, "elsewhere.org:1"],
             deny: &["denied.example.org"],
             strict: true,
-            cidrs: &["127.0.0.0/8"],
+            exceptions: &["127.0.0.0/8"],
             ..Wish::default()
         };
         let rig = Rig::new(vec![upstream.address], wish);

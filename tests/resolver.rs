@@ -4,6 +4,7 @@
 mod dns;
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead::net::{Code, ResolverLimits, What};
@@ -62,7 +63,6 @@ async fn without_a_way_through_there_is_no_answer() {
         upstreams: vec![upstream.address],
         from: bulkhead::net::Outgoing::here(),
         strict: false,
-        reach: bulkhead::net::Reach::default(),
         limits: ResolverLimits::default(),
     };
     let names = bulkhead::net::Names::default();
@@ -210,10 +210,22 @@ async fn a_named_exception_is_answered() {
     let upstream = Upstream::new(|name, _, _| Says::Records(vec![a(name, "10.1.2.3", 60)])).await;
     let wish = Wish {
         allow: &["db.internal"],
-        cidrs: &["10.1.2.3/32"],
+        exceptions: &["10.1.2.3/32"],
         ..Wish::default()
     };
     let rig = Rig::new(vec![upstream.address], wish);
+    let answer = rig.ask("db.internal", RecordType::A).await;
+    assert_eq!(addresses(&answer), ["10.1.2.3".parse::<IpAddr>().unwrap()]);
+    // It comes and goes while the machine runs.
+    let mut wish = Wish {
+        allow: &["db.internal"],
+        ..Wish::default()
+    };
+    rig.policy.send_replace(Arc::new(wish.policy()));
+    let answer = rig.ask("db.internal", RecordType::A).await;
+    assert_eq!(answer.metadata.response_code, ResponseCode::Refused);
+    wish.exceptions = &["10.1.2.0/24:5432"];
+    rig.policy.send_replace(Arc::new(wish.policy()));
     let answer = rig.ask("db.internal", RecordType::A).await;
     assert_eq!(addresses(&answer), ["10.1.2.3".parse::<IpAddr>().unwrap()]);
     // Without a rule of its own, it is a name of somebody's own network.

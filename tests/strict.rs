@@ -11,9 +11,7 @@ mod tls;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead::net::{
-    Code, Event, Feed, Learned, Outgoing, Policy, QueryResult, Reach, Summary, What,
-};
+use bulkhead::net::{Code, Event, Feed, Learned, Outgoing, Policy, QueryResult, Summary, What};
 use bulkhead::spec::Preset;
 use dns::{Says, Upstream, a};
 use strict::{EVIL, GATEWAY, GOOD, GROUP, GUEST, Netns, World, missing};
@@ -322,7 +320,6 @@ async fn all_parts_together_write_a_record_and_sum_it_up() {
     let config = FilterConfig {
         machine: "m1".into(),
         policy: dns::policy(Preset::Offline, &["good.org"], &[]),
-        reach: Reach::default(),
         upstreams: vec![upstream.address],
         from: Outgoing::here(),
         guests: vec![GUEST.parse().unwrap()],

@@ -64,6 +64,13 @@ fn what_matches_is_cloned_and_what_does_not_boots() {
     let id = build(&bulkhead, &[]);
     let boot = "cat /proc/sys/kernel/random/boot_id; hostname";
     let first = outcome(&bulkhead, &["--name", "first"], boot);
+    // Its names were stored where the template had left room for any.
+    let names = "wc -c < /etc/hostname; cat /etc/hostname; grep '^127.0.1.1' /etc/hosts | wc -c";
+    let named = outcome(&bulkhead, &["--name", "named"], names);
+    assert_eq!(
+        stdout(&named).split_whitespace().collect::<Vec<_>>(),
+        ["65", "named", "75"]
+    );
     assert_eq!(first["template"], id.as_str());
     let memory = first["layers"].as_array().unwrap().iter();
     let memory = memory.filter(|one| one["what"].as_str().unwrap().starts_with("memory of"));

@@ -368,6 +368,22 @@ mod tests {
         assert!(matches!(events.recv().await.unwrap().what, What::Query(_)));
     }
 
+    /// A guest that has used up what may be noted hides no exception of its user's.
+    #[test]
+    fn exceptions_are_noted_whatever_the_guest_does() {
+        let (journal, mut events) = Journal::new("m", 5000);
+        let excepted = What::Exception(Excepted {
+            exception: "10.1.2.3".parse().unwrap(),
+            allowed: true,
+        });
+        *journal.rate.lock().unwrap() = Bucket::new(0, 0, Instant::now());
+        journal.note(What::Lost { count: 1 });
+        assert!(events.try_recv().is_err());
+        journal.note(excepted.clone());
+        let mut noted = std::iter::from_fn(|| events.try_recv().ok());
+        assert!(noted.any(|event| event.what == excepted));
+    }
+
     /// What earlier versions wrote is read, and what they read is as it was.
     #[test]
     fn a_rule_is_there_where_it_is_known() {

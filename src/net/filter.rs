@@ -15,7 +15,7 @@ use super::outgoing::Outgoing;
 use super::policy::Policy;
 use super::proxy::{Proxy, ProxyLimits, Redirect};
 use super::record::{Learned, Rules, Summary, Taps, record};
-use super::resolver::{Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets};
+use super::resolver::{Resolver, ResolverConfig, ResolverLimits, Serving, Sockets};
 use crate::spec::Exception;
 
 /// Where name resolution is.
@@ -67,8 +67,6 @@ pub struct FilterConfig {
     pub machine: String,
     /// Its policy, to begin with.
     pub policy: Policy,
-    /// Which addresses it may reach.
-    pub reach: Reach,
     /// Whom its resolver asks.
     pub upstreams: Vec<SocketAddr>,
     /// From where.
@@ -196,7 +194,6 @@ impl Filter {
             upstreams: config.upstreams,
             from: config.from,
             strict,
-            reach: config.reach,
             limits: ResolverLimits::default(),
         };
         let resolver = Resolver::new(resolver, watched, names, feed, journal.clone());

@@ -30,7 +30,7 @@ pub use proxy::{Proxy, ProxyLimits, Redirect};
 pub use record::{Learned, Reached, Refused, Rules, Summary, Taps, Used};
 pub use refusal::{Code, Refusal};
 pub use resolver::{
-    LookupError, Reach, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,
+    LookupError, Resolver, ResolverConfig, ResolverLimits, Serving, Sockets, host_upstreams,
 };
 
 /// Doors for the fuzzer.

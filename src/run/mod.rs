@@ -28,7 +28,7 @@ mod provision;
 mod publish;
 mod record;
 mod recovery;
-pub(crate) mod resources;
+mod resources;
 #[cfg(feature = "service")]
 mod rest;
 mod retune;

@@ -20,7 +20,7 @@ use crate::host::netns::Netns;
 use crate::host::network::{self, Site, Wires};
 use crate::host::{fault, nft};
 use crate::net::{
-    Feed, Filter, FilterConfig, Grant, Inside, Outgoing, Policies, Policy, Ports, Reach, Traffic,
+    Feed, Filter, FilterConfig, Grant, Inside, Outgoing, Policies, Policy, Ports, Traffic,
     host_upstreams,
 };
 use crate::plan::firewall::{Family, LOG_GROUP, Names};
@@ -315,10 +315,6 @@ fn config(
     Ok(FilterConfig {
         machine: plan.id.to_string(),
         policy: Policy::new(policy),
-        reach: Reach {
-            ipv6: policy.ipv6,
-            allow_cidrs: Vec::new(),
-        },
         upstreams: upstreams(site),
         from: match &site.uplink {
             None => Outgoing::here(),

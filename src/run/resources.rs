@@ -16,9 +16,6 @@ use crate::spec::{Bytes, IoLimits};
 const LEAST_MEMORY: Bytes = Bytes::mib(64);
 /// The most that can be asked for: every virtual CPU that a machine may have.
 const MOST_PERCENT: u32 = 6400;
-/// Limits of reads and writes a second that QEMU takes.
-pub(crate) const IO_LIMIT: std::ops::RangeInclusive<u64> = 1..=1_000_000_000_000_000;
-pub(crate) const IO_LIMIT_WHY: &str = "1 to 10^15 a second are possible";
 /// QEMU throttles both disks of a machine together under this name.
 const THROTTLE_GROUP: &str = "machine";
 /// The guest is looked at so often for memory it gave up without an event.
@@ -117,23 +114,12 @@ impl Machine {
     /// # Errors
     /// A limit of zero, or QEMU's refusal.
     pub async fn set_io_limits(&self, limits: IoLimits) -> Result<(), MachineError> {
-        let number = |limit: Option<u64>| match limit {
-            // QEMU takes zero for no limit.
-            None => Ok(0),
-            Some(limit) if IO_LIMIT.contains(&limit) => Ok(limit),
-            Some(limit) => Err(MachineError::Value {
-                what: "a limit of reads or writes",
-                value: limit.to_string(),
-                why: IO_LIMIT_WHY.into(),
-            }),
-        };
-        let (read, write) = (
-            number(limits.read_bytes.map(|bytes| bytes.0))?,
-            number(limits.write_bytes.map(|bytes| bytes.0))?,
-        );
+        limits.check()?;
+        let bytes = |limit: Option<Bytes>| limit.map_or(0, |bytes| bytes.0);
+        let (read, write) = (bytes(limits.read_bytes), bytes(limits.write_bytes));
         let (reads, writes) = (
-            number(limits.read_operations)?,
-            number(limits.write_operations)?,
+            limits.read_operations.unwrap_or(0),
+            limits.write_operations.unwrap_or(0),
         );
         for id in [ROOT_ID, SCRATCH_ID] {
             // qapi's type has a deprecated member, which cannot be left out.

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_agent::{Configure, Exec, FailureKind, Life, Reply, Request, UNKNOWN_REQUEST};
+use bulkhead_agent::{
+    Configure, Exec, FailureKind, Life, Reply, Request, UNKNOWN_PART, UNKNOWN_REQUEST,
+};
 use qapi::qmp::migrate;
 
 use super::clone::{migrated, tell_memory};
@@ -255,7 +257,7 @@ pub(super) fn is_unknown(error: &GuestError) -> bool {
 /// Whether the agent is older than room for names.
 fn knows_no_room(error: &GuestError) -> bool {
     matches!(error, GuestError::Refused { failure, .. }
-        if failure.kind == FailureKind::Invalid && failure.message.contains("unknown field"))
+        if failure.kind == FailureKind::Invalid && failure.message.contains(UNKNOWN_PART))
 }
 
 /// Writes the state of the devices to a file; the machine stands still then,

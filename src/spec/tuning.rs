@@ -1,7 +1,10 @@
 //! What a machine may use besides its limits: changed while it runs.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
+use super::error::SpecError;
 use super::units::Bytes;
 
 /// Limits on the reads and writes of all disks of a machine together; what is
@@ -21,11 +24,25 @@ pub struct IoLimits {
 }
 
 impl IoLimits {
-    /// Those that are given.
-    pub(crate) fn all(&self) -> impl Iterator<Item = u64> {
+    /// What QEMU takes as a limit; zero stands for none there.
+    const POSSIBLE: RangeInclusive<u64> = 1..=1_000_000_000_000_000;
+
+    /// Says whether they can be.
+    ///
+    /// # Errors
+    /// One of them is no limit.
+    pub fn check(&self) -> Result<(), SpecError> {
         let bytes = [self.read_bytes, self.write_bytes].map(|limit| limit.map(|bytes| bytes.0));
         let operations = [self.read_operations, self.write_operations];
-        bytes.into_iter().chain(operations).flatten()
+        let mut all = bytes.into_iter().chain(operations).flatten();
+        match all.find(|limit| !Self::POSSIBLE.contains(limit)) {
+            None => Ok(()),
+            Some(limit) => Err(SpecError::Value {
+                what: "a limit of reads or writes",
+                value: limit.to_string(),
+                why: "1 to 10^15 a second are possible",
+            }),
+        }
     }
 }
 

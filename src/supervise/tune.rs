@@ -7,7 +7,6 @@ use super::supervisor::save_spec;
 use super::wire::{Limit, Settings};
 use crate::host::fault;
 use crate::qmp::QmpError;
-use crate::run::resources::{IO_LIMIT, IO_LIMIT_WHY};
 use crate::run::{Machine, MachineError, RunError, look};
 use crate::spec::{Bytes, Spec, SpecError, Tuning};
 
@@ -279,14 +278,7 @@ impl Settings {
                 let why = "64M up to what the machine was made with are possible";
                 value("memory", memory.to_string(), why)
             }
-            _ => match self.io.all().find(|limit| !IO_LIMIT.contains(limit)) {
-                Some(limit) => value(
-                    "a limit of reads or writes",
-                    limit.to_string(),
-                    IO_LIMIT_WHY,
-                ),
-                None => Ok(()),
-            },
+            _ => self.io.check(),
         }
     }
 

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bulkhead::net::{
-    Code, Event, Feed, Grant, Journal, Names, Outgoing, Policy, QueryResult, Reach, Resolver,
+    Code, Event, Feed, Grant, Journal, Names, Outgoing, Policy, QueryResult, Resolver,
     ResolverConfig, ResolverLimits, Serving, Sockets, What,
 };
-use bulkhead::spec::{Cidr, NetworkPolicy, Preset};
+use bulkhead::spec::{NetworkPolicy, Preset};
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, TXT};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -159,7 +159,7 @@ pub(crate) struct Wish<'a> {
     pub(crate) deny: &'a [&'a str],
     pub(crate) strict: bool,
     pub(crate) ipv6: bool,
-    pub(crate) cidrs: &'a [&'a str],
+    pub(crate) exceptions: &'a [&'a str],
     pub(crate) limits: ResolverLimits,
 }
 
@@ -171,19 +171,34 @@ impl Default for Wish<'_> {
             deny: &[],
             strict: false,
             ipv6: false,
-            cidrs: &[],
+            exceptions: &[],
             limits: ResolverLimits::default(),
         }
     }
 }
 
 pub(crate) fn policy(preset: Preset, allow: &[&str], deny: &[&str]) -> Policy {
-    let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
-    Policy::new(&NetworkPolicy {
-        allow_hosts: patterns(allow),
-        deny_hosts: patterns(deny),
-        ..NetworkPolicy::of_preset(preset)
-    })
+    let wish = Wish {
+        preset,
+        allow,
+        deny,
+        ..Wish::default()
+    };
+    wish.policy()
+}
+
+impl Wish<'_> {
+    pub(crate) fn policy(&self) -> Policy {
+        let patterns = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        let exceptions = self.exceptions.iter().map(|text| text.parse().unwrap());
+        Policy::new(&NetworkPolicy {
+            allow_hosts: patterns(self.allow),
+            deny_hosts: patterns(self.deny),
+            ipv6: self.ipv6,
+            exceptions: exceptions.collect(),
+            ..NetworkPolicy::of_preset(self.preset)
+        })
+    }
 }
 
 /// Sockets on a port of loopback, the same for packets and connections.
@@ -215,8 +230,7 @@ impl Rig {
         wish: Wish<'_>,
     ) -> Self {
         let (journal, events) = Journal::new("test", 100_000);
-        let rules = policy(wish.preset, wish.allow, wish.deny);
-        let (policy, watched) = watch::channel(Arc::new(rules));
+        let (policy, watched) = watch::channel(Arc::new(wish.policy()));
         let (feed, mut fed) = mpsc::channel::<Feed>(8);
         let grants: Arc<Mutex<Vec<Grant>>> = Arc::default();
         let sink = Arc::clone(&grants);
@@ -230,14 +244,6 @@ impl Rig {
             upstreams,
             from: Outgoing::here(),
             strict: wish.strict,
-            reach: Reach {
-                ipv6: wish.ipv6,
-                allow_cidrs: wish
-                    .cidrs
-                    .iter()
-                    .map(|text| text.parse::<Cidr>().unwrap())
-                    .collect(),
-            },
             limits: wish.limits,
         };
         let resolver = Resolver::new(config, watched, Names::default(), feed, journal.clone());

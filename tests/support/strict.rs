@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::dns::{self, Says, Upstream, a};
 use bulkhead::net::{
-    Event, Feed, Journal, Names, Outgoing, Policy, Proxy, ProxyLimits, Reach, Redirect, Resolver,
+    Event, Feed, Journal, Names, Outgoing, Policy, Proxy, ProxyLimits, Redirect, Resolver,
     ResolverConfig, ResolverLimits, Rules, Serving, Sockets, Taps, What, record,
 };
 use bulkhead::spec::Preset;
@@ -211,7 +211,6 @@ impl World {
             upstreams: vec![upstream.address],
             from: Outgoing::here(),
             strict: true,
-            reach: Reach::default(),
             limits: ResolverLimits::default(),
         };
         let resolver = Resolver::new(config, watched, names.clone(), feed, journal.clone());

@@ -293,6 +293,9 @@ pub struct Failure {
 /// than the request.
 pub const UNKNOWN_REQUEST: &str = "unknown variant";
 
+/// The same: the agent is older than a part of the request.
+pub const UNKNOWN_PART: &str = "unknown field";
+
 /// Kinds of [`Failure`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

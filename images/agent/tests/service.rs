@@ -139,6 +139,16 @@ fn refusals_say_why() {
     // The host tells an agent that is too old by these words.
     let words = unknown.exit.unwrap().failure.unwrap().message;
     assert!(words.contains(UNKNOWN_REQUEST), "{words}");
+    agent.streams.insert(79, Seen::default());
+    agent.send(
+        79,
+        Kind::Open,
+        b"{\"request\":\"configure\",\"shoes\":true}",
+    );
+    let unknown = agent.finish(79);
+    assert_eq!(refusal(&unknown), FailureKind::Invalid);
+    let words = unknown.exit.unwrap().failure.unwrap().message;
+    assert!(words.contains(UNKNOWN_PART), "{words}");
 }
 
 #[test]

@@ -4,8 +4,10 @@
 mod tests;
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::address;
 use super::refusal::{Code, Refusal};
 use crate::spec::{Domain, Exception, HostPattern, Hosts, NetworkPolicy, Port, Preset, Protocol};
 
@@ -84,6 +86,7 @@ pub struct Policy {
     /// The same as they were written, with those of UDP.
     written: BTreeSet<Port>,
     exceptions: BTreeSet<Exception>,
+    ipv6: bool,
     closed: bool,
 }
 
@@ -113,6 +116,7 @@ impl Policy {
             deny: network.deny_hosts.iter().cloned().collect(),
             ports: tcp.map(|port| (port.first, port.last)).collect(),
             exceptions: network.exceptions.clone(),
+            ipv6: network.ipv6,
             closed: network.is_closed(),
             written: ports,
         }
@@ -133,6 +137,23 @@ impl Policy {
     /// Exceptions from what no machine may reach.
     pub fn exceptions(&self) -> &BTreeSet<Exception> {
         &self.exceptions
+    }
+
+    /// Whether the machine has IPv6.
+    pub fn ipv6(&self) -> bool {
+        self.ipv6
+    }
+
+    /// What the address is, where it may not be told.
+    pub fn forbids(&self, address: IpAddr) -> Option<&'static str> {
+        let holds = |exception: &Exception| exception.cidr.contains(address);
+        if self.exceptions.iter().any(holds) {
+            return None;
+        }
+        match address {
+            IpAddr::V6(_) if !self.ipv6 => Some("IPv6, which is off"),
+            address => address::special(address),
+        }
     }
 
     /// Whether only listed hosts may be reached, so that an address has to be

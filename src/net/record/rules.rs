@@ -358,5 +358,8 @@ mod tests {
         let mut packet = packet("tcp", to("93.184.215.14", 22));
         rules.tell_packet(&mut packet, Through::Port.mark(), &[]);
         assert_eq!(rules.lock().begun.len(), before);
+        // Nor has a guest's to the proxy, which has another destination by then.
+        rules.tell_packet(&mut packet, Through::Proxy.mark(), &[GUEST.address]);
+        assert_eq!(rules.lock().begun.len(), before);
     }
 }

@@ -8,9 +8,8 @@ use hickory_proto::rr::rdata::{HTTPS, SVCB};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use hickory_proto::serialize::binary::BinEncodable;
 
+use super::ResolverLimits;
 use super::question::{Question, domain};
-use super::{Reach, ResolverLimits};
-use crate::net::address;
 use crate::net::policy::Policy;
 use crate::net::refusal::{Code, Refusal};
 
@@ -43,7 +42,6 @@ pub(super) fn sift(
     question: &Question,
     answer: &Message,
     policy: &Policy,
-    reach: &Reach,
     limits: &ResolverLimits,
 ) -> Result<Sifted, Refusal> {
     let mut sifted = Sifted {
@@ -61,7 +59,7 @@ pub(super) fn sift(
             }
         };
         for record in answer.answers.iter().filter(of(question.kind)) {
-            sifted.take(question, record, reach)?;
+            sifted.take(question, record, policy)?;
         }
         let alias = answer.answers.iter().find(of(RecordType::CNAME));
         let Some(RData::CNAME(target)) = alias.map(|record| &record.data) else {
@@ -96,14 +94,19 @@ pub(super) fn sift(
 }
 
 impl Sifted {
-    fn take(&mut self, question: &Question, record: &Record, reach: &Reach) -> Result<(), Refusal> {
+    fn take(
+        &mut self,
+        question: &Question,
+        record: &Record,
+        policy: &Policy,
+    ) -> Result<(), Refusal> {
         let address = match &record.data {
             RData::A(a) => Some(IpAddr::V4(a.0)),
             RData::AAAA(aaaa) => Some(IpAddr::V6(aaaa.0)),
             _ => None,
         };
         if let Some(address) = address {
-            if let Some(kind) = reach.forbids(address) {
+            if let Some(kind) = policy.forbids(address) {
                 let cause = format!(
                     "{} has the address {address}, which is {kind}",
                     question.name
@@ -178,17 +181,4 @@ fn size(record: &Record) -> usize {
     record
         .to_bytes()
         .map_or(usize::MAX / 64, |bytes| bytes.len())
-}
-
-impl Reach {
-    /// What the address is, where it may not be reached.
-    pub(super) fn forbids(&self, address: IpAddr) -> Option<&'static str> {
-        if self.allow_cidrs.iter().any(|cidr| cidr.contains(address)) {
-            return None;
-        }
-        match address {
-            IpAddr::V6(_) if !self.ipv6 => Some("IPv6, which is off"),
-            address => address::special(address),
-        }
-    }
 }

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::net::outgoing::Outgoing;
-use crate::spec::Cidr;
 
 /// What a resolver is to do.
 #[derive(Debug, Clone)]
@@ -16,20 +15,8 @@ pub struct ResolverConfig {
     /// Whether names are checked again at the connection: then nothing may be
     /// told that would hide them there.
     pub strict: bool,
-    /// Which addresses may be reached.
-    pub reach: Reach,
     /// How much it does.
     pub limits: ResolverLimits,
-}
-
-/// Which addresses a machine may reach besides the public IPv4 internet.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Reach {
-    /// The public IPv6 internet.
-    pub ipv6: bool,
-    /// Blocks that are allowed though they are private, besides those of the
-    /// policy's exceptions.
-    pub allow_cidrs: Vec<Cidr>,
 }
 
 /// How much a resolver does for its machine.

@@ -3,9 +3,9 @@
 use hickory_proto::op::{Message, OpCode};
 use hickory_proto::rr::{RData, RecordType};
 
+use super::ResolverLimits;
 use super::answer::sift;
 use super::question::{Heard, Question, hear};
-use super::{Reach, ResolverLimits};
 use crate::net::address;
 use crate::net::policy::Policy;
 use crate::spec::{Domain, NetworkPolicy};
@@ -62,13 +62,12 @@ pub fn answer(bytes: &[u8], kind: u16, ipv6: bool) {
     let kind = RecordType::from(kind);
     let name = Domain::parse("example.org").expect("it is one");
     let question = Question::of(&name, kind).expect("it fits");
-    let policy = Policy::new(&NetworkPolicy::default());
-    let reach = Reach {
+    let policy = Policy::new(&NetworkPolicy {
         ipv6,
-        allow_cidrs: vec![],
-    };
+        ..NetworkPolicy::default()
+    });
     let limits = ResolverLimits::default();
-    let Ok(sifted) = sift(&question, &answer, &policy, &reach, &limits) else {
+    let Ok(sifted) = sift(&question, &answer, &policy, &limits) else {
         return;
     };
     let mut told = 0;

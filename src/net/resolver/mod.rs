@@ -31,7 +31,7 @@ use super::refusal::{Code, Refusal};
 use crate::spec::Domain;
 use answer::{Sifted, sift};
 use budget::Budget;
-pub use config::{Reach, ResolverConfig, ResolverLimits};
+pub use config::{ResolverConfig, ResolverLimits};
 pub use hosts::host_upstreams;
 pub use listen::{Serving, Sockets};
 use question::{Heard, Question, Reply, hear, private_reverse};
@@ -56,7 +56,6 @@ pub struct Resolver(Arc<Inner>);
 struct Inner {
     upstreams: Upstreams,
     strict: bool,
-    reach: Reach,
     limits: ResolverLimits,
     policy: watch::Receiver<Arc<Policy>>,
     names: Names,
@@ -131,13 +130,11 @@ impl Resolver {
             upstreams,
             from,
             strict,
-            reach,
             limits,
         } = config;
         Self(Arc::new(Inner {
             upstreams: Upstreams::new(upstreams, from, limits.deadline),
             strict,
-            reach,
             policy,
             names,
             feed,
@@ -261,7 +258,8 @@ impl Resolver {
         if let Err(refusal) = within {
             return refuse(refusal);
         }
-        let allowed = match self.policy().name(&question.name) {
+        let policy = self.policy();
+        let allowed = match policy.name(&question.name) {
             Ok(allowed) => allowed,
             Err(refusal) => return refuse(refusal),
         };
@@ -269,7 +267,7 @@ impl Resolver {
             return refuse(refusal);
         }
         let hides = matches!(question.kind, RecordType::HTTPS | RecordType::SVCB);
-        let pointless = question.kind == RecordType::AAAA && !self.0.reach.ipv6;
+        let pointless = question.kind == RecordType::AAAA && !policy.ipv6();
         if hides && self.0.strict || pointless {
             self.note_of(&question, QueryResult::Empty, since, |query| {
                 query.rule = Some(allowed.rule);
@@ -388,11 +386,7 @@ impl Resolver {
             .ok_or_else(|| failed("it does not fit".into()))?;
         let answer = self.0.upstreams.ask(&query).await;
         let answer = answer.map_err(|error| failed(error.to_string()))?;
-        // Exceptions come and go while it runs.
-        let mut reach = self.0.reach.clone();
-        let now = policy.exceptions().iter().map(|one| one.cidr);
-        reach.allow_cidrs.extend(now);
-        let sifted = sift(question, &answer, policy, &reach, &self.0.limits)?;
+        let sifted = sift(question, &answer, policy, &self.0.limits)?;
         self.0.budget().data(sifted.data)?;
         Ok(sifted)
     }
