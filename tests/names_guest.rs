@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead::net::{Code, Event, QueryResult, Summary, What};
 use bulkhead::run::Machine;
-use bulkhead::spec::{Bytes, Catalog, NetworkPolicy, Preset, Request as Wish};
+use bulkhead::spec::{NetworkPolicy, Preset};
 use internet::{GOOD, Internet, serve};
 use nix::sys::signal::{Signal, kill};
 use support::live::{Live, sh};
@@ -61,17 +61,6 @@ fn policy(preset: Preset, allow: &[&str], deny: &[&str]) -> NetworkPolicy {
     }
 }
 
-async fn start(live: &Live, policy: NetworkPolicy) -> Machine {
-    let mut catalog = Catalog::default();
-    catalog.add_network("own".parse().unwrap(), policy).unwrap();
-    let wish = Wish {
-        network: Some("own".parse().unwrap()),
-        memory: Some(Bytes::mib(256)),
-        ..Wish::default()
-    };
-    live.start_from(wish, &catalog).await
-}
-
 fn events(text: &str) -> Vec<What> {
     let event = |line| serde_json::from_str::<Event>(line).unwrap().what;
     text.lines().map(event).collect()
@@ -89,7 +78,7 @@ async fn a_closed_policy_lets_through_what_its_names_stand_for() {
         "shared.org:8443",
     ];
     let closed = policy(Preset::Offline, &allow, &[]);
-    let machine = start(&live, closed.clone()).await;
+    let machine = live.start_in(closed.clone()).await;
     matrix(
         &machine,
         &[
@@ -202,7 +191,7 @@ async fn a_closed_policy_lets_through_what_its_names_stand_for() {
 async fn an_open_policy_resolves_what_is_not_denied() {
     let internet = Internet::new();
     let live = Live::with_site(internet.site());
-    let machine = start(&live, policy(Preset::Dev, &[], &["evil.org"])).await;
+    let machine = live.start_in(policy(Preset::Dev, &[], &["evil.org"])).await;
     matrix(
         &machine,
         &[
@@ -239,7 +228,7 @@ async fn names_lead_over_ipv6_where_it_is_asked_for() {
         ipv6: true,
         ..policy(Preset::Offline, &["six.org", "good.org"], &[])
     };
-    let machine = start(&live, six).await;
+    let machine = live.start_in(six).await;
     matrix(
         &machine,
         &[
@@ -256,7 +245,9 @@ async fn names_lead_over_ipv6_where_it_is_asked_for() {
     .await;
     machine.kill().await.unwrap();
     // Without it, there are no such addresses.
-    let machine = start(&live, policy(Preset::Offline, &["six.org"], &[])).await;
+    let machine = live
+        .start_in(policy(Preset::Offline, &["six.org"], &[]))
+        .await;
     matrix(&machine, &[("name6 six.org", "none")]).await;
     machine.kill().await.unwrap();
 }
@@ -269,7 +260,7 @@ async fn strict_mode_reads_the_name_at_a_shared_address() {
         strict: true,
         ..policy(Preset::Offline, &["shared.org", "good.org:22"], &[])
     };
-    let machine = start(&live, strict).await;
+    let machine = live.start_in(strict).await;
     matrix(
         &machine,
         &[
@@ -334,7 +325,7 @@ async fn strict_mode_reads_the_name_over_ipv6_as_well() {
         strict: true,
         ..policy(Preset::Offline, &["six.org"], &[])
     };
-    let machine = start(&live, strict).await;
+    let machine = live.start_in(strict).await;
     matrix(
         &machine,
         &[

@@ -28,7 +28,7 @@ use bulkhead::host::nft;
 use bulkhead::plan::firewall::{Family, Names};
 use bulkhead::plan::network::{GUEST_MAC, GUEST4, GUEST6};
 use bulkhead::run::Machine;
-use bulkhead::spec::{Bytes, Catalog, NetworkMode, NetworkPolicy, Request as Wish};
+use bulkhead::spec::{NetworkMode, NetworkPolicy};
 use ears::{Counts, Ears, Judge};
 use frames::{ACK, ICMP, ICMP6, IP, IP6, Maker, SYN, TCP, Try, UDP, ethernet, ip};
 use matrix::{Hand, Seen, greet, hex};
@@ -52,18 +52,6 @@ fn world() -> World {
     let forward = "sysctl -qw net.ipv6.conf.all.forwarding=1";
     sh_in(&world.host.netns, forward);
     world
-}
-
-async fn start(live: &Live, ipv6: bool) -> Machine {
-    let mut catalog = Catalog::default();
-    let name = "own".parse().unwrap();
-    catalog.add_network(name, policy(ipv6)).unwrap();
-    let wish = Wish {
-        network: Some("own".parse().unwrap()),
-        memory: Some(Bytes::mib(256)),
-        ..Wish::default()
-    };
-    live.start_from(wish, &catalog).await
 }
 
 /// What the rules in a namespace have refused so far.
@@ -178,7 +166,7 @@ async fn what_is_sent_by_hand_is_held_to_the_rules_too() {
     let seen = Seen::default();
     greet(&world.internet.netns, "[::]:80", &seen);
     let live = Live::with_site(world.site());
-    let machine = start(&live, true).await;
+    let machine = live.start_in(policy(true)).await;
     let netns = machine.netns().unwrap();
 
     let [_, other] = outer(neighbour.netns());
@@ -225,7 +213,7 @@ async fn what_is_sent_by_hand_is_held_to_the_rules_too() {
 async fn without_ipv6_no_frame_of_it_is_taken() {
     let world = world();
     let live = Live::with_site(world.site());
-    let machine = start(&live, false).await;
+    let machine = live.start_in(policy(false)).await;
     let mut tries = frames6::six("2001:db8:1::1", "fd62:756c:6b69:0:1::9");
     for one in &mut tries {
         one.case = one.case.replace("ipv6:", "without ipv6:");

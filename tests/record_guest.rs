@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead::net::{Event, Excepted, What};
 use bulkhead::run::{ExceptedEvent, Machine, exceptions, failures};
-use bulkhead::spec::{Bytes, Catalog, NetworkPolicy, Preset, Request as Wish};
+use bulkhead::spec::{NetworkPolicy, Preset};
 use internet::{GOOD, Internet, serve};
 use support::live::{Live, sh};
 use support::ran;
@@ -54,17 +54,6 @@ async fn matrix(machine: &Machine, rows: &[(&str, &str)]) {
     let seen = sh(machine, &script).await;
     let expected: Vec<_> = rows.iter().map(|(_, expected)| *expected).collect();
     assert_eq!(seen.lines().collect::<Vec<_>>(), expected, "{lines}");
-}
-
-async fn start(live: &Live, policy: NetworkPolicy) -> Machine {
-    let mut catalog = Catalog::default();
-    catalog.add_network("own".parse().unwrap(), policy).unwrap();
-    let wish = Wish {
-        network: Some("own".parse().unwrap()),
-        memory: Some(Bytes::mib(256)),
-        ..Wish::default()
-    };
-    live.start_from(wish, &catalog).await
 }
 
 fn policy(preset: Preset, allow: &[&str], exceptions: &[&str]) -> NetworkPolicy {
@@ -145,7 +134,7 @@ async fn every_rule_is_named_when_a_connection_begins_and_when_it_is_over() {
     let mut open = policy(Preset::Dev, &[], &[EXCEPTION]);
     let ports = open.ports().into_iter().chain(["8443".parse().unwrap()]);
     open.ports = Some(ports.collect());
-    let machine = start(&live, open).await;
+    let machine = live.start_in(open).await;
     matrix(
         &machine,
         &[
@@ -238,7 +227,7 @@ async fn a_host_with_a_port_of_its_own_is_reached_where_any_host_is_at_others() 
     let internet = internet();
     let live = Live::with_site(internet.site());
     let policy = policy(Preset::Dev, &["shared.org:8443"], &[]);
-    let machine = start(&live, policy.clone()).await;
+    let machine = live.start_in(policy.clone()).await;
     matrix(
         &machine,
         &[
@@ -267,7 +256,7 @@ async fn strict_mode_names_the_proxy_and_what_it_went_by() {
         strict: true,
         ..policy(Preset::Offline, &["shared.org"], &[&web])
     };
-    let machine = start(&live, strict.clone()).await;
+    let machine = live.start_in(strict.clone()).await;
     matrix(
         &machine,
         &[

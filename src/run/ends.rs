@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
 
 use super::error::MachineError;
-use super::machine::{StartOptions, io_error};
+use super::machine::io_error;
+use super::options::StartOptions;
 use crate::guest::archive::HostDir;
 use crate::host::{fault, lease, probe, sys};
 use crate::image::scratch;

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::clone::Origin;
 use super::dirs::Dirs;
-use super::machine::{Machine, Memory, StartOptions};
+use super::machine::Machine;
 use super::network::Given;
+use super::options::{Memory, StartOptions};
 use super::record::Record;
 use super::{RunError, prove};
 use crate::guest::archive::HostDir;

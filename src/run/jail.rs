@@ -5,7 +5,8 @@ use std::os::fd::AsFd;
 
 use super::ends;
 use super::error::MachineError;
-use super::machine::{StartOptions, io_error};
+use super::machine::io_error;
+use super::options::StartOptions;
 use super::record::{Record, RecordError};
 use crate::host::cgroup::Cgroup;
 use crate::host::fault;

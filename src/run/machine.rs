@@ -1,8 +1,7 @@
 //! A running VMM process with its leases, its monitor and its guest channel.
 
-use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -10,97 +9,30 @@ use bulkhead_agent::{Hello, Request};
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use super::clone::{self, Origin};
+use super::clone;
 use super::connect::{Parts, Witness};
 use super::console::ConsoleLog;
 use super::disk::DiskWatch;
 use super::ends::{self, Ends};
 use super::error::MachineError;
 use super::jail;
-use super::network::{Given, Net, Rules};
+use super::network::{Net, Rules};
+use super::options::StartOptions;
 use super::record::{Record, RecordError};
 use super::verify::{self, Finding, Subject};
 use super::violation::Audit;
 use crate::guest::Channel;
-use crate::guest::archive::HostDir;
 use crate::host::cgroup::{Cgroup, CgroupError};
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::host::netns::Netns;
-use crate::host::network::{NetworkError, Site};
+use crate::host::network::NetworkError;
 use crate::image::Lock;
 use crate::net::Traffic;
 use crate::plan::{self, Plan};
 use crate::qmp::Monitor;
-use crate::spec::{NetworkPolicy, UidRange};
+use crate::spec::NetworkPolicy;
 use crate::vmm::{Spawn, VmmProcess};
-
-/// What starting a machine needs besides its plan.
-#[derive(Debug, Clone)]
-pub struct StartOptions {
-    /// Where empty disks are kept for copying.
-    pub cache: PathBuf,
-    /// How long the guest may take until its agent answers.
-    pub boot_timeout: Duration,
-    /// End the machine when the thread that starts it ends. Only right where
-    /// that thread lives as long as the machine should.
-    pub die_with_thread: bool,
-    /// The plan's share, already open; opened by its path when absent. Whoever
-    /// may rename it must not choose what the guest sees.
-    pub share: Option<HostDir>,
-    /// Where user ids are taken.
-    pub uid_dir: PathBuf,
-    /// User ids that are nobody else's.
-    pub uids: UidRange,
-    /// The plan's writable disk, where it outlives the VMM; made when missing.
-    pub disk: Option<PathBuf>,
-    /// Where the machine's sockets are, where it can outlive its owner.
-    pub sockets: Option<PathBuf>,
-    /// Where its network namespace is kept, where it has a network.
-    pub netns: PathBuf,
-    /// Where its network leads.
-    pub site: Site,
-    /// What the caller has for its network.
-    pub given: Given,
-    /// Where it is written down when the VMM does what it may not.
-    pub violations: PathBuf,
-    /// File of exceptions from what no machine may reach: when they held, and how
-    /// they were used.
-    pub exceptions: PathBuf,
-    /// What its memory is at the start.
-    pub memory: Memory,
-}
-
-/// What a machine's memory is at its start.
-#[derive(Debug, Clone, Default)]
-pub enum Memory {
-    /// Empty: it boots.
-    #[default]
-    Empty,
-    /// A file, empty, that is to be a template's.
-    Saved(Arc<File>),
-    /// A template's, or a snapshot's.
-    Cloned(Arc<Origin>),
-}
-
-impl Memory {
-    /// The template, and who the machine becomes.
-    pub(super) fn origin(&self) -> Option<&Origin> {
-        match self {
-            Self::Cloned(origin) => Some(origin),
-            Self::Empty | Self::Saved(_) => None,
-        }
-    }
-
-    /// The file for QEMU.
-    fn file(&self) -> io::Result<Option<File>> {
-        match self {
-            Self::Empty => Ok(None),
-            Self::Saved(file) => file.try_clone().map(Some),
-            Self::Cloned(origin) => origin.ram.as_ref().map(File::try_clone).transpose(),
-        }
-    }
-}
 
 /// When the phases of a start were over, in microseconds since its beginning.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

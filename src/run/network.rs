@@ -13,7 +13,8 @@ use tokio::task::JoinSet;
 
 use super::error::MachineError;
 use super::exception::{Counted, ExceptedEvent, Exceptions};
-use super::machine::{StartOptions, io_error};
+use super::machine::io_error;
+use super::options::StartOptions;
 use super::record::{Record, RecordError};
 use crate::host::lease::Lease;
 use crate::host::netns::Netns;

@@ -49,6 +49,16 @@ pub(crate) fn four(lan: &str) -> Vec<Try> {
         // Routers that are no source routers drop it.
         list.last().sent_on = false;
     }
+    // What the rules cannot make out, the router's kernel does not follow.
+    let done = [&[131, 7, 8][..], &on, &[1]].concat();
+    let beside = [&route(131)[..], &[130, 4, 0, 0]].concat();
+    for (option, name) in [(done, "at its end"), (beside, "beside an unknown option")] {
+        list.add(&format!("a loose source route {name}"), "stopped", |m| {
+            let packet = m.packet4(TCP, &option, 0, &m.tcp(80, SYN));
+            vec![frame(IP, &packet)]
+        });
+        list.last().sent_on = false;
+    }
     for (option, name) in [
         (vec![7, 7, 4, 0, 0, 0, 0, 1], "a recorded route"),
         (vec![68, 8, 5, 0, 0, 0, 0, 0], "time stamps"),

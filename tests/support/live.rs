@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use bulkhead::guest::{Channel, Output};
 use bulkhead::run::{Dirs, Host, Machine, recover};
-use bulkhead::spec::{Accel, Bytes, Catalog, NetworkMode, Request as Wish, Timeout};
+use bulkhead::spec::{
+    Accel, Bytes, Catalog, NetworkMode, NetworkName, NetworkPolicy, Request as Wish, Timeout,
+};
 use bulkhead_agent::{Exec, Request};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -56,6 +58,19 @@ impl Live {
     /// Starts a small machine; `wish` says what differs.
     pub(crate) async fn start(&self, wish: Wish) -> Machine {
         self.start_from(wish, &Catalog::default()).await
+    }
+
+    /// As [`Live::start`], with less memory, and a network that has this policy.
+    pub(crate) async fn start_in(&self, policy: NetworkPolicy) -> Machine {
+        let mut catalog = Catalog::default();
+        let own: NetworkName = "own".parse().unwrap();
+        catalog.add_network(own.clone(), policy).unwrap();
+        let wish = Wish {
+            network: Some(own),
+            memory: Some(Bytes::mib(256)),
+            ..Wish::default()
+        };
+        self.start_from(wish, &catalog).await
     }
 
     /// As [`Live::start`], with names of a catalog.
