@@ -223,6 +223,18 @@ async fn every_rule_is_named_when_a_connection_begins_and_when_it_is_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn exceptions_of_a_machine_that_does_not_come_up_have_an_end() {
+    let internet = internet();
+    let mut live = Live::with_site(internet.site());
+    live.host.boot_timeout = Duration::from_millis(200);
+    let policy = policy(Preset::Dev, &[], &[EXCEPTION]);
+    live.try_start_in(policy).await.unwrap_err();
+    let noted = exceptions(&live.host.dirs.exceptions());
+    let noted: Vec<_> = noted.iter().map(|one| one.event).collect();
+    assert_eq!(noted, [ExceptedEvent::Allowed, ExceptedEvent::Ended]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_host_with_a_port_of_its_own_is_reached_where_any_host_is_at_others() {
     let internet = internet();
     let live = Live::with_site(internet.site());

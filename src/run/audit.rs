@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -17,15 +17,31 @@ fn older(file: &Path) -> PathBuf {
     file.with_extension("old.jsonl")
 }
 
+/// Whether its last line has no end.
+fn is_cut_off(file: &File) -> io::Result<bool> {
+    let Some(last) = file.metadata()?.len().checked_sub(1) else {
+        return Ok(false);
+    };
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, last)?;
+    Ok(byte != *b"\n")
+}
+
 /// Writes a line down, for good.
-pub(super) fn append(file: &Path, line: &impl Serialize) -> io::Result<()> {
+pub(super) fn append(file: &Path, value: &impl Serialize) -> io::Result<()> {
     if fs::metadata(file).is_ok_and(|meta| meta.len() > LONGEST) {
         fs::rename(file, older(file))?;
     }
-    let mut line = serde_json::to_vec(line)?;
-    line.push(b'\n');
     let mut options = File::options();
-    let mut file = options.append(true).create(true).mode(0o600).open(file)?;
+    let options = options.read(true).append(true).create(true);
+    let mut file = options.mode(0o600).open(file)?;
+    // What a full disk has cut off spoils no other line.
+    let mut line = match is_cut_off(&file)? {
+        true => vec![b'\n'],
+        false => Vec::new(),
+    };
+    serde_json::to_writer(&mut line, value)?;
+    line.push(b'\n');
     // In one piece: others write to it too.
     file.write_all(&line)?;
     file.sync_data()
@@ -40,4 +56,23 @@ pub(super) fn lines<T: DeserializeOwned>(file: &Path) -> Vec<T> {
     lines
         .filter_map(|line| serde_json::from_str(line).ok())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_off_spoils_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("audit.jsonl");
+        append(&file, &1).unwrap();
+        let mut cut = File::options().append(true).open(&file).unwrap();
+        cut.write_all(b"{\"half\":").unwrap();
+        append(&file, &2).unwrap();
+        append(&file, &3).unwrap();
+        assert_eq!(lines::<u32>(&file), [1, 2, 3]);
+        let text = fs::read_to_string(&file).unwrap();
+        assert_eq!(text, "1\n{\"half\":\n2\n3\n");
+    }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio::sync::{mpsc, watch};
@@ -58,6 +59,15 @@ pub(super) struct Rules {
     /// nothing is let through by a policy that is none any more.
     held: Arc<Mutex<NetworkPolicy>>,
     exceptions: Exceptions,
+    /// Whether the end of its exceptions was written down.
+    ended: AtomicBool,
+}
+
+impl Drop for Rules {
+    /// Of a machine that did not come up nobody says that it has ended.
+    fn drop(&mut self) {
+        self.end_exceptions();
+    }
 }
 
 impl Net {
@@ -150,6 +160,7 @@ impl Net {
             policies: filter.policies().clone(),
             held,
             exceptions,
+            ended: AtomicBool::new(false),
         });
         Ok(Self {
             rules,
@@ -195,7 +206,7 @@ impl Net {
             filter,
             mut feeding,
         } = self;
-        rules.end();
+        rules.end_exceptions();
         if let Err(error) = network::forget_connections(&rules.netns) {
             tracing::debug!("connections that are not in the record: {error}");
         }
@@ -252,10 +263,10 @@ impl Rules {
         self.netns.run_in(count).and_then(|counted| counted).ok()
     }
 
-    /// Writes down how exceptions were used, when all is over.
-    fn end(&self) {
+    /// Writes down how exceptions were used, when all is over; once.
+    fn end_exceptions(&self) {
         let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        if held.exceptions.is_empty() {
+        if self.ended.swap(true, Ordering::Relaxed) || held.exceptions.is_empty() {
             return;
         }
         let counted = self.counted();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead::guest::{Channel, Output};
-use bulkhead::run::{Dirs, Host, Machine, recover};
+use bulkhead::run::{Dirs, Host, Machine, RunError, recover};
 use bulkhead::spec::{
     Accel, Bytes, Catalog, NetworkMode, NetworkName, NetworkPolicy, Request as Wish, Timeout,
 };
@@ -62,6 +62,11 @@ impl Live {
 
     /// As [`Live::start`], with less memory, and a network that has this policy.
     pub(crate) async fn start_in(&self, policy: NetworkPolicy) -> Machine {
+        self.try_start_in(policy).await.unwrap()
+    }
+
+    /// As [`Live::start_in`], where it may fail.
+    pub(crate) async fn try_start_in(&self, policy: NetworkPolicy) -> Result<Machine, RunError> {
         let mut catalog = Catalog::default();
         let own: NetworkName = "own".parse().unwrap();
         catalog.add_network(own.clone(), policy).unwrap();
@@ -70,11 +75,15 @@ impl Live {
             memory: Some(Bytes::mib(256)),
             ..Wish::default()
         };
-        self.start_from(wish, &catalog).await
+        self.try_start(wish, &catalog).await
     }
 
     /// As [`Live::start`], with names of a catalog.
     pub(crate) async fn start_from(&self, wish: Wish, catalog: &Catalog) -> Machine {
+        self.try_start(wish, catalog).await.unwrap()
+    }
+
+    async fn try_start(&self, wish: Wish, catalog: &Catalog) -> Result<Machine, RunError> {
         let wish = wish.over(Wish {
             image: Some("base".into()),
             kernel: Some("tuned".into()),
@@ -89,7 +98,7 @@ impl Live {
             ..Wish::default()
         });
         let spec = wish.resolve_machine(catalog).unwrap();
-        self.host.start(&spec).await.unwrap().1
+        Ok(self.host.start(&spec).await?.1)
     }
 }
 
