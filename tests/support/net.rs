@@ -48,9 +48,10 @@ impl Drop for Place {
 
 /// A host whose only way out leads to an internet.
 pub(crate) struct World {
-    pub(crate) dir: tempfile::TempDir,
     pub(crate) host: Place,
     pub(crate) internet: Place,
+    /// Removed last: the others are mounted in it.
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl World {
