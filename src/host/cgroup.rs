@@ -12,7 +12,8 @@ mod oom;
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -88,6 +89,33 @@ pub struct Cgroup {
     dirs: Vec<PathBuf>,
 }
 
+/// The way into a control group for a process that is about to be made.
+///
+/// To move a process, or all threads of one, the kernel waits until each of the
+/// host's processors has been elsewhere: 5 to 30 ms here. It need not for who is
+/// born there (v2), nor for a thread that moves itself (v1).
+#[derive(Debug)]
+pub struct Entrance {
+    birthplace: Option<OwnedFd>,
+    files: Vec<OwnedFd>,
+}
+
+impl Entrance {
+    pub(crate) fn new(birthplace: Option<OwnedFd>, files: Vec<OwnedFd>) -> Self {
+        Self { birthplace, files }
+    }
+
+    /// For CLONE_INTO_CGROUP, where the group is one directory of v2.
+    pub fn birthplace(&self) -> Option<RawFd> {
+        self.birthplace.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// A process of one thread that writes `0` to each of these is in it.
+    pub fn files(&self) -> Vec<RawFd> {
+        self.files.iter().map(AsRawFd::as_raw_fd).collect()
+    }
+}
+
 impl Cgroup {
     /// Decides where the group of a machine will be. Makes nothing yet.
     ///
@@ -160,15 +188,46 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Moves a process into it, with all its threads.
+    /// The way in for a new process.
     ///
     /// # Errors
-    /// The kernel refuses.
-    pub fn add(&self, pid: i32) -> Result<(), CgroupError> {
+    /// The kernel refuses, for one because the group is gone.
+    pub fn entrance(&self) -> Result<Entrance, CgroupError> {
+        let is_v2 = |dir: &PathBuf| dir.join("cgroup.controllers").exists();
+        let open = |path: PathBuf, flags| {
+            let write = flags & libc::O_PATH == 0;
+            let mut options = fs::File::options();
+            let file = options.read(!write).write(write).custom_flags(flags);
+            let opened = file.open(&path).map(OwnedFd::from);
+            opened.map_err(io_error("open", &path))
+        };
+        let birthplace = match self.dirs.as_slice() {
+            [dir] if is_v2(dir) => Some(open(dir.clone(), libc::O_PATH | libc::O_DIRECTORY)?),
+            _ => None,
+        };
+        let file = |dir: &PathBuf| {
+            let name = if is_v2(dir) { "cgroup.procs" } else { "tasks" };
+            open(dir.join(name), 0)
+        };
+        let files: Result<_, _> = self.dirs.iter().map(file).collect();
+        Ok(Entrance::new(birthplace, files?))
+    }
+
+    #[cfg(test)]
+    fn add(&self, pid: u32) {
         for dir in &self.dirs {
-            write(&dir.join("cgroup.procs"), &pid.to_string())?;
+            set(&dir.join("cgroup.procs"), &pid.to_string()).unwrap();
         }
-        Ok(())
+    }
+
+    /// Whether a process is in all of it.
+    pub fn holds(&self, pid: i32) -> bool {
+        let pid = pid.to_string();
+        let holds = |dir: &PathBuf| {
+            let listed = fs::read_to_string(dir.join("cgroup.procs"));
+            listed.is_ok_and(|listed| listed.lines().any(|line| line == pid))
+        };
+        self.dirs.iter().all(holds)
     }
 
     /// Limits CPU time to `percent` of one core, or lifts the limit.
@@ -409,7 +468,9 @@ mod tests {
             })
             .collect();
         for child in &children {
-            group.add(i32::try_from(child.id()).unwrap()).unwrap();
+            group.add(child.id());
+            let pid = i32::try_from(child.id()).unwrap();
+            assert!(group.holds(pid) && !group.holds(1));
         }
         group.set_cpu_quota(Some(20)).unwrap();
         group.set_cpu_quota(None).unwrap();

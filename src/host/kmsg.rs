@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::libc;
-use nix::time::ClockId;
+
+use super::process;
 
 /// Longest record of the kernel's log (printk.c, CONSOLE_EXT_LOG_MAX).
 const RECORD: usize = 8192;
@@ -44,11 +45,10 @@ pub fn seccomp_kill(pid: i32, start_time: u64) -> Option<i64> {
 
 /// When a process started, in milliseconds since 1970-01-01 UTC.
 fn started_ms(start_time: u64) -> Option<u64> {
-    let now = |clock| nix::time::clock_gettime(clock).ok().map(Duration::from);
-    let up = now(ClockId::CLOCK_BOOTTIME)?;
     // USER_HZ is 100 on every architecture QEMU runs KVM on here (proc(5)).
-    let age = up.saturating_sub(Duration::from_millis(start_time.saturating_mul(10)));
-    let started = now(ClockId::CLOCK_REALTIME)?.saturating_sub(age);
+    let after = Duration::from_millis(start_time.saturating_mul(10));
+    let started = process::booted()?.checked_add(after)?;
+    let started = started.duration_since(SystemTime::UNIX_EPOCH).ok()?;
     u64::try_from(started.as_millis()).ok()
 }
 
@@ -75,8 +75,6 @@ fn killed_for(record: &str, pid: i32, since_ms: u64) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
-
     use super::*;
 
     #[test]
@@ -104,7 +102,7 @@ mod tests {
         let child = std::process::Command::new("/bin/true").spawn();
         let mut child = child.unwrap();
         let pid = i32::try_from(child.id()).unwrap();
-        let start = crate::host::process::start_time(pid).unwrap();
+        let start = process::start_time(pid).unwrap();
         child.wait().unwrap();
         let found = Duration::from_millis(started_ms(start).unwrap());
         let before = before.duration_since(SystemTime::UNIX_EPOCH).unwrap();

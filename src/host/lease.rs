@@ -217,43 +217,75 @@ fn gone(path: &Path, removed: io::Result<()>) -> Result<(), LeaseError> {
     }
 }
 
-/// The leases of one run, on disk. Each change is on the disk before `add`
-/// returns: only then is the resource made.
+/// The leases of one run. Each change is in the file before `add` returns: only
+/// then is the resource made.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
     leases: Vec<Lease>,
+    /// Some of them outlive the host's end: each change is on the disk.
+    lasts: bool,
 }
 
 impl Journal {
-    /// Starts an empty journal.
+    /// Starts an empty journal of what ends with the host: whoever ends us, the
+    /// file has every change; the host's own end may damage it (decision 0015).
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn create(path: PathBuf) -> Result<Self, LeaseError> {
+        Self::begin(path, false)
+    }
+
+    /// Starts an empty journal of what outlives the host's end.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn create_lasting(path: PathBuf) -> Result<Self, LeaseError> {
+        Self::begin(path, true)
+    }
+
+    fn begin(path: PathBuf, lasts: bool) -> Result<Self, LeaseError> {
         let journal = Self {
             path,
             leases: Vec::new(),
+            lasts,
         };
         journal.write()?;
         Ok(journal)
     }
 
     /// Reads a journal that another process left. A missing one is empty: its
-    /// owner died before the first lease.
+    /// owner died before the first lease. So is a damaged one from before the
+    /// host started: what it had is gone.
     ///
     /// # Errors
     /// Unreadable or not a journal.
     pub fn open(path: PathBuf) -> Result<Self, LeaseError> {
         let leases = match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| LeaseError::Read {
-                path: path.clone(),
-                source: source.into(),
-            })?,
+            Ok(bytes) => match serde_json::from_slice(&bytes) {
+                Ok(leases) => leases,
+                Err(error) if is_of_earlier_boot(&path) => {
+                    tracing::warn!(
+                        "{} was damaged when the host ended: {error}",
+                        path.display()
+                    );
+                    Vec::new()
+                }
+                Err(error) => {
+                    let source = error.into();
+                    return Err(LeaseError::Read { path, source });
+                }
+            },
             Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(source) => return Err(LeaseError::Read { path, source }),
         };
-        Ok(Self { path, leases })
+        let lasts = false;
+        Ok(Self {
+            path,
+            leases,
+            lasts,
+        })
     }
 
     /// Writes a lease down. The caller makes the resource afterwards.
@@ -332,11 +364,23 @@ impl Journal {
     fn write(&self) -> Result<(), LeaseError> {
         let bytes = serde_json::to_vec(&self.leases).map_err(io::Error::from);
         bytes
-            .and_then(|bytes| write_durably(&self.path, &bytes))
+            .and_then(|bytes| match self.lasts {
+                true => write_durably(&self.path, &bytes),
+                false => replace(&self.path, &bytes, false),
+            })
             .map_err(|source| LeaseError::Journal {
                 path: self.path.clone(),
                 source,
             })
+    }
+}
+
+/// Whether a file was written last before the host started.
+fn is_of_earlier_boot(path: &Path) -> bool {
+    let written = fs::metadata(path).and_then(|meta| meta.modified());
+    match (written, process::booted()) {
+        (Ok(written), Some(booted)) => written < booted,
+        _ => false,
     }
 }
 
@@ -371,6 +415,11 @@ pub fn sweep(dir: &Path) -> io::Result<()> {
 /// # Errors
 /// As the file system says.
 pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace(path, bytes, true)
+}
+
+/// Replaces a file as a whole; `lasting` also where the host ends.
+fn replace(path: &Path, bytes: &[u8], lasting: bool) -> io::Result<()> {
     use std::io::Write;
     let dir = path.parent().unwrap_or(Path::new("."));
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -379,10 +428,15 @@ pub fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .prefix(HALF_MADE)
         .tempfile_in(dir)?;
     file.write_all(bytes)?;
-    file.as_file().sync_all()?;
+    if lasting {
+        file.as_file().sync_all()?;
+    }
     fault::at(&format!("rename {name}"))?;
     file.persist(path)?;
-    fs::File::open(dir)?.sync_all()
+    match lasting {
+        true => fs::File::open(dir)?.sync_all(),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -405,6 +459,19 @@ mod tests {
             journal.release_all().is_empty(),
             "releasing again is not an error"
         );
+    }
+
+    #[test]
+    fn what_the_hosts_end_damaged_is_empty_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("leases.json");
+        fs::write(&path, b"[{\"kind\"").unwrap();
+        assert!(Journal::open(path.clone()).is_err());
+        let booted = process::booted().unwrap();
+        let before = booted - std::time::Duration::from_secs(60);
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_modified(before).unwrap();
+        assert!(Journal::open(path).unwrap().leases().is_empty());
     }
 
     #[test]

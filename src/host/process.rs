@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_gettime};
 
 use super::sys;
 
@@ -17,6 +18,12 @@ pub fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|text| text.trim().to_owned())
         .unwrap_or_default()
+}
+
+/// When the host started, by its clock as it is now.
+pub fn booted() -> Option<SystemTime> {
+    let up = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
+    SystemTime::now().checked_sub(up.into())
 }
 
 /// Start time of a process in clock ticks since boot (proc(5), field 22 of

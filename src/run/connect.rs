@@ -125,6 +125,7 @@ impl Parts {
         let phases = Phases {
             spawned_us,
             qmp_us,
+            answer_us: agent_us,
             agent_us,
         };
         tracing::debug!(id = %self.plan.id, agent = hello.program, ?phases, "machine is up");

@@ -43,6 +43,9 @@ pub struct Phases {
     /// The monitor answers.
     pub qmp_us: u64,
     /// The guest agent answers.
+    #[serde(default)]
+    pub answer_us: u64,
+    /// It does, and a clone's is unlike its siblings.
     pub agent_us: u64,
 }
 
@@ -168,6 +171,7 @@ impl Machine {
         let words = words.ok_or(MachineError::Missing { what: "QEMU's log" })?;
         let words =
             ConsoleLog::start(words, &log_path).map_err(io_error("make QEMU's log", &log_path))?;
+        let mut cgroup = jail::cgroup(&plan, record)?;
         let spawn = Spawn {
             program: plan.qemu.clone(),
             args: plan.args.clone(),
@@ -179,20 +183,16 @@ impl Machine {
                 .memory
                 .file()
                 .map_err(io_error("open the memory of", &plan.qemu))?,
+            group: cgroup.as_ref().ok().map(Cgroup::entrance).transpose()?,
+            group_optional: !jail::needs_cgroup(&plan),
         };
-        let mut cgroup = jail::cgroup(&plan, record)?;
-        let process = spawn.run(|process| {
-            record.lease(process.lease())?;
-            // Before it executes: no thread of it is ever outside.
-            if let Ok(group) = &cgroup
-                && let Err(error) = group.add(process.pid())
-            {
-                cgroup = Err(error);
-            }
-            Ok(())
-        })?;
-        if let (true, Err(error)) = (jail::needs_cgroup(&plan), &cgroup) {
-            return Err(error.clone().into());
+        let process = spawn.run(|process| record.lease(process.lease()))?;
+        if !jail::needs_cgroup(&plan)
+            && let Ok(group) = &cgroup
+            && !group.holds(process.pid())
+        {
+            let why = "its VMM may not enter it".to_owned();
+            cgroup = Err(CgroupError::Unavailable { why });
         }
         fault::at("spawned").map_err(io_error("start", &plan.qemu))?;
         let console_path = record.dir().join("console.log");

@@ -204,7 +204,7 @@ impl Record {
                 .map_err(io::Error::from)
                 .and_then(|text| write_durably(&path, &text))
                 .map_err(io_error("write", &path))?;
-            let journal = Journal::create(dir.join(KEPT)).map_err(RecordError::from)?;
+            let journal = Journal::create_lasting(dir.join(KEPT)).map_err(RecordError::from)?;
             let journal = kept.insert(journal);
             // Two state directories may share their images.
             let path = image.use_file(&format!("{}-{}", spec.id, VmId::random()));

@@ -25,6 +25,10 @@ pub(super) struct Child<'a> {
     pub(super) null: RawFd,
     /// Open for as long as the owner lives; a byte is its permission.
     pub(super) go: RawFd,
+    /// Files of its control group that take who writes to them.
+    pub(super) group: &'a [RawFd],
+    /// Whether it may go on where they do not.
+    pub(super) group_optional: bool,
     /// Where it tells who answers for its memory.
     pub(super) ram: RawFd,
 }
@@ -114,7 +118,9 @@ impl Kernel for Child<'_> {
     fn call(&mut self, op: Op<'_>) -> Result<(), i32> {
         match op {
             Op::EndWithOwner => prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as _, 0),
+            Op::SmallPages => prctl(libc::PR_SET_THP_DISABLE, 1, 0),
             Op::AwaitPermission => self.await_permission(),
+            Op::EnterGroup => self.enter_group(),
             // SAFETY: no arguments.
             Op::LeaveSession => done(unsafe { libc::setsid() }),
             Op::LeaveKeyring => leave_keyring(),
@@ -247,6 +253,21 @@ impl Child<'_> {
             // SAFETY: ends this process; nobody is there to be told.
             _ => unsafe { libc::_exit(1) },
         }
+    }
+
+    /// Who names itself need not wait for all the host's processors, as the kernel
+    /// does where one process moves another.
+    fn enter_group(&self) -> Result<(), i32> {
+        for file in self.group {
+            // SAFETY: one byte of a constant.
+            let written = unsafe { libc::write(*file, b"0".as_ptr().cast(), 1) };
+            if let Err(errno) = done(written as i64)
+                && !self.group_optional
+            {
+                return Err(errno);
+            }
+        }
+        Ok(())
     }
 
     /// The owner holds its end until we execute: is it there still?

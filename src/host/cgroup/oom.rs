@@ -69,7 +69,7 @@ mod tests {
         let mut shell = Command::new("sh");
         shell.args(["-c", "read go; exec tail /dev/zero"]);
         let mut child = shell.stdin(Stdio::piped()).spawn().unwrap();
-        group.add(i32::try_from(child.id()).unwrap()).unwrap();
+        group.add(child.id());
         child.stdin.take().unwrap().write_all(b"go\n").unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
     }
