@@ -1,7 +1,7 @@
 //! From one machine to many: coming to rest before it is saved, and becoming
 //! another after it was restored.
 
-mod hooks;
+pub(crate) mod hooks;
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -29,7 +29,7 @@ struct Now {
     rests: bool,
     /// How often it was told to go on as itself.
     resumed: u64,
-    /// Where a clone's names are stored, while it rests.
+    /// Where a clone's names are stored; used while it rests.
     held: Option<Held>,
 }
 
@@ -81,6 +81,8 @@ impl Lives {
         now.rests = true;
         // After everything was written down, which takes the hold off.
         now.held = hold();
+        // A clone looks there again, and the kernel need not ask the disk then.
+        hooks::any(Path::new(HOOKS));
         Ok(life(&now))
     }
 
@@ -102,8 +104,8 @@ impl Lives {
         if identity.seed.is_none() || identity.unix_ns.is_none() || identity.hostname.is_none() {
             return Err(invalid("a clone needs a seed, a clock and a name"));
         }
+        // To let go of the files would take longer than all of this.
         identity::apply(identity, now.held.as_ref())?;
-        now.held = None;
         hooks::run(Path::new(HOOKS), generation)?;
         now.session = draw()?;
         now.generation = generation;

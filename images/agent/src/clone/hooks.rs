@@ -29,6 +29,11 @@ pub(super) fn run(dir: &Path, generation: u64) -> Result<()> {
     Ok(())
 }
 
+/// Whether there are any, or something that [`run`] would complain of.
+pub(crate) fn any(dir: &Path) -> bool {
+    !list(dir).is_ok_and(|hooks| hooks.is_empty())
+}
+
 fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
