@@ -37,6 +37,10 @@ const REST: Duration = Duration::from_secs(60);
 const SAVE: Duration = Duration::from_secs(60);
 /// Most bytes of that state: a hundred times what is usual.
 const LARGEST: u64 = 32 << 20;
+/// How far the guest's clock is behind while it warms up. OpenSSL takes from the
+/// kernel's random pool again where an hour has passed since it last did
+/// (MASTER_RESEED_TIME_INTERVAL of its prov_drbg), and so does it in a clone.
+const BEHIND_NS: u64 = 65 * 60 * 1_000_000_000;
 
 /// What a template is to be like besides the machine in it.
 #[derive(Debug, Clone, Default)]
@@ -47,6 +51,9 @@ pub struct Build {
     pub share: bool,
     /// Also where there is one already.
     pub rebuild: bool,
+    /// The guest's clock is right while it warms up; otherwise it is 65 minutes
+    /// behind, so that OpenSSL takes from the kernel again in every clone.
+    pub true_clock: bool,
 }
 
 /// What came of it.
@@ -181,12 +188,15 @@ async fn warm_up(
 ) -> Result<(), RunError> {
     let channel = machine.channel();
     let take = async |room| {
-        let identity = fresh(&Configure {
+        let mut identity = fresh(&Configure {
             hostname: Some(NAME.into()),
             machine_id: Some(random_hex::<16>()),
             room,
             ..Configure::default()
         });
+        if !wish.true_clock {
+            identity.unix_ns = identity.unix_ns.map(|ns| ns.saturating_sub(BEHIND_NS));
+        }
         let request = Request::Configure(identity);
         channel.ask("take its identity", &request, ANSWER).await
     };
