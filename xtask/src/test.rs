@@ -202,7 +202,7 @@ type Brief = (&'static str, &'static [&'static str], usize);
 /// That each measures every phase and that the results are read back, not how
 /// long anything takes.
 const BRIEF: [Brief; 9] = [
-    ("boot", &["-n", "1"], 17),
+    ("boot", &["-n", "1"], 19),
     ("exec", &["-n", "1"], 10),
     ("files", &["-n", "1", "--files", "50"], 10),
     ("memory", &["-n", "1", "--settle", "0"], 7),
@@ -221,7 +221,7 @@ const BRIEF: [Brief; 9] = [
         ],
         20,
     ),
-    ("clone", &["-n", "1", "--burst", "2"], 26),
+    ("clone", &["-n", "1", "--burst", "2"], 29),
     ("pool", &["-n", "1", "--idle", "1", "--burst", "2"], 6),
     ("reset", &["-n", "1"], 2),
 ];

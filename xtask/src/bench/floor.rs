@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 use super::config::{Bed, Config, PATIENCE, explain, ms};
-use super::ours::{self, AGENT, ALL, COMMAND, KERNEL, POWER_OFF, QMP, SPAWN, VMM_CPU};
+use super::ours::{self, AGENT, ALL, ANSWER, COMMAND, KERNEL, POWER_OFF, QMP, SPAWN, VMM_CPU};
 use super::rounds::Sample;
 
 /// A running one.
@@ -163,6 +163,7 @@ pub(super) async fn cloned_life(bed: &Bed, config: &Config, template: &Path) -> 
     Ok(Sample::from(vec![
         (SPAWN, ms(spawn)),
         (QMP, ms(qmp)),
+        (ANSWER, ms(ready.saturating_sub(spawn))),
         (AGENT, ms(ready)),
         (COMMAND, ms(command)),
         (POWER_OFF, ms(down.elapsed())),
@@ -189,6 +190,7 @@ pub(super) async fn life(bed: &Bed, config: &Config) -> Result<Sample> {
         (SPAWN, ms(spawn)),
         (QMP, ms(qmp)),
         (KERNEL, ms(entry)),
+        (ANSWER, ms(ready.saturating_sub(spawn))),
         (AGENT, ms(ready)),
         (COMMAND, ms(command)),
         (POWER_OFF, ms(down.elapsed())),

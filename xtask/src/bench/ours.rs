@@ -16,6 +16,8 @@ pub(super) const SPAWN: &str = "spawn";
 pub(super) const QMP: &str = "qmp-ready";
 pub(super) const KERNEL: &str = "kernel-entry";
 pub(super) const AGENT: &str = "agent-ready";
+/// From there: QEMU executes until its agent answers, whoever that is by then.
+pub(super) const ANSWER: &str = "spawn-to-answer";
 pub(super) const COMMAND: &str = "first-command";
 pub(super) const POWER_OFF: &str = "power-off";
 pub(super) const ALL: &str = "all";
@@ -73,6 +75,9 @@ pub(super) async fn life(bed: &Bed, config: &Config) -> Result<Sample> {
     let phases = machine.phases();
     let before = ready.saturating_sub(Duration::from_micros(phases.agent_us));
     let since = |us| before + Duration::from_micros(us);
+    let answer = ms(Duration::from_micros(
+        phases.answer_us.saturating_sub(phases.spawned_us),
+    ));
     // A clone's began long ago.
     let entry = match machine.template() {
         None => Some(kernel_entry(machine.channel(), begin).await?),
@@ -84,6 +89,7 @@ pub(super) async fn life(bed: &Bed, config: &Config) -> Result<Sample> {
     let mut sample = Sample::from(vec![
         (SPAWN, ms(since(phases.spawned_us))),
         (QMP, ms(since(phases.qmp_us))),
+        (ANSWER, answer),
         (AGENT, ms(ready)),
         (COMMAND, ms(command)),
         (POWER_OFF, ms(down.elapsed())),
