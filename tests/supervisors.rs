@@ -217,6 +217,28 @@ fn a_reboot_of_the_host_is_recognised() {
 }
 
 #[test]
+fn what_a_power_cut_left_is_in_nobodys_way() {
+    let bulkhead = Bulkhead::new().with_own_state();
+    let adopt = ["--survivors", "adopt", "--network", "offline"];
+    let vm = bulkhead.create("vm", &adopt);
+    // Its leases are lost, and files outlive the host in a runtime directory that
+    // is on a disk.
+    let runtime = bulkhead.runtime();
+    let sockets = runtime.join("vm.vmm");
+    fs::create_dir_all(&sockets).unwrap();
+    for name in ["qmp", "console"] {
+        drop(std::os::unix::net::UnixListener::bind(sockets.join(name)).unwrap());
+    }
+    fs::write(runtime.join("vm.netns"), "").unwrap();
+    fs::write(bulkhead.state().join("runs/vm/leases.json"), [0; 512]).unwrap();
+    bulkhead.must(&["start", "vm"]);
+    assert_eq!(bulkhead.must(&["exec", "vm", "echo", "up"]), "up\n");
+    bulkhead.must(&["stop", "vm"]);
+    assert_eq!(vm.inspect()["state"], "stopped");
+    assert!(!runtime.join("vm.netns").exists() && !sockets.exists());
+}
+
+#[test]
 fn the_guests_own_end_is_told_apart() {
     let bulkhead = Bulkhead::new().with_own_state();
     let vm = bulkhead.create("guest", &[]);

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::Global;
 use super::export;
 use super::machine_args::MachineArgs;
-use super::message::{Failure, print_json, print_report, print_text, visible};
+use super::message::{Failure, print_json, print_report, print_text, say, visible};
 use super::output::{BuiltTemplate, ImportedTemplate, Removed};
 use super::run::signals;
 use crate::error::Report;
@@ -145,6 +145,9 @@ async fn make(args: BuildArgs, global: &Global) -> Result<i32, Failure> {
     // Every start clears away what dead ones left; failing at that stops nobody.
     if let Err(error) = crate::run::recover(&host.dirs, false) {
         tracing::debug!("recovery: {error}");
+    }
+    if wish.warm.is_some() && !wish.true_clock {
+        say("bulkhead: the guest's clock is 65 minutes behind while it warms up (--true-clock: right)");
     }
     let io = Io {
         // The result is all that belongs on stdout.

@@ -286,6 +286,7 @@ fn described() -> Described {
         image: "base".into(),
         profile: crate::spec::ProfileName::default(),
         warm: Some("true".into()),
+        behind: false,
         qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
     }
 }
@@ -396,6 +397,7 @@ fn a_template_is_as_large_as_its_key_says() {
             image: of.image,
             profile: of.profile,
             warm: None,
+            behind: false,
             qemu: of.qemu,
         };
         let header = Header {

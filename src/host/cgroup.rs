@@ -68,6 +68,13 @@ impl Explain for CgroupError {
     }
 
     fn remedy(&self) -> String {
+        Self::remedy()
+    }
+}
+
+impl CgroupError {
+    /// What helps whatever was refused.
+    pub(crate) fn remedy() -> String {
         "Run as root on a host with the controllers cpu, memory and pids (see `bulkhead doctor`), \
          or do without their limits (--waive cgroup)."
             .into()
@@ -96,15 +103,11 @@ pub struct Cgroup {
 /// born there (v2), nor for a thread that moves itself (v1).
 #[derive(Debug)]
 pub struct Entrance {
-    birthplace: Option<OwnedFd>,
-    files: Vec<OwnedFd>,
+    pub(crate) birthplace: Option<OwnedFd>,
+    pub(crate) files: Vec<OwnedFd>,
 }
 
 impl Entrance {
-    pub(crate) fn new(birthplace: Option<OwnedFd>, files: Vec<OwnedFd>) -> Self {
-        Self { birthplace, files }
-    }
-
     /// For CLONE_INTO_CGROUP, where the group is one directory of v2.
     pub fn birthplace(&self) -> Option<RawFd> {
         self.birthplace.as_ref().map(AsRawFd::as_raw_fd)
@@ -210,7 +213,10 @@ impl Cgroup {
             open(dir.join(name), 0)
         };
         let files: Result<_, _> = self.dirs.iter().map(file).collect();
-        Ok(Entrance::new(birthplace, files?))
+        Ok(Entrance {
+            birthplace,
+            files: files?,
+        })
     }
 
     #[cfg(test)]

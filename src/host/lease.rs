@@ -255,32 +255,38 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Reads a journal that another process left. A missing one is empty: its
-    /// owner died before the first lease. So is a damaged one from before the
-    /// host started: what it had is gone.
+    /// Reads a journal of [`Journal::create`] that another process left. A missing
+    /// one is empty: its owner died before the first lease. So is one that a
+    /// power cut left without a byte in it, or zeroes alone: no process writes
+    /// that, and what it had is gone with the host.
     ///
     /// # Errors
     /// Unreadable or not a journal.
     pub fn open(path: PathBuf) -> Result<Self, LeaseError> {
+        Self::read(path, false)
+    }
+
+    /// Reads a journal of [`Journal::create_lasting`].
+    ///
+    /// # Errors
+    /// Unreadable or not a journal.
+    pub fn open_lasting(path: PathBuf) -> Result<Self, LeaseError> {
+        Self::read(path, true)
+    }
+
+    fn read(path: PathBuf, lasts: bool) -> Result<Self, LeaseError> {
         let leases = match fs::read(&path) {
-            Ok(bytes) => match serde_json::from_slice(&bytes) {
-                Ok(leases) => leases,
-                Err(error) if is_of_earlier_boot(&path) => {
-                    tracing::warn!(
-                        "{} was damaged when the host ended: {error}",
-                        path.display()
-                    );
-                    Vec::new()
-                }
-                Err(error) => {
-                    let source = error.into();
-                    return Err(LeaseError::Read { path, source });
-                }
-            },
+            Ok(bytes) if !lasts && bytes.iter().all(|byte| *byte == 0) => {
+                tracing::warn!("{} was lost when the host ended", path.display());
+                Vec::new()
+            }
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| LeaseError::Read {
+                path: path.clone(),
+                source: source.into(),
+            })?,
             Err(source) if source.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(source) => return Err(LeaseError::Read { path, source }),
         };
-        let lasts = false;
         Ok(Self {
             path,
             leases,
@@ -375,15 +381,6 @@ impl Journal {
     }
 }
 
-/// Whether a file was written last before the host started.
-fn is_of_earlier_boot(path: &Path) -> bool {
-    let written = fs::metadata(path).and_then(|meta| meta.modified());
-    match (written, process::booted()) {
-        (Ok(written), Some(booted)) => written < booted,
-        _ => false,
-    }
-}
-
 /// What the name of a file begins with that is not whole yet.
 const HALF_MADE: &str = ".half-made-";
 
@@ -462,16 +459,18 @@ mod tests {
     }
 
     #[test]
-    fn what_the_hosts_end_damaged_is_empty_and_nothing_else() {
+    fn what_a_power_cut_leaves_is_empty_and_other_damage_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("leases.json");
-        fs::write(&path, b"[{\"kind\"").unwrap();
-        assert!(Journal::open(path.clone()).is_err());
-        let booted = process::booted().unwrap();
-        let before = booted - std::time::Duration::from_secs(60);
-        let file = fs::File::options().write(true).open(&path).unwrap();
-        file.set_modified(before).unwrap();
-        assert!(Journal::open(path).unwrap().leases().is_empty());
+        for lost in [&b""[..], &[0; 100]] {
+            fs::write(&path, lost).unwrap();
+            assert!(Journal::open(path.clone()).unwrap().leases().is_empty());
+            assert!(Journal::open_lasting(path.clone()).is_err());
+        }
+        for damaged in [&b"[{\"kind\""[..], b"[]\0", b"[{\"kind\":\"new\"}]"] {
+            fs::write(&path, damaged).unwrap();
+            assert!(Journal::open(path.clone()).is_err());
+        }
     }
 
     #[test]

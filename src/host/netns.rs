@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -44,7 +45,7 @@ impl Netns {
     pub fn make(path: &Path) -> io::Result<Self> {
         let made = || {
             unshare(CloneFlags::CLONE_NEWNET)?;
-            File::options().write(true).create_new(true).open(path)?;
+            make_place(path)?;
             mount(
                 Some(OWN),
                 path,
@@ -63,7 +64,7 @@ impl Netns {
     /// # Errors
     /// Not allowed, it is none, or something is at `path`.
     pub fn keep(theirs: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
-        File::options().write(true).create_new(true).open(path)?;
+        make_place(path)?;
         let from = format!("/proc/thread-self/fd/{}", theirs.as_raw_fd());
         let none = None::<&str>;
         Ok(mount(Some(&*from), path, none, MsFlags::MS_BIND, none)?)
@@ -104,6 +105,21 @@ impl AsFd for Netns {
 impl From<OwnedFd> for Netns {
     fn from(fd: OwnedFd) -> Self {
         Self(fd)
+    }
+}
+
+/// Makes a file to keep a namespace under. One that is there already without a
+/// namespace was left by a power cut that took its lease with it (decision 0015).
+fn make_place(path: &Path) -> io::Result<()> {
+    match File::options().write(true).create_new(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            let meta = std::fs::symlink_metadata(path)?;
+            let parent = path.parent().map(std::fs::metadata).transpose()?;
+            // A mount is on another device than the directory.
+            let left = meta.is_file() && parent.is_some_and(|dir| dir.dev() == meta.dev());
+            if left { Ok(()) } else { Err(error) }
+        }
+        made => made.map(drop),
     }
 }
 

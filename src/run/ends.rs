@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::UnixStream;
 
+use super::control::is_served;
 use super::error::MachineError;
 use super::machine::io_error;
 use super::options::StartOptions;
@@ -117,6 +118,10 @@ pub(super) fn pair(end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
 /// A socket that QEMU listens on, and our connection to it: a later owner can
 /// connect again.
 fn listening(path: &Path, end: &mut Option<UnixStream>) -> io::Result<OwnedFd> {
+    // A power cut leaves it, where its lease is lost (decision 0015).
+    if !is_served(path) {
+        let _ = std::fs::remove_file(path);
+    }
     fault::at("bind machine socket")?;
     let listener = std::os::unix::net::UnixListener::bind(path)?;
     let ours = std::os::unix::net::UnixStream::connect(path)?;

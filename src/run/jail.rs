@@ -13,7 +13,7 @@ use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::host::uid::Uid;
 use crate::plan::Plan;
-use crate::spec::JailLayer;
+use crate::spec::{Accel, JailLayer};
 use crate::vmm::{Jail, Needs, User, detach, seccomp};
 
 /// How often another user id is tried that somebody else took meanwhile.
@@ -72,6 +72,7 @@ pub(super) fn make(
         share,
         filters: filters.map_err(failed("the list of system calls"))?,
         ram: plan.ram.file().is_some(),
+        small_pages: plan.ram.file().is_some() && plan.accel == Accel::Tcg,
         landlock: jail.has(JailLayer::Landlock),
     };
     Jail::new(jail, needs).map_err(failed("its root"))

@@ -172,6 +172,13 @@ impl Machine {
         let words =
             ConsoleLog::start(words, &log_path).map_err(io_error("make QEMU's log", &log_path))?;
         let mut cgroup = jail::cgroup(&plan, record)?;
+        let group = match cgroup.as_ref().ok().map(Cgroup::entrance).transpose() {
+            Err(error) if !jail::needs_cgroup(&plan) => {
+                cgroup = Err(error);
+                None
+            }
+            entrance => entrance?,
+        };
         let spawn = Spawn {
             program: plan.qemu.clone(),
             args: plan.args.clone(),
@@ -183,7 +190,7 @@ impl Machine {
                 .memory
                 .file()
                 .map_err(io_error("open the memory of", &plan.qemu))?,
-            group: cgroup.as_ref().ok().map(Cgroup::entrance).transpose()?,
+            group,
             group_optional: !jail::needs_cgroup(&plan),
         };
         let process = spawn.run(|process| record.lease(process.lease()))?;

@@ -230,7 +230,9 @@ impl Explain for RunError {
             Self::Snapshot(error) => error.remedy(),
             Self::Export(error) => error.remedy(),
             Self::WarmUp { .. } => {
-                "Look at its output above; --timeout gives it more time.".into()
+                "Look at its output above. --timeout gives it more time; its clock is 65 minutes \
+                 behind, and right with --true-clock."
+                    .into()
             }
             Self::Kernel { .. } => {
                 "Build the tuned kernel with `cargo xtask kernel`, or leave --kernel out.".into()

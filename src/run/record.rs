@@ -367,7 +367,7 @@ impl Record {
         if let Err(error) = remove_state(&self.dir) {
             return vec![error];
         }
-        match Journal::open(self.dir.join(KEPT)) {
+        match Journal::open_lasting(self.dir.join(KEPT)) {
             Ok(mut kept) => errors.extend(kept.release_all().into_iter().map(Into::into)),
             Err(error) => errors.push(error.into()),
         }

@@ -299,7 +299,7 @@ pub(super) fn recover_one(dir: &Path) -> Found {
     let mut errors = run.journal.release_all();
     if run.state.is_none() {
         // A machine that was not finished, or was being removed.
-        match Journal::open(dir.join(KEPT)) {
+        match Journal::open_lasting(dir.join(KEPT)) {
             Ok(mut kept) => errors.extend(kept.release_all()),
             Err(error) => errors.push(error),
         }

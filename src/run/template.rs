@@ -79,6 +79,7 @@ pub async fn build(host: &Host, spec: &Spec, wish: &Build, mut io: Io) -> Result
     if !wish.rebuild
         && let Ok(Some(template)) = store.find(&key)
         && template.manifest.warm == wish.warm
+        && template.manifest.behind != wish.true_clock
     {
         return Ok(Built {
             template,
@@ -122,6 +123,7 @@ pub async fn build(host: &Host, spec: &Spec, wish: &Build, mut io: Io) -> Result
             image: spec.image.clone(),
             profile: spec.profile.clone(),
             warm: wish.warm.clone(),
+            behind: !wish.true_clock,
             qemu: machine.monitor().version().clone(),
         };
         keep(&machine, &store, staged, of).await

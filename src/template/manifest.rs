@@ -59,6 +59,10 @@ pub struct Manifest {
     pub profile: ProfileName,
     /// What was run in it before it was saved.
     pub warm: Option<String>,
+    /// The guest's clock was behind until then: OpenSSL takes from the kernel
+    /// again in each clone.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub behind: bool,
     /// Version of its QEMU.
     pub qemu: Version,
 }
@@ -72,6 +76,7 @@ pub(crate) struct Described {
     pub(crate) image: String,
     pub(crate) profile: ProfileName,
     pub(crate) warm: Option<String>,
+    pub(crate) behind: bool,
     pub(crate) qemu: Version,
 }
 

@@ -218,6 +218,7 @@ impl Store {
             image: of.image,
             profile: of.profile,
             warm: of.warm,
+            behind: of.behind,
             qemu: of.qemu,
         };
         self.publish(staged, &manifest, Older::Replaced)
@@ -405,6 +406,7 @@ mod tests {
             image: "base".into(),
             profile: ProfileName::default(),
             warm: Some(warm.into()),
+            behind: true,
             qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
         }
     }

@@ -42,6 +42,9 @@ pub struct Jail {
     pub(super) limits: Vec<(u32, u64)>,
     /// Its memory is in a file that it is given.
     pub(super) ram: bool,
+    /// No huge pages: an emulator asks for them for the code that it translates,
+    /// and each that an idle clone begins is 2 MiB.
+    pub(super) small_pages: bool,
     /// Its whole environment; the owner's where it is absent.
     pub(super) environment: Option<Vec<CString>>,
 }
@@ -186,6 +189,8 @@ pub struct Needs<'a> {
     pub filters: Vec<BpfProgram>,
     /// It is given a file with its memory.
     pub ram: bool,
+    /// It emulates a clone, of which there may be many.
+    pub small_pages: bool,
     /// Whether Landlock is to be used where the kernel has it.
     pub landlock: bool,
 }
@@ -228,6 +233,7 @@ impl Jail {
             landlock: landlock.map(|abi| Landlock::new(abi, plan)),
             filters: needs.filters,
             ram: needs.ram,
+            small_pages: needs.small_pages,
             environment,
         })
     }

@@ -282,9 +282,10 @@ pub(super) fn confine(
     // 11. Nothing it executes gains privileges; only now may we filter.
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
     // 12. Who has its memory in a file gets that from us, whatever it may open.
-    //    In huge pages, what the emulator translates for a clone takes 2 MB more.
-    if jail.ram {
+    if jail.small_pages {
         ask(Step::Ram, Op::SmallPages, 0)?;
+    }
+    if jail.ram {
         ask(Step::Ram, Op::AskForRam, 0)?;
     }
     if let Some(landlock) = &jail.landlock {
@@ -368,6 +369,7 @@ mod tests {
             filters: vec![Vec::new(), Vec::new()],
             limits: vec![(7, 256)],
             ram: true,
+            small_pages: true,
             environment: None,
         }
     }

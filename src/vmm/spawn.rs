@@ -16,7 +16,7 @@ use super::kernel::{Child, MAX_DESCRIPTORS, above};
 use super::process::VmmProcess;
 use super::sequence::{SpawnStep, confine};
 use crate::error::Explain;
-use crate::host::cgroup::Entrance;
+use crate::host::cgroup::{CgroupError, Entrance};
 use crate::host::fault;
 use crate::host::lease::LeaseError;
 
@@ -103,6 +103,10 @@ impl Explain for SpawnError {
                 step: SpawnStep::Exec,
                 ..
             } => "qemu-not-executable",
+            Self::Step {
+                step: SpawnStep::Group,
+                ..
+            } => "cgroup-refused",
             Self::Step { step, .. } if step.is_jail() => "jail-failed",
             _ => "spawn-failed",
         }
@@ -118,6 +122,10 @@ impl Explain for SpawnError {
             } => {
                 format!("Check that {} is a QEMU for this host.", program.display())
             }
+            Self::Step {
+                step: SpawnStep::Group,
+                ..
+            } => CgroupError::remedy(),
             Self::Step { step, .. } if step.is_jail() => {
                 "The jail cannot be made on this host (`bulkhead doctor`); it needs Linux 5.12. \
                  A layer can be left out with --waive LAYER."
@@ -367,6 +375,7 @@ fn map_user(pid: i32) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::cgroup::Cgroup;
     use std::os::unix::process::ExitStatusExt;
 
     fn spawn(program: &str, args: &[&str], descriptors: Vec<OwnedFd>) -> (Spawn, std::fs::File) {
@@ -447,7 +456,10 @@ mod tests {
         // No control group: the file takes no write, and nobody is born there.
         let group = || {
             let root = || std::fs::File::open("/").unwrap().into();
-            Some(Entrance::new(Some(root()), vec![root()]))
+            Some(Entrance {
+                birthplace: Some(root()),
+                files: vec![root()],
+            })
         };
         let argument = canary.to_str().unwrap();
         let (mut refused, _log) = spawn("/bin/touch", &[argument], Vec::new());
@@ -456,7 +468,7 @@ mod tests {
         let SpawnError::Step { step, .. } = &error else {
             panic!("{error:?}")
         };
-        assert_eq!(*step, SpawnStep::Group);
+        assert_eq!((*step, error.code()), (SpawnStep::Group, "cgroup-refused"));
         assert!(!canary.exists());
         let (mut optional, _log) = spawn("/bin/touch", &[argument], Vec::new());
         optional.group = group();
@@ -464,6 +476,48 @@ mod tests {
         let process = optional.run(|_| Ok(())).unwrap();
         assert_eq!(process.wait().await.unwrap().code, Some(0));
         assert!(canary.exists());
+    }
+
+    /// The groups that a program sees itself in.
+    async fn seen_from(entrance: Entrance) -> String {
+        let (mut spawn, log) = spawn("/bin/cat", &["/proc/self/cgroup"], Vec::new());
+        spawn.group = Some(entrance);
+        let process = spawn.run(|_| Ok(())).unwrap();
+        assert_eq!(process.wait().await.unwrap().code, Some(0));
+        text(log)
+    }
+
+    #[tokio::test]
+    async fn it_executes_in_its_group_however_it_gets_there() {
+        let group = match Cgroup::choose(&"spawn-test".parse().unwrap()) {
+            Ok(group) => group,
+            Err(error) => {
+                println!("skipped: control_group: {error}");
+                return;
+            }
+        };
+        group.make().unwrap();
+        let Entrance { birthplace, files } = group.entrance().unwrap();
+        let moved = Entrance {
+            birthplace: None,
+            files,
+        };
+        let mut seen = vec![seen_from(moved).await];
+        if birthplace.is_some() {
+            let born = Entrance {
+                birthplace,
+                files: Vec::new(),
+            };
+            seen.push(seen_from(born).await);
+        }
+        for lease in group.leases() {
+            lease.release().unwrap();
+        }
+        for seen in seen {
+            let name = group.dirs()[0].file_name().unwrap().to_str().unwrap();
+            let places = seen.lines().filter(|line| line.contains(name));
+            assert_eq!(places.count(), group.dirs().len(), "{seen}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(crate) struct Args {
 
 /// The tests that need a KVM host, vhost or cgroup version 2: target, and what
 /// their names begin with. CI runs these, every time.
-const NEEDED: [(&str, &str); 11] = [
+const NEEDED: [(&str, &str); 12] = [
     ("kvm", ""),
     ("kvm_disk", ""),
     ("kvm_saved", ""),
@@ -38,6 +38,7 @@ const NEEDED: [(&str, &str); 11] = [
     ("whole_host", ""),
     ("jail", "no_file_of_a_machine"),
     ("bulkhead", "host::cgroup::"),
+    ("bulkhead", "vmm::spawn::"),
     ("resources", "a_cpu_quota_holds"),
     ("resources", "the_group_of_a_dead_owner"),
 ];

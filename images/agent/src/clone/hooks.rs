@@ -30,7 +30,7 @@ pub(super) fn run(dir: &Path, generation: u64) -> Result<()> {
 }
 
 /// Whether there are any, or something that [`run`] would complain of.
-pub(crate) fn any(dir: &Path) -> bool {
+pub(super) fn any(dir: &Path) -> bool {
     !list(dir).is_ok_and(|hooks| hooks.is_empty())
 }
 

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::fs;
 use std::future::Future;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_agent::{
-    Control, Exit, HOOKS, Header, Hello, Kind, Life, MAX_STREAMS, Reply, Request, VERSION,
+    Control, Exit, Header, Hello, Kind, Life, MAX_STREAMS, Reply, Request, VERSION,
 };
 
 use super::outbox::Outbox;
@@ -15,7 +14,7 @@ use super::stream::{Stream, Violation};
 use super::wire::Reader;
 use super::{Role, Server};
 use crate::channel::Channel;
-use crate::clone::{Lives, hooks};
+use crate::clone::Lives;
 use crate::console::complain;
 use crate::exec::{self, Command};
 use crate::failure::{Result, invalid};
@@ -274,11 +273,11 @@ impl Session {
                 identity,
             } => {
                 let step = move |lives: &Lives| lives.restored(generation, &identity);
-                // A thread is for programs that take their time: under emulation
+                // A thread is for what takes its time: under emulation
                 // the way there and back is a tenth of what a clone does.
-                match hooks::any(Path::new(HOOKS)) {
-                    true => self.live(stream, step),
-                    false => answer(stream, &Reply::Life(step(&self.server.lives)?)),
+                match self.server.lives.is_quick() {
+                    true => answer(stream, &Reply::Life(step(&self.server.lives)?)),
+                    false => self.live(stream, step),
                 }
             }
             Request::Resumed { identity } => {
