@@ -426,3 +426,43 @@ fn a_save_that_dies_leaves_nothing_that_is_used() {
         }
     }
 }
+
+#[test]
+fn a_save_that_was_told_to_have_failed_is_not_there() {
+    use nix::sys::signal::{Signal, kill};
+    use std::os::unix::fs::MetadataExt as _;
+    let bulkhead = bulkhead();
+    let vm = started(&bulkhead, "vm", &[]);
+    // So that it takes long to measure.
+    let fill = "head -c 80M /dev/urandom > /dev/shm/fill";
+    sh(&bulkhead, "vm", fill);
+    let (supervisor, vmm) = (vm.supervisor(), vm.vmm());
+    let snapshots = bulkhead.state().join("runs/vm/snapshots");
+    let mut saving = bulkhead.command(&["snapshot", "save", "vm", "new"]);
+    let saving = saving.stdout(std::process::Stdio::null());
+    let mut saving = saving.stderr(std::process::Stdio::null()).spawn().unwrap();
+    // Everything was taken: the first of its files is measured.
+    let measured = || {
+        let disks = entries(&snapshots).into_iter().map(|name| name + "/disk");
+        let mut disks = disks.filter_map(|disk| snapshots.join(disk).metadata().ok());
+        disks.any(|disk| disk.mode() & 0o777 == 0o400)
+    };
+    while !measured() && saving.try_wait().unwrap().is_none() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    kill(vmm, Signal::SIGKILL).unwrap();
+    let told = saving.wait().unwrap().success();
+    // It waits for what the save began.
+    let begin = std::time::Instant::now();
+    while support::vmms::is_alive(supervisor.as_raw()) {
+        assert!(begin.elapsed() < std::time::Duration::from_secs(120));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let there = entries(&snapshots);
+    assert_eq!(
+        there.is_empty(),
+        !told,
+        "told {told}, and there is {there:?}"
+    );
+    vm.becomes("failed");
+}

@@ -73,7 +73,7 @@ pub(crate) struct Saving {
     pub(crate) parent: Option<SnapshotName>,
 }
 
-/// Saves a machine, which goes on.
+/// Saves a machine, which goes on. Dropped before it is ready, it leaves no snapshot.
 ///
 /// # Errors
 /// It cannot be saved; nothing is left of it, and the machine goes on.
@@ -114,8 +114,9 @@ pub(crate) async fn save(
     let qemu = machine.monitor().version().clone();
     let backed = plan.ram.is_backed();
     let keeping = Keeping::begin();
-    let keep = move || {
-        let _keeping = keeping;
+    let measure = move || {
+        // What is half made goes before the save is over.
+        let (keeping, staged) = (keeping, staged);
         let piece = |name| Store::piece(staged.path(), name);
         let disk = piece(DISK)?;
         let saved = match key {
@@ -130,11 +131,23 @@ pub(crate) async fn save(
             }),
         };
         let manifest = Manifest::new(&wish, saving.parent, image.id, saved, disk, now_ms());
-        store.commit(staged, &manifest)?;
-        // The fork that wanted it may be dead by now.
-        store.sweep_forks()
+        Store::seal(&staged, &manifest)?;
+        Ok::<_, SnapshotError>((staged, manifest.name, keeping))
     };
-    Ok(joined(tokio::task::spawn_blocking(keep).await)?)
+    let measured = tokio::task::spawn_blocking(measure).await;
+    let (staged, name, keeping) = joined(measured)?;
+    // Whose machine ends before this is told that it was not saved, and it is
+    // not. Nothing is waited for from here on.
+    store.publish(staged, &name)?;
+    let sweep = move || {
+        let _keeping = keeping;
+        // The fork that wanted it may be dead by now.
+        if let Err(error) = store.sweep_forks() {
+            tracing::warn!("what a dead fork left stays: {error}");
+        }
+    };
+    drop(tokio::task::spawn_blocking(sweep));
+    Ok(())
 }
 
 /// Saves the disk of a machine that does not run. The caller holds its record.

@@ -293,16 +293,26 @@ impl Store {
     /// Puts a snapshot whose files are in `staged` in its place: a crash leaves
     /// it there as a whole, or not at all.
     pub(crate) fn commit(&self, staged: Staged, manifest: &Manifest) -> Result<(), SnapshotError> {
+        Self::seal(&staged, manifest)?;
+        self.publish(staged, &manifest.name)
+    }
+
+    /// Writes down what is in `staged`, which can be published then.
+    pub(crate) fn seal(staged: &Staged, manifest: &Manifest) -> Result<(), SnapshotError> {
         let path = staged.path().join(MANIFEST);
         serde_json::to_vec_pretty(manifest)
             .map_err(io::Error::from)
             .and_then(|text| write_durably(&path, &text))
-            .map_err(SnapshotError::io("write", &path))?;
-        let place = self.dir.join(manifest.name.as_str());
-        let _guard = self.guard()?;
-        self.free(&manifest.name)?;
-        fault::at("publish snapshot")
             .and_then(|()| File::open(staged.path())?.sync_all())
+            .map_err(SnapshotError::io("write", &path))
+    }
+
+    /// Puts what was sealed in its place.
+    pub(crate) fn publish(&self, staged: Staged, name: &SnapshotName) -> Result<(), SnapshotError> {
+        let place = self.dir.join(name.as_str());
+        let _guard = self.guard()?;
+        self.free(name)?;
+        fault::at("publish snapshot")
             .and_then(|()| fs::rename(staged.path(), &place))
             .and_then(|()| File::open(&self.dir)?.sync_all())
             .map_err(SnapshotError::io("make", &place))

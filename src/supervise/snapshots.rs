@@ -86,8 +86,13 @@ impl Machines {
         let (record, spec, mut state) = Record::open(self.dirs(), id)?;
         let parent = state.status().snapshot.clone();
         save_disk(record.dir(), &spec, &wish, parent)?;
-        state.update(|status| status.snapshot = Some(wish.name))?;
-        Ok(())
+        let name = wish.name.clone();
+        let written = state.update(|status| status.snapshot = Some(name));
+        if written.is_err() {
+            // Whoever is told that it failed does not find it.
+            Store::new(record.dir(), id).rm(&wish.name)?;
+        }
+        Ok(written?)
     }
 
     /// Makes a machine what it was when it was saved. It keeps its name, its

@@ -383,7 +383,7 @@ impl Supervisor<'_> {
     async fn done(&mut self, up: &Up, clock: &mut Clock, done: Done) {
         let Done {
             asked,
-            mut answer,
+            answer,
             after,
         } = done;
         if std::mem::take(&mut self.saving) {
@@ -392,8 +392,9 @@ impl Supervisor<'_> {
         match after {
             After::Nothing => {}
             After::Saved(name) => {
-                if let Err(error) = self.state.update(|status| status.snapshot = Some(name)) {
-                    answer = Answer::Refused(Report::of(&error));
+                // It is there, whatever becomes of this.
+                if let Err(error) = self.state.keep(|status| status.snapshot = Some(name)) {
+                    tracing::error!("{error}");
                 }
             }
             After::Held(still) => self.stands(up, still),

@@ -2,7 +2,9 @@
 //! grow, slow down or stay.
 
 mod kills;
+mod nets;
 mod pool;
+mod trend;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use bulkhead::supervise::View;
 
+use self::trend::worst;
 use crate::bench::stats::quantile;
 use crate::probe::place::{Kit, Place, entries};
 use crate::probe::{Came, Row, Rows};
@@ -57,6 +60,9 @@ pub(crate) struct Args {
     /// With --kills: what chance begins with [default: the time].
     #[arg(long, requires = "kills")]
     seed: Option<u64>,
+    /// Machines without networks; only root's have any.
+    #[arg(long)]
+    isolated: bool,
     /// kvm or tcg.
     #[arg(long, default_value = "kvm")]
     accel: String,
@@ -127,13 +133,16 @@ pub(crate) fn run(args: Args) -> Result<()> {
     // A copy: another build must not change what is run.
     let copy = tempfile::tempdir()?;
     let bulkhead = copy.path().join("bulkhead");
-    fs::copy(setup::bulkhead()?, &bulkhead)?;
+    // A pool is in this very process.
+    if !args.pool {
+        fs::copy(setup::bulkhead()?, &bulkhead)?;
+    }
     let kit = Kit {
         bulkhead,
         state_dir: args.state_dir.clone(),
         accel: args.accel.clone(),
         kernel: Some(args.kernel.clone()),
-        networks: nix::unistd::geteuid().is_root(),
+        networks: nix::unistd::geteuid().is_root() && !args.isolated,
         within: Duration::from_secs(5),
     };
     let (rows, json) = (Rows::default(), args.json);
@@ -412,100 +421,4 @@ fn kib(path: &Path) -> f64 {
         false => 0.0,
     };
     meta.blocks() as f64 / 2.0 + below
-}
-
-/// How one thing went.
-#[derive(Debug, Clone, PartialEq)]
-struct Trend {
-    of: String,
-    /// Medians of the second and the last quarter.
-    second: f64,
-    last: f64,
-    limit: f64,
-    flat: bool,
-}
-
-impl Trend {
-    /// The first quarter is left out: things find their size then.
-    fn of(gauge: Gauge, of: &str, samples: &[f64]) -> Self {
-        let quarter = samples.len() / 4;
-        let median = |from: usize| quantile(&samples[from * quarter..(from + 1) * quarter], 0.5);
-        let (second, last) = (median(1), median(3));
-        let limit = second * (1.0 + f64::from(gauge.percent) / 100.0) + f64::from(gauge.more);
-        Self {
-            of: of.to_owned(),
-            second,
-            last,
-            limit,
-            // Too few samples are not flat.
-            flat: last <= limit,
-        }
-    }
-
-    fn shown(&self) -> String {
-        let Self {
-            second,
-            last,
-            limit,
-            of,
-            ..
-        } = self;
-        format!("{second:.0} in the second quarter, {last:.0} in the last, up to {limit:.0} ({of})")
-    }
-}
-
-/// The worst trend of each gauge.
-fn worst(samples: &Samples) -> BTreeMap<Gauge, Trend> {
-    let mut found: BTreeMap<Gauge, Trend> = BTreeMap::new();
-    for ((gauge, of), values) in samples {
-        let trend = Trend::of(*gauge, of, values);
-        let over = |trend: &Trend| match trend.flat {
-            true => trend.last - trend.limit,
-            false if trend.last.is_nan() => f64::INFINITY,
-            false => trend.last - trend.limit,
-        };
-        match found.get(gauge) {
-            Some(worse) if over(worse) >= over(&trend) => {}
-            _ => drop(found.insert(*gauge, trend)),
-        }
-    }
-    found
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const TEN: Gauge = gauge("things", 10, 1);
-
-    fn trend(of: impl Fn(usize) -> f64) -> Trend {
-        let samples: Vec<f64> = (0..100).map(of).collect();
-        Trend::of(TEN, "it", &samples)
-    }
-
-    #[test]
-    fn what_grows_at_first_and_stays_is_flat() {
-        assert!(trend(|at| at.min(25) as f64).flat);
-        // Single outliers do not count.
-        assert!(trend(|at| if at % 10 == 9 { 1e6 } else { 5.0 }).flat);
-    }
-
-    #[test]
-    fn what_goes_on_growing_is_not() {
-        let grown = trend(|at| 100.0 + at as f64);
-        assert!(!grown.flat, "{grown:?}");
-        assert!(trend(|at| 100.0 + at as f64 / 10.0).flat);
-        assert!(!Trend::of(TEN, "it", &[1.0, 2.0]).flat, "too few to tell");
-    }
-
-    #[test]
-    fn the_worst_of_each_gauge_is_told() {
-        let mut samples = Samples::new();
-        samples.insert((TEN, "steady".into()), vec![5.0; 40]);
-        samples.insert((TEN, "growing".into()), (0..40).map(f64::from).collect());
-        samples.insert((LINKS, "all".into()), vec![1.0; 40]);
-        let worst = worst(&samples);
-        assert_eq!(worst[&TEN].of, "growing");
-        assert!(!worst[&TEN].flat && worst[&LINKS].flat);
-    }
 }

@@ -141,6 +141,7 @@ fn programs(state: &Path) -> Vec<Check> {
     vec![
         ("examples/embed", embed(state)),
         ("xtask bench", bench(state)),
+        ("xtask soak --pool", soak(state)),
         ("xtask probe faults", faults(state)),
         ("xtask probe vmm", jail(state, &["vmm"])),
         (
@@ -153,6 +154,14 @@ fn programs(state: &Path) -> Vec<Check> {
         ),
         ("xtask fuzz", fuzz::briefly()),
     ]
+}
+
+/// Clones with networks out of a pool, shortly.
+fn soak(state: &Path) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["soak", "--pool", "--runs", "30", "--callers", "5"]);
+    command.args(["--accel", "tcg"]);
+    setup::call(command.arg("--state-dir").arg(state))
 }
 
 /// A sample of the steps at which processes die and calls fail.

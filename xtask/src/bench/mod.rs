@@ -13,7 +13,7 @@ mod floor;
 mod fork;
 mod kept;
 mod memory;
-mod net;
+pub(crate) mod net;
 mod ours;
 mod peers;
 mod plot;

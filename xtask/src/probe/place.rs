@@ -144,6 +144,11 @@ impl Place {
         self.dir.path().join(name)
     }
 
+    /// The namespace that machines' networks lead into, where they have any.
+    pub(crate) fn uplink(&self) -> Option<PathBuf> {
+        self.host.as_ref().map(|_| self.file(HOST))
+    }
+
     /// A verb, ready to be spawned. Its words on stderr go to `verb.err`.
     pub(crate) fn verb<S: AsRef<OsStr>>(
         &self,

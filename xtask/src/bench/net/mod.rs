@@ -3,7 +3,7 @@
 
 mod guests;
 mod sets;
-mod world;
+pub(crate) mod world;
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sched::{CloneFlags, setns};

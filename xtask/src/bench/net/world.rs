@@ -10,19 +10,22 @@ use bulkhead::host::netns::{self, Netns};
 use bulkhead::host::network::Site;
 
 /// The web server of that internet, by every name.
-pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(93, 184, 215, 14);
+pub(crate) const SERVER: Ipv4Addr = Ipv4Addr::new(93, 184, 215, 14);
 /// Its name server.
-pub(super) const DNS: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
+pub(crate) const DNS: Ipv4Addr = Ipv4Addr::new(8, 8, 8, 8);
+
+/// A web server that no machine may reach: its address is private.
+pub(crate) const LAN: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 9);
 
 /// They are gone with it.
-pub(super) struct World {
+pub(crate) struct World {
     dir: PathBuf,
-    pub(super) host: Netns,
+    pub(crate) host: Netns,
     _internet: Netns,
 }
 
 /// Runs a shell script in a namespace; it must succeed.
-pub(super) fn sh(netns: &Netns, script: &str) -> Result<String> {
+pub(crate) fn sh(netns: &Netns, script: &str) -> Result<String> {
     let run = || Command::new("sh").args(["-ec", script]).output();
     let output = netns.run_in(run)?.context("cannot run sh")?;
     ensure!(
@@ -34,12 +37,17 @@ pub(super) fn sh(netns: &Netns, script: &str) -> Result<String> {
 }
 
 impl World {
-    pub(super) fn new(dir: &Path) -> Result<Self> {
+    pub(crate) fn new(dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
-        let internet = Netns::make(&dir.join("internet"))?;
+        Self::beyond(Netns::make(&dir.join("host"))?, dir)
+    }
+
+    /// An internet behind a host that is there.
+    pub(crate) fn beyond(host: Netns, dir: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
         let world = Self {
-            host: Netns::make(&dir.join("host"))?,
-            _internet: internet,
+            _internet: Netns::make(&dir.join("internet"))?,
+            host,
             dir: dir.to_owned(),
         };
         let there = dir.join("internet");
@@ -59,21 +67,22 @@ impl World {
             &world._internet,
             &format!(
                 "ip link set lo up; ip addr add 192.0.2.254/24 dev down0; ip link set down0 up
-                 ip addr add {SERVER}/32 dev lo; ip addr add {DNS}/32 dev lo"
+                 for a in {SERVER} {LAN} {DNS}; do ip addr add $a/32 dev lo; done"
             ),
         )?;
         sh(&world.host, "ip route add default via 192.0.2.254")?;
-        let web = world
-            ._internet
-            .run_in(|| TcpListener::bind((SERVER, 80)))??;
+        for address in [SERVER, LAN] {
+            let bind = || TcpListener::bind((address, 80));
+            let web = world._internet.run_in(bind)??;
+            std::thread::spawn(move || serve(&web));
+        }
         let dns = world._internet.run_in(|| UdpSocket::bind((DNS, 53)))??;
-        std::thread::spawn(move || serve(&web));
         std::thread::spawn(move || resolve(&dns));
         Ok(world)
     }
 
     /// The host's side is where this process is.
-    pub(super) fn site(&self) -> Site {
+    pub(crate) fn site(&self) -> Site {
         Site {
             resolvers: vec![(DNS, 53).into()],
             ..Site::default()
@@ -81,7 +90,7 @@ impl World {
     }
 
     /// A path for a network namespace.
-    pub(super) fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 }
