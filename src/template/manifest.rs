@@ -61,6 +61,9 @@ pub struct Manifest {
     pub warm: Option<String>,
     /// Version of its QEMU.
     pub qemu: Version,
+    /// File of its kernel, where that was named by path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
 }
 
 /// What is known of a template before its files are there.
@@ -73,6 +76,7 @@ pub(crate) struct Described {
     pub(crate) profile: ProfileName,
     pub(crate) warm: Option<String>,
     pub(crate) qemu: Version,
+    pub(crate) kernel: Option<String>,
 }
 
 /// Opens a file of a template, whatever has become of the directory's name.
