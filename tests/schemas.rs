@@ -47,6 +47,7 @@ const SHOWN: &str = "
     template-import   exports::a_template_is_taken_in_and_cloned
     template-inspect  templates::what_matches_is_cloned_and_what_does_not_boots
     template-ls       templates::a_clone_that_is_not_unique_is_not_handed_out
+    template-prune    templates_stale::what_another_qemu_made_is_told_and_removed
     verify            jail::a_layer_that_was_changed_behind_our_back_is_found
 ";
 

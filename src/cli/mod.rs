@@ -53,7 +53,7 @@ pub use self::{
     net_learn::Proposal,
     output::{
         BuiltImage, BuiltTemplate, Copied, DetachedExec, Exported, Forwarded, ImportedTemplate,
-        PRINTED, Removed, ShownImage,
+        PRINTED, PrunedTemplates, Removed, ShownImage,
     },
     stats::MachineUse,
 };

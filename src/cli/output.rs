@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 
+use crate::run::PrunedTemplate;
 use crate::spec::Publish;
 use crate::supervise::ExecId;
 
@@ -11,7 +12,7 @@ use crate::supervise::ExecId;
 /// here once more, and before, with an option that makes it print something
 /// else. `net log` prints any number of values, one a line, every other verb one
 /// value or, where it failed, none. Failures go to stderr, one a line (`error`).
-pub const PRINTED: [(&str, Option<&str>); 57] = [
+pub const PRINTED: [(&str, Option<&str>); 58] = [
     ("run", Some("outcome")),
     ("create", Some("inspect")),
     ("start", Some("names")),
@@ -48,6 +49,7 @@ pub const PRINTED: [(&str, Option<&str>); 57] = [
     ("template ls", Some("template-ls")),
     ("template inspect", Some("template-inspect")),
     ("template rm", Some("removed")),
+    ("template prune", Some("template-prune")),
     ("template export", Some("export")),
     ("template import", Some("template-import")),
     ("snapshot save", Some("snapshot-inspect")),
@@ -146,6 +148,18 @@ pub struct BuiltTemplate<'a> {
     pub(super) kept: bool,
     /// What is in it.
     pub(super) manifest: &'a crate::template::Manifest,
+}
+
+/// Templates that could not be used any more.
+#[derive(Debug, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct PrunedTemplates {
+    /// They are still there: it was only asked which would go.
+    pub(super) dry_run: bool,
+    /// What was removed, or would be, and why.
+    pub(super) removed: Vec<PrunedTemplate>,
+    /// Bytes that their files took of the disk together.
+    pub(super) bytes: u64,
 }
 
 /// A template that was taken in.

@@ -7,15 +7,20 @@ use super::Global;
 use super::export;
 use super::machine_args::MachineArgs;
 use super::message::{Failure, print_json, print_report, print_text, say, visible};
-use super::output::{BuiltTemplate, ImportedTemplate, Removed};
+use super::output::{BuiltTemplate, ImportedTemplate, PrunedTemplates, Removed};
 use super::run::signals;
 use crate::error::Report;
-use crate::run::{Build, FAILED, Io, build, import_template, now_ms};
+use crate::run::{
+    Build, FAILED, Io, ListedTemplate, RunError, build, import_template, inspect_template,
+    list_templates, now_ms, prune_templates,
+};
 use crate::spec::{DomainName, Request, Timeout};
-use crate::template::Summary;
+use crate::template::Difference;
 
 /// Digits of an id that tell templates apart.
 const SHORT: usize = 12;
+/// Width of a template's state, where only its QEMU differs.
+const STATE: usize = 11;
 /// Besides the command of a run, which a template has none of.
 const NO_COMMAND: &str = "true";
 
@@ -30,9 +35,9 @@ pub(super) struct Args {
 enum Verb {
     /// Boot a machine once and save it: machines of the same kind start from it
     Build(Box<BuildArgs>),
-    /// List templates
+    /// List templates, and whether this host has what they were built with
     Ls,
-    /// Show a template, its files checked
+    /// Show a template, its files checked, and what this host has otherwise
     Inspect {
         /// Id, or how it begins
         template: String,
@@ -45,6 +50,13 @@ enum Verb {
         /// All of them
         #[arg(long, conflicts_with = "templates")]
         all: bool,
+    },
+    /// Remove templates that cannot be used any more: what they were built with
+    /// is not what this host has now, or they are damaged
+    Prune {
+        /// Only show what would be removed
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Write a template to one file
     Export {
@@ -90,10 +102,9 @@ pub(super) async fn run(args: Args, global: &Global) -> Result<i32, Failure> {
         Verb::Build(args) => return make(*args, global).await,
         Verb::Ls => return list(global),
         Verb::Inspect { template } => {
-            // Its files are checked by opening it.
-            let id = store.get(&template)?.id;
-            inspect(&store.summary(&id)?, global.json);
+            inspect(&inspect_template(&global.host()?, &template)?, global.json);
         }
+        Verb::Prune { dry_run } => return prune(dry_run, global),
         Verb::Rm { mut templates, all } => {
             if all {
                 templates = store.ids()?;
@@ -147,7 +158,9 @@ async fn make(args: BuildArgs, global: &Global) -> Result<i32, Failure> {
         tracing::debug!("recovery: {error}");
     }
     if wish.warm.is_some() && !wish.true_clock {
-        say("bulkhead: the guest's clock is 65 minutes behind while it warms up (--true-clock: right)");
+        say(
+            "bulkhead: the guest's clock is 65 minutes behind while it warms up (--true-clock: right)",
+        );
     }
     let io = Io {
         // The result is all that belongs on stdout.
@@ -169,35 +182,77 @@ async fn make(args: BuildArgs, global: &Global) -> Result<i32, Failure> {
 }
 
 fn list(global: &Global) -> Result<i32, Failure> {
-    let (all, errors) = global.host()?.templates().list()?;
+    let (all, errors) = list_templates(&global.host()?)?;
     match global.json {
         true => print_json(&all),
         false => table(&all),
     }
-    for error in &errors {
-        print_report(&Report::of(error), global.json);
-    }
-    Ok(if errors.is_empty() { 0 } else { FAILED })
+    Ok(failed(&errors, global.json))
 }
 
-fn table(all: &[Summary]) {
+fn prune(dry_run: bool, global: &Global) -> Result<i32, Failure> {
+    let (removed, errors) = prune_templates(&global.host()?, dry_run)?;
+    let bytes = removed.iter().map(|one| one.bytes).sum();
+    if global.json {
+        print_json(&PrunedTemplates {
+            dry_run,
+            removed,
+            bytes,
+        });
+        return Ok(failed(&errors, true));
+    }
+    let (verb, gives) = match dry_run {
+        true => ("would remove", "would be given back"),
+        false => ("removed", "given back"),
+    };
+    for one in &removed {
+        let why = match &one.damage {
+            Some(damage) => format!("it is damaged: {damage}"),
+            None => Difference::told(&one.differences),
+        };
+        let line = format!("{verb} {} ({} bytes): {why}", one.id, one.bytes);
+        print_text(&format!("{}\n", visible(&line)));
+    }
+    print_text(&format!("{bytes} bytes {gives}\n"));
+    Ok(failed(&errors, false))
+}
+
+/// Tells what failed; gives the exit code.
+fn failed(errors: &[RunError], json: bool) -> i32 {
+    for error in errors {
+        print_report(&Report::of(error), json);
+    }
+    if errors.is_empty() { 0 } else { FAILED }
+}
+
+fn table(all: &[ListedTemplate]) {
     print_text(&format!(
-        "{:SHORT$}  {:16} {:10} {:>7} {:>9} {:>9} {}\n",
-        "ID", "IMAGE", "DOMAIN", "MEMORY", "ON DISK", "AGE", "WARM-UP"
+        "{:SHORT$}  {:16} {:10} {:>7} {:>9} {:>9} {:STATE$} {}\n",
+        "ID", "IMAGE", "DOMAIN", "MEMORY", "ON DISK", "AGE", "STATE", "WARM-UP"
     ));
-    for one in all {
-        let manifest = &one.manifest;
+    for ListedTemplate {
+        template,
+        differences,
+        ..
+    } in all
+    {
+        let manifest = &template.manifest;
         let created = UNIX_EPOCH + Duration::from_millis(manifest.created_ms);
         let age = SystemTime::now()
             .duration_since(created)
             .unwrap_or_default();
+        let parts: Vec<&str> = differences.iter().map(|one| one.part.as_str()).collect();
+        let state = match parts.is_empty() {
+            true => "usable".to_owned(),
+            false => format!("stale: {}", parts.join(", ")),
+        };
         let line = format!(
-            "{:SHORT$}  {:16} {:10} {:>7} {:>5} MiB {:>9} {}",
-            &one.id[..SHORT],
+            "{:SHORT$}  {:16} {:10} {:>7} {:>5} MiB {:>9} {state:STATE$} {}",
+            &template.id[..SHORT],
             manifest.image,
             manifest.key.part("domain"),
             manifest.key.part("memory"),
-            one.allocated.div_ceil(1 << 20),
+            template.allocated.div_ceil(1 << 20),
             Timeout::secs(age.as_secs()).to_string(),
             manifest.warm.as_deref().unwrap_or("-"),
         );
@@ -205,21 +260,29 @@ fn table(all: &[Summary]) {
     }
 }
 
-fn inspect(one: &Summary, json: bool) {
+fn inspect(one: &ListedTemplate, json: bool) {
     if json {
         return print_json(one);
     }
-    let manifest = &one.manifest;
+    let (template, manifest) = (&one.template, &one.template.manifest);
+    let usable = match one.usable {
+        true => "yes".to_owned(),
+        false => format!("no: {}", Difference::told(&one.differences)),
+    };
     let mut lines = vec![
-        ("id", one.id.clone()),
+        ("id", template.id.clone()),
+        ("usable", usable),
         ("image", manifest.image.clone()),
         ("profile", manifest.profile.to_string()),
         ("qemu version", manifest.qemu.to_string()),
-        ("on disk", format!("{} bytes", one.allocated)),
+        ("on disk", format!("{} bytes", template.allocated)),
         ("boot", manifest.life.boot_id.clone()),
     ];
     if let Some(warm) = &manifest.warm {
         lines.push(("warm-up", warm.clone()));
+    }
+    if let Some(kernel) = &manifest.kernel {
+        lines.push(("kernel file", kernel.clone()));
     }
     let parts = manifest.key.parts();
     lines.extend(parts.map(|(name, value)| (name, value.to_owned())));

@@ -45,7 +45,11 @@ pub fn template(
         part(template::STATE, &manifest.state, template.state),
         part(template::DISK, &manifest.disk, template.disk),
     ];
-    let content = Content::Template(Box::new(template.manifest.clone()));
+    let content = Content::Template(Box::new(template::Manifest {
+        // A path is one of the host that it was on.
+        kernel: None,
+        ..template.manifest.clone()
+    }));
     write(content, exported_ms, &parts, to, of)
 }
 

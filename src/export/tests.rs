@@ -288,6 +288,7 @@ fn described() -> Described {
         warm: Some("true".into()),
         behind: false,
         qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
+        kernel: Some("/boot/vmlinux".into()),
     }
 }
 
@@ -303,7 +304,11 @@ fn a_template_comes_back_once() {
         fs::write(staged.path().join(name), name).unwrap();
     }
     let kept = store.commit(staged, described()).unwrap();
-    let manifest = kept.manifest.clone();
+    // A path stays behind.
+    let manifest = template::Manifest {
+        kernel: None,
+        ..kept.manifest.clone()
+    };
     let mut bytes = Vec::new();
     template(kept, 7, &mut bytes, Path::new("x")).unwrap();
     assert_eq!(code(&bytes), "export-kind");
@@ -399,6 +404,7 @@ fn a_template_is_as_large_as_its_key_says() {
             warm: None,
             behind: false,
             qemu: of.qemu,
+            kernel: None,
         };
         let header = Header {
             schema: 1,

@@ -91,7 +91,11 @@ impl<R: Read> Import<R> {
     /// There is one of that key; it is not what was exported; the disk is full.
     /// Nothing of it is there then.
     pub fn keep_template(mut self, store: &template::Store) -> Result<Template, ExportError> {
-        let manifest = self.template()?.clone();
+        let manifest = template::Manifest {
+            // No path is looked at that a file named.
+            kernel: None,
+            ..self.template()?.clone()
+        };
         // Before all of it is read; asked again when it is there.
         store.vacant(&manifest.key)?;
         let staged = store.stage()?;

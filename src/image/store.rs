@@ -320,6 +320,11 @@ impl Store {
         is_id(&id).then_some(id)
     }
 
+    /// Whether a name stands for the image of this id.
+    pub(crate) fn is_named(&self, id: &str) -> Result<bool> {
+        Ok(self.names()?.iter().any(|(_, target)| target == id))
+    }
+
     /// Names and the ids they point to, by name.
     fn names(&self) -> Result<Vec<(String, String)>> {
         let mut names = Vec::new();

@@ -1,14 +1,14 @@
 //! What an export must have in common with the host that takes it in.
 
 use std::io::Read;
-use std::path::PathBuf;
 
 use super::RunError;
 use super::host::Host;
+use super::stale::here;
 use crate::export::{ExportError, Import};
 use crate::host::probe;
 use crate::spec::DomainName;
-use crate::template::{Manifest, Template, TemplateError};
+use crate::template::{Manifest, Template};
 
 /// Takes a template in, where machines here, of the trust domain that the
 /// importer names, could be cloned from it. Blocks.
@@ -29,13 +29,8 @@ fn fits(host: &Host, manifest: &Manifest, of: &str, domain: &DomainName) -> Resu
     let key = &manifest.key;
     let image = host.images().inspect(key.part("image"))?;
     let qemu = probe::find_qemu(host.qemu.as_deref())?;
-    let facts = probe::facts(qemu, &host.dirs.cache());
-    let differences = key.elsewhere(domain, &image, &kernels(host), &facts, &host.dirs.cache());
-    let differences = differences.map_err(|source| TemplateError::Io {
-        action: "read what the key of a template is made of in",
-        path: image.dir.clone(),
-        source,
-    })?;
+    let here = here(host, Some(&probe::facts(qemu, &host.dirs.cache())))?;
+    let differences = key.elsewhere(domain.as_str(), Ok(&image), &here);
     match differences.is_empty() {
         true => Ok(()),
         false => Err(ExportError::Elsewhere {
@@ -48,10 +43,33 @@ fn fits(host: &Host, manifest: &Manifest, of: &str, domain: &DomainName) -> Resu
     }
 }
 
-/// The kernels that are installed besides those of images.
-fn kernels(host: &Host) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(host.dirs.kernels());
-    let kernels = entries.into_iter().flatten().flatten();
-    let kernels = kernels.map(|entry| entry.path().join("vmlinux"));
-    kernels.filter(|path| path.is_file()).collect()
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::error::Report;
+    use crate::run::bare_host::BareHost;
+
+    #[test]
+    fn a_template_of_another_processor_is_refused_and_named() {
+        let bare = BareHost::new();
+        let (store, key) = (bare.host.templates(), bare.key(&bare.spec()));
+        let import = |key| {
+            let made = bare.template(key, None);
+            let id = made.id.clone();
+            let mut bytes = Vec::new();
+            crate::export::template(made, 7, &mut bytes, Path::new("x")).unwrap();
+            store.rm(&id).unwrap();
+            let import = Import::open(&bytes[..], "x").unwrap();
+            import_template(&bare.host, import, &DomainName::default())
+        };
+        let foreign = BareHost::changed(&key, "host cpu", "Another CPU (0)");
+        let error = Report::of(&import(foreign).unwrap_err());
+        let processor = format!("processor is {}, and was Another CPU (0)", bare.processor());
+        assert_eq!(error.code, "export-mismatch");
+        assert!(error.what.ends_with(&processor), "{error:?}");
+        assert!(store.ids().unwrap().is_empty());
+        assert!(import(key).is_ok());
+    }
 }

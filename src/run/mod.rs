@@ -1,6 +1,8 @@
 //! From a plan to an outcome.
 
 mod audit;
+#[cfg(test)]
+pub(crate) mod bare_host;
 mod capture;
 mod clone;
 mod command;
@@ -36,6 +38,7 @@ mod retune;
 mod runner;
 mod share;
 mod snapshot;
+mod stale;
 mod state;
 mod stats;
 mod template;
@@ -73,6 +76,9 @@ pub(crate) use recovery::{abandon, look};
 pub(crate) use rest::rests;
 pub use runner::{Io, Progress, Signal, run};
 pub(crate) use snapshot::{Saving, check, copy_disk, differences, is_keeping, save, save_disk};
+pub use stale::{
+    ListedTemplate, PrunedTemplate, inspect_template, list_templates, prune_templates,
+};
 pub(crate) use state::Beginning;
 pub(crate) use state::now_ms;
 pub use state::{

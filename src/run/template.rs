@@ -125,6 +125,7 @@ pub async fn build(host: &Host, spec: &Spec, wish: &Build, mut io: Io) -> Result
             warm: wish.warm.clone(),
             behind: !wish.true_clock,
             qemu: machine.monitor().version().clone(),
+            kernel: kernel_file(spec, &machine.plan().kernel.path),
         };
         keep(&machine, &store, staged, of).await
     };
@@ -167,6 +168,13 @@ fn machine(host: &Host, spec: &Spec, wish: &Build) -> Result<Spec, RunError> {
         balloon: false,
         ..spec.clone()
     })
+}
+
+/// The file of a kernel that is neither an image's nor installed.
+fn kernel_file(spec: &Spec, path: &Path) -> Option<String> {
+    spec.kernel.as_ref().filter(|asked| asked.contains('/'))?;
+    let path = std::path::absolute(path).ok()?;
+    path.to_str().map(str::to_owned)
 }
 
 /// A file of zeroes for the guest's memory.

@@ -117,3 +117,72 @@ impl Machines {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Report;
+    use crate::run::bare_host::BareHost;
+    use crate::snapshot::{DISK, STATE, Saved, Wish};
+    use crate::template::Key;
+
+    /// An export of a snapshot with this key.
+    fn exported(spec: &Spec, image: &str, key: Key) -> Vec<u8> {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path(), &spec.id);
+        let staged = store.stage().unwrap();
+        for (name, size) in [(STATE, 5), (DISK, spec.limits.disk.0)] {
+            let file = std::fs::File::create(staged.path().join(name)).unwrap();
+            file.set_len(size).unwrap();
+        }
+        let piece = |name| Store::piece(staged.path(), name).unwrap();
+        let saved = Saved {
+            key,
+            life: bulkhead_agent::Life::default(),
+            backed: false,
+            qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
+            paused_ms: 1,
+            state: piece(STATE),
+        };
+        let wish = Wish {
+            name: "one".parse().unwrap(),
+            description: None,
+            tags: [].into(),
+            disk_only: false,
+            transient: false,
+        };
+        let disk = piece(DISK);
+        let manifest = Manifest::new(&wish, None, image.to_owned(), Some(saved), disk, 1);
+        store.commit(staged, &manifest).unwrap();
+        let machine = export::Machine::of(spec, "base");
+        let mut bytes = Vec::new();
+        export::snapshot(&store, &wish.name, machine, 7, &mut bytes, Path::new("x")).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_snapshot_of_another_processor_is_refused_and_named() {
+        let bare = BareHost::new();
+        let spec = bare.spec();
+        let key = bare.key(&spec);
+        let image = key.part("image").to_owned();
+        let machines = Machines::new(bare.host.clone());
+        let foreign = BareHost::changed(&key, "host cpu", "Another CPU (0)");
+        let bytes = exported(&spec, &image, foreign);
+        let import = |bytes, disk_only| {
+            let import = Import::open(bytes, "x").unwrap();
+            machines.import(import, spec.clone(), disk_only)
+        };
+        let error = Report::of(&import(&bytes[..], false).unwrap_err());
+        let processor = format!("processor is {}, and was Another CPU (0)", bare.processor());
+        assert_eq!(error.code, "export-mismatch");
+        assert!(error.what.ends_with(&processor), "{error:?}");
+        let record = bare.host.dirs.run(&spec.id);
+        assert!(!record.exists());
+        // Its disk is the same on every processor.
+        import(&bytes[..], true).unwrap();
+        std::fs::remove_dir_all(&record).unwrap();
+        import(&exported(&spec, &image, key)[..], false).unwrap();
+        assert!(record.exists());
+    }
+}

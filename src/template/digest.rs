@@ -144,7 +144,7 @@ struct Kept {
 
 /// Digest of a file that is kept in `cache` for as long as the file is the same,
 /// whatever links lead to it.
-pub(super) fn cached(path: &Path, cache: &Path) -> io::Result<String> {
+pub(crate) fn cached(path: &Path, cache: &Path) -> io::Result<String> {
     let path = &path.canonicalize()?;
     let stamp = Stamp::of(path)?;
     let name = hex(Sha256::digest(path.as_os_str().as_encoded_bytes()));

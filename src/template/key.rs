@@ -3,19 +3,23 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::digest;
+use super::here::{self, Here};
 use crate::image::Image;
-use crate::plan::jail::{FIRMWARE, LIBRARIES};
 use crate::plan::{HostFacts, Plan};
 use crate::spec::{Accel, DomainName};
 
 /// Hexadecimal digits of an id.
 pub(super) const ID: usize = 32;
+/// What a part is that is not there.
+const ABSENT: &str = "absent";
+/// The part with the host's processor, under KVM.
+const HOST_CPU: &str = "host cpu";
 
 /// What must be the same, part by part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +29,7 @@ pub struct Key(BTreeMap<String, String>);
 
 /// A part that is not the same.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Difference {
     /// Which.
     pub part: String,
@@ -85,10 +90,10 @@ impl Key {
                 false => digest::cached(&plan.kernel.path, cache)?,
             },
         );
-        part("qemu", qemu(facts, cache)?);
+        part("qemu", here::qemu(facts, cache)?);
         part("disk", plan.scratch.to_string());
         if plan.accel == Accel::Kvm {
-            part("host cpu", host_cpu()?);
+            part(HOST_CPU, here::processor()?);
         }
         let mut devices = Vec::new();
         for pair in plan.args.windows(2) {
@@ -127,11 +132,11 @@ impl Key {
     pub fn differences(&self, template: &Self) -> Vec<Difference> {
         let all = self.0.keys().chain(template.0.keys());
         let names: std::collections::BTreeSet<_> = all.collect();
-        let of = |key: &Self, name| key.0.get(name).cloned().unwrap_or_else(|| "absent".into());
+        let of = |key: &Self, name| key.0.get(name).cloned().unwrap_or_else(|| ABSENT.into());
         names
             .into_iter()
             .map(|name| Difference {
-                part: name.clone(),
+                part: told(name).to_owned(),
                 machine: of(self, name),
                 template: of(template, name),
             })
@@ -139,38 +144,35 @@ impl Key {
             .collect()
     }
 
-    /// What this host has otherwise of what no machine on it can choose, and
-    /// whether it is of another trust domain.
-    /// `kernels` are those that a machine can have besides the image's own.
-    ///
-    /// # Errors
-    /// A file cannot be read.
+    /// What a host has otherwise of what no machine on it can choose, and
+    /// whether `domain` is another trust domain. `image` is the one that its
+    /// machines would have, or what has become of it.
     pub(crate) fn elsewhere(
         &self,
-        domain: &DomainName,
-        image: &Image,
-        kernels: &[PathBuf],
-        facts: &HostFacts,
-        cache: &Path,
-    ) -> io::Result<Vec<Difference>> {
+        domain: &str,
+        image: Result<&Image, &str>,
+        host: &Here,
+    ) -> Vec<Difference> {
         let mut here = self.clone();
-        let mut part = |name: &str, value: String| drop(here.0.insert(name.to_owned(), value));
-        part("domain", domain.to_string());
-        part("image", image.id.clone());
-        part("agent", image.manifest.agent.sha256.clone());
-        part("qemu", qemu(facts, cache)?);
-        if self.0.contains_key("host cpu") {
-            part("host cpu", host_cpu()?);
+        let mut part = |name: &str, value: &str| drop(here.0.insert(name.into(), value.into()));
+        part("domain", domain);
+        part("qemu", host.qemu.as_deref().unwrap_or(ABSENT));
+        if self.0.contains_key(HOST_CPU) {
+            part(HOST_CPU, &host.processor);
         }
-        let own = image.manifest.kernel.image.sha256.clone();
-        let mut known = vec![own.clone()];
-        for kernel in kernels {
-            known.push(digest::cached(kernel, cache)?);
+        match image {
+            Err(why) => part("image", why),
+            Ok(image) => {
+                part("image", &image.id);
+                part("agent", &image.manifest.agent.sha256);
+                let own = &image.manifest.kernel.image.sha256;
+                let mut known = host.kernels.iter().chain(&host.named).chain([own]);
+                if !known.any(|kernel| kernel == self.part("kernel")) {
+                    part("kernel", host.named.as_ref().unwrap_or(own));
+                }
+            }
         }
-        if !known.iter().any(|kernel| kernel == self.part("kernel")) {
-            part("kernel", own);
-        }
-        Ok(here.differences(self))
+        here.differences(self)
     }
 
     /// All parts: name and value.
@@ -182,6 +184,14 @@ impl Key {
     /// One part.
     pub fn part(&self, name: &str) -> &str {
         self.0.get(name).map_or("", String::as_str)
+    }
+}
+
+/// What a part is called where it differs.
+fn told(part: &str) -> &str {
+    match part {
+        HOST_CPU => "processor",
+        other => other,
     }
 }
 
@@ -202,42 +212,10 @@ fn without_descriptors(device: &str) -> String {
     options.collect::<Vec<_>>().join(",")
 }
 
-/// Digest of QEMU and the firmware and modules it loads. Its libraries change
-/// nothing of a machine's state.
-fn qemu(facts: &HostFacts, cache: &Path) -> io::Result<String> {
-    let Ok(closure) = &facts.closure else {
-        return digest::cached(&facts.qemu, cache);
-    };
-    let mut hash = Sha256::new();
-    let is_library = |place: &Path| {
-        place.starts_with(LIBRARIES)
-            || !place.starts_with(FIRMWARE) && place.to_string_lossy().contains("/ld-linux")
-    };
-    for (place, file) in &closure.files {
-        if !is_library(place) {
-            hash.update(place.as_os_str().as_encoded_bytes());
-            hash.update(digest::cached(file, cache)?);
-        }
-    }
-    Ok(digest::hex(hash.finalize()))
-}
-
-/// Model and features of the first processor.
-fn host_cpu() -> io::Result<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo")?;
-    let line = |name: &str| {
-        let mut lines = text.lines();
-        let value = lines.find_map(|line| line.strip_prefix(name)?.split_once(':'));
-        value.map_or("", |(_, value)| value.trim())
-    };
-    let features = Sha256::digest([line("flags"), line("microcode")].join("\n"));
-    let features = digest::hex(features);
-    Ok(format!("{} ({})", line("model name"), &features[..12]))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::{Agent, File, Kernel, KernelFormat, Manifest};
 
     fn key(parts: &[(&str, &str)]) -> Key {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
@@ -254,11 +232,125 @@ mod tests {
             shown,
             [
                 "domain is x, and absent in the template",
-                "host cpu is absent, and y in the template",
+                "processor is absent, and y in the template",
                 "memory is 1024M, and 512M in the template",
             ]
         );
         assert_eq!(machine.differences(&machine), []);
+    }
+
+    fn image(id: &str, kernel: &str) -> Image {
+        let file = |sha256: &str| File {
+            file: "file".into(),
+            size: 1,
+            sha256: sha256.into(),
+        };
+        Image {
+            id: id.into(),
+            dir: "/images".into(),
+            manifest: Manifest {
+                schema: 1,
+                name: "base".into(),
+                from: None,
+                root: file("r"),
+                kernel: Kernel {
+                    image: file(kernel),
+                    release: "6.12.0".into(),
+                    format: KernelFormat::Vmlinux,
+                },
+                initramfs: file("i"),
+                agent: Agent {
+                    version: "0.1.0".into(),
+                    protocol: 1,
+                    sha256: "agent".into(),
+                },
+                packages: Vec::new(),
+            },
+        }
+    }
+
+    fn here() -> Here {
+        Here {
+            qemu: Some("q".into()),
+            processor: "Xeon (1)".into(),
+            kernels: vec!["tuned".into()],
+            named: None,
+        }
+    }
+
+    /// What a template has of its host, besides `kernel` and what is asked for.
+    fn template(kernel: &str, more: &[(&str, &str)]) -> Key {
+        let host = [("image", "a"), ("agent", "agent"), ("qemu", "q")];
+        let asked = [("domain", "ci"), ("memory", "256M"), ("kernel", kernel)];
+        key(&[&host[..], &asked, more].concat())
+    }
+
+    fn parts(differences: &[Difference]) -> Vec<&str> {
+        differences.iter().map(|one| one.part.as_str()).collect()
+    }
+
+    #[test]
+    fn what_a_host_has_otherwise_is_named_and_what_is_asked_for_is_not() {
+        let own = template("own", &[("host cpu", "Xeon (1)")]);
+        let differs = |image: Result<&Image, &str>, change: &dyn Fn(&mut Here)| {
+            let mut host = here();
+            change(&mut host);
+            let found = own.elsewhere("ci", image, &host);
+            parts(&found).join(" ")
+        };
+        let same = image("a", "own");
+        assert_eq!(differs(Ok(&same), &|_| ()), "");
+        assert_eq!(differs(Ok(&image("b", "own")), &|_| ()), "image");
+        assert_eq!(differs(Ok(&image("b", "new")), &|_| ()), "image kernel");
+        assert_eq!(differs(Err("absent"), &|_| ()), "image");
+        let mut other = same.clone();
+        other.manifest.agent.sha256 = "later".into();
+        assert_eq!(differs(Ok(&other), &|_| ()), "agent");
+        let qemu = |value: Option<&str>| {
+            let value = value.map(str::to_owned);
+            differs(Ok(&same), &move |host| host.qemu.clone_from(&value))
+        };
+        assert_eq!([qemu(Some("r")), qemu(None)], ["qemu", "qemu"]);
+        let found = own.elsewhere("default", Err("absent"), &here());
+        assert_eq!(parts(&found), ["domain", "image"]);
+    }
+
+    #[test]
+    fn another_processor_is_named_where_the_template_has_one() {
+        let host = Here {
+            processor: "EPYC (2)".into(),
+            ..here()
+        };
+        let image = image("a", "own");
+        let kvm = template("own", &[("host cpu", "Xeon (1)")]);
+        let found = kvm.elsewhere("ci", Ok(&image), &host);
+        assert_eq!(
+            Difference::told(&found),
+            "processor is EPYC (2), and was Xeon (1)"
+        );
+        // Emulation is the same on every processor.
+        assert_eq!(template("own", &[]).elsewhere("ci", Ok(&image), &host), []);
+        // What a machine asks for names it, too.
+        let machine = template("own", &[("host cpu", "EPYC (2)")]);
+        assert_eq!(machine.differences(&kvm), found);
+    }
+
+    #[test]
+    fn a_kernel_is_the_images_an_installed_one_or_one_with_a_path() {
+        let image = image("a", "own");
+        let found = |kernel: &str, named: Option<&str>| {
+            let host = Here {
+                named: named.map(str::to_owned),
+                ..here()
+            };
+            let found = template(kernel, &[]).elsewhere("ci", Ok(&image), &host);
+            Difference::told(&found)
+        };
+        assert_eq!(found("own", None), "");
+        assert_eq!(found("tuned", None), "");
+        assert_eq!(found("path", None), "kernel is own, and was path");
+        assert_eq!(found("path", Some("path")), "");
+        assert_eq!(found("path", Some("new")), "kernel is new, and was path");
     }
 
     #[test]

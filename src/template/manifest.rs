@@ -65,6 +65,9 @@ pub struct Manifest {
     pub behind: bool,
     /// Version of its QEMU.
     pub qemu: Version,
+    /// File of its kernel, where that was named by path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<String>,
 }
 
 /// What is known of a template before its files are there.
@@ -78,6 +81,7 @@ pub(crate) struct Described {
     pub(crate) warm: Option<String>,
     pub(crate) behind: bool,
     pub(crate) qemu: Version,
+    pub(crate) kernel: Option<String>,
 }
 
 /// Opens a file of a template, whatever has become of the directory's name.

@@ -3,15 +3,18 @@
 
 mod digest;
 mod error;
+mod here;
 mod key;
 mod manifest;
 mod store;
+mod whole;
 
 pub use error::TemplateError;
 pub use key::{Difference, Key};
 pub use manifest::{Manifest, Piece};
 pub use store::{Store, Summary, Template};
 
-pub(crate) use digest::{BLOCK, MOST, SparseHash, each_extent, each_run, of_sparse};
+pub(crate) use digest::{BLOCK, MOST, SparseHash, cached, each_extent, each_run, of_sparse};
+pub(crate) use here::Here;
 pub(crate) use manifest::{DISK, Described, LONGEST, RAM, SCHEMA, STATE};
 pub(crate) use store::{Older, Staged};

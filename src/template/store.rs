@@ -12,15 +12,12 @@ use serde::Serialize;
 use super::digest;
 use super::error::TemplateError;
 use super::key::{ID, Key};
-use super::manifest::{
-    DISK, Described, MANIFEST, Manifest, Piece, RAM, SCHEMA, STATE, manifest, open_in, read,
-};
+use super::manifest::{DISK, Described, MANIFEST, Manifest, Piece, RAM, SCHEMA, STATE, manifest};
+use super::whole::{self, Look};
 use crate::host::fault;
 use crate::host::lease::write_durably;
-use crate::host::stamp::Stamp;
 use crate::image::staging::Staging;
 
-const SEEN: &str = "seen.json";
 /// A template, its files open: what becomes of their names does not matter.
 #[derive(Debug)]
 pub struct Template {
@@ -35,7 +32,7 @@ pub struct Template {
     pub(crate) disk: File,
 }
 
-/// A template as it is listed; its files are not checked.
+/// A template as it is listed; of its files, only the sizes are checked.
 #[derive(Debug, Clone, Serialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct Summary {
@@ -60,6 +57,26 @@ pub(crate) enum Older {
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
+}
+
+/// A store that one holder has for itself.
+#[derive(Debug)]
+pub(crate) struct Held<'a> {
+    store: &'a Store,
+    _guard: Flock<File>,
+}
+
+impl Held<'_> {
+    /// Removes the template of this id.
+    pub(crate) fn remove(&self, id: &str) -> Result<(), TemplateError> {
+        let path = self.store.dir.join(id);
+        let doomed = Staging::doomed(&self.store.dir, id);
+        // Renamed first: one that is half removed must not be found.
+        fault::at("remove template")
+            .and_then(|()| fs::rename(&path, &doomed))
+            .and_then(|()| fs::remove_dir_all(&doomed))
+            .map_err(TemplateError::io("remove", path))
+    }
 }
 
 /// A directory in which a template is made; gone when dropped.
@@ -113,18 +130,25 @@ impl Store {
     /// What is known of one.
     ///
     /// # Errors
-    /// There is none, or its manifest cannot be read.
+    /// There is none, its manifest cannot be read, or a file is missing or cut.
     pub fn summary(&self, id: &str) -> Result<Summary, TemplateError> {
         let id = self.resolve(id)?;
-        let dir = self.dir.join(&id);
-        let manifest = manifest(&self.open_dir(&id)?, &id)?;
-        let blocks = |name: &&str| fs::metadata(dir.join(name)).map_or(0, |meta| meta.blocks());
-        let allocated = 512 * [RAM, STATE, DISK].iter().map(blocks).sum::<u64>();
+        let dir = self.open_dir(&id)?;
+        let manifest = manifest(&dir, &id)?;
+        whole::open(&dir, &self.dir.join(&id), &id, &manifest, Look::Size)?;
         Ok(Summary {
+            allocated: self.allocated(&id),
             id,
-            allocated,
             manifest,
         })
+    }
+
+    /// Bytes that the files of one take of the disk.
+    pub(crate) fn allocated(&self, id: &str) -> u64 {
+        let entries = fs::read_dir(self.dir.join(id));
+        let files = entries.into_iter().flatten().flatten();
+        let blocks = files.map(|file| file.metadata().map_or(0, |meta| meta.blocks()));
+        512 * blocks.sum::<u64>()
     }
 
     /// All of them, oldest first, and what cannot be read.
@@ -134,7 +158,8 @@ impl Store {
     pub fn list(&self) -> Result<(Vec<Summary>, Vec<TemplateError>), TemplateError> {
         let (mut all, mut errors) = (Vec::new(), Vec::new());
         for id in self.ids()? {
-            match self.summary(&id) {
+            // What was replaced while it was looked at is looked at again.
+            match self.summary(&id).or_else(|_| self.summary(&id)) {
                 Ok(one) => all.push(one),
                 // Removed meanwhile.
                 Err(TemplateError::NotFound { .. }) => {}
@@ -151,15 +176,18 @@ impl Store {
     /// There is none, or it cannot be removed.
     pub fn rm(&self, id: &str) -> Result<String, TemplateError> {
         let id = self.resolve(id)?;
-        let _guard = self.guard()?;
-        let path = self.dir.join(&id);
-        let doomed = Staging::doomed(&self.dir, &id);
-        // Renamed first: one that is half removed must not be found.
-        fault::at("remove template")
-            .and_then(|()| fs::rename(&path, &doomed))
-            .and_then(|()| fs::remove_dir_all(&doomed))
-            .map_err(TemplateError::io("remove", path))?;
+        self.hold()?.remove(&id)?;
         Ok(id)
+    }
+
+    /// Has the store for itself: nobody else removes a template, or puts one in
+    /// its place.
+    pub(crate) fn hold(&self) -> Result<Held<'_>, TemplateError> {
+        let _guard = self.guard()?;
+        Ok(Held {
+            store: self,
+            _guard,
+        })
     }
 
     /// A directory to make one in; what interrupted makers left is removed.
@@ -220,6 +248,7 @@ impl Store {
             warm: of.warm,
             behind: of.behind,
             qemu: of.qemu,
+            kernel: of.kernel,
         };
         self.publish(staged, &manifest, Older::Replaced)
     }
@@ -248,7 +277,7 @@ impl Store {
             .map_err(io::Error::from)
             .and_then(|text| write_durably(&path, &text))
             .map_err(TemplateError::io("write", path))?;
-        remember(dir);
+        whole::remember(dir);
         let id = manifest.key.id();
         let place = self.dir.join(&id);
         let _guard = self.guard()?;
@@ -321,41 +350,9 @@ impl Store {
         // All by the directory: its name may be another's in the next moment.
         let dir = self.open_dir(id)?;
         let manifest = manifest(&dir, id)?;
-        let corrupt = |what: String| TemplateError::Corrupt {
-            id: id.to_owned(),
-            what,
-        };
-        if manifest.key.id() != id {
-            return Err(corrupt("its manifest is another's".into()));
-        }
-        let seen = seen(&dir);
-        let mut changed = false;
-        let mut piece = |name: &str, piece: &Piece| {
-            let file = open_in(&dir, name).map_err(|error| corrupt(format!("{name}: {error}")))?;
-            let meta = file.metadata();
-            let meta = meta.map_err(TemplateError::io("read", self.dir.join(id)))?;
-            if meta.len() != piece.size {
-                let (found, wanted) = (meta.len(), piece.size);
-                return Err(corrupt(format!("{name} has {found} bytes, not {wanted}")));
-            }
-            if !seen.contains(&(name.to_owned(), Stamp::from(&meta))) {
-                changed = true;
-                let found = digest::of_sparse(&file)
-                    .map_err(TemplateError::io("read", self.dir.join(id).join(name)))?;
-                if found != piece.sha256 {
-                    return Err(corrupt(format!("{name} is not what was saved")));
-                }
-            }
-            Ok(file)
-        };
-        let ram = piece(RAM, &manifest.ram)?;
-        let state = piece(STATE, &manifest.state)?;
-        let disk = piece(DISK, &manifest.disk)?;
-        if changed {
-            remember(&self.dir.join(id));
-        }
-        let meta = ram.metadata();
-        let meta = meta.map_err(TemplateError::io("read", self.dir.join(id)))?;
+        let place = self.dir.join(id);
+        let [ram, state, disk] = whole::open(&dir, &place, id, &manifest, Look::Content)?;
+        let meta = ram.metadata().map_err(TemplateError::io("read", place))?;
         Ok(Template {
             id: id.to_owned(),
             manifest,
@@ -369,26 +366,6 @@ impl Store {
 
 fn is_hex(text: &str) -> bool {
     text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-}
-
-/// What the files were like when they were last what was saved.
-type Seen = Vec<(String, Stamp)>;
-
-fn seen(dir: &File) -> Seen {
-    let bytes = read(dir, SEEN).ok();
-    bytes
-        .and_then(|bytes| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default()
-}
-
-/// Best effort: without it the files are read again.
-fn remember(dir: &Path) {
-    let stamp = |name: &str| Ok((name.to_owned(), Stamp::of(&dir.join(name))?));
-    let seen: io::Result<Seen> = [RAM, STATE, DISK].into_iter().map(stamp).collect();
-    let kept = seen.and_then(|seen| write_durably(&dir.join(SEEN), &serde_json::to_vec(&seen)?));
-    if let Err(error) = kept {
-        tracing::debug!(%error, "what was checked is not remembered");
-    }
 }
 
 #[cfg(test)]
@@ -408,6 +385,7 @@ mod tests {
             warm: Some(warm.into()),
             behind: true,
             qemu: serde_json::from_str(r#"{"major":7,"minor":2,"micro":0,"package":""}"#).unwrap(),
+            kernel: None,
         }
     }
 
@@ -461,12 +439,17 @@ mod tests {
         };
         write("memory");
         store.get(&id).unwrap();
-        for damage in ["MEMORY", "memory and more"] {
+        let corrupt = |error| matches!(error, TemplateError::Corrupt { .. });
+        // Without reading it, another size is seen.
+        for (damage, listed) in [("MEMORY", 1), ("memory and more", 0)] {
             write(damage);
-            assert!(matches!(store.get(&id), Err(TemplateError::Corrupt { .. })));
+            assert!(corrupt(store.get(&id).unwrap_err()));
+            let (all, errors) = store.list().unwrap();
+            assert_eq!((all.len(), errors.len()), (listed, 1 - listed));
         }
         fs::remove_file(&ram).unwrap();
-        assert!(matches!(store.get(&id), Err(TemplateError::Corrupt { .. })));
+        assert!(corrupt(store.get(&id).unwrap_err()));
+        assert!(corrupt(store.summary(&id).unwrap_err()));
     }
 
     #[test]

@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use bulkhead::cli::{
     BuiltImage, BuiltTemplate, Copied, DetachedExec, ExecOutcome, Exported, Forwarded,
-    ImportedTemplate, MachineUse, NetworkView, Proposal, Removed, ShownImage,
+    ImportedTemplate, MachineUse, NetworkView, Proposal, PrunedTemplates, Removed, ShownImage,
 };
 use bulkhead::error::Failed;
 use bulkhead::net::Event;
-use bulkhead::run::{Finding, Found, Outcome, QgaInfo, doctor};
+use bulkhead::run::{Finding, Found, ListedTemplate, Outcome, QgaInfo, doctor};
 use bulkhead::spec::{Setting, VmId};
 use bulkhead::supervise::{ExecInfo, View};
-use bulkhead::{image, snapshot, template};
+use bulkhead::{image, snapshot};
 use bulkhead_agent::Info;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
@@ -99,8 +99,9 @@ fn outputs() -> Vec<(&'static str, Value)> {
         ("stats", schema::<Vec<MachineUse>>()),
         ("template-build", schema::<BuiltTemplate>()),
         ("template-import", schema::<ImportedTemplate>()),
-        ("template-inspect", schema::<template::Summary>()),
-        ("template-ls", schema::<Vec<template::Summary>>()),
+        ("template-inspect", schema::<ListedTemplate>()),
+        ("template-ls", schema::<Vec<ListedTemplate>>()),
+        ("template-prune", schema::<PrunedTemplates>()),
         ("verify", schema::<Vec<Finding>>()),
     ]
 }
