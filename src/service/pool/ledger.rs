@@ -12,6 +12,9 @@ pub(super) type Ticket = u64;
 
 /// Pauses after starts that failed: the first, and the longest.
 const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(30)];
+/// How long the next start waits for a clone that was just lent to wake: they
+/// would have the same processors, and there is somebody who waits for the one.
+const WAKING: Duration = Duration::from_millis(10);
 
 /// What the ledger keeps to. Times are those since the pool's beginning.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +100,8 @@ pub(super) struct Ledger {
     /// Failed starts in a row, and when the next may be.
     failures: u32,
     pause_until: Duration,
+    /// When the last that was lent is awake, probably.
+    awake_at: Duration,
     draining: bool,
 }
 
@@ -112,6 +117,7 @@ impl Ledger {
             last: 0,
             failures: 0,
             pause_until: Duration::ZERO,
+            awake_at: Duration::ZERO,
             draining: false,
         }
     }
@@ -223,6 +229,7 @@ impl Ledger {
             self.waiting.pop_first();
             self.idle.pop_front();
             self.lent += 1;
+            self.awake_at = now + WAKING;
             room.spare -= self.rules.lent_cost;
             return Some(act);
         }
@@ -257,6 +264,7 @@ impl Ledger {
         self.alive() < self.rules.max
             && self.starting < at_a_time
             && now >= self.pause_until
+            && (now >= self.awake_at || !self.waiting.is_empty())
             && !room.stalled
             && room.spare >= self.rules.idle_cost
     }
@@ -298,7 +306,7 @@ impl Ledger {
             .idle
             .iter()
             .flat_map(|one| ages.map(|age| one.since + age));
-        let times = ages.chain([self.pause_until]);
+        let times = ages.chain([self.pause_until, self.awake_at]);
         times.filter(|time| *time > now).min()
     }
 

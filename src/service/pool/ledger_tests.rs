@@ -174,18 +174,37 @@ fn starts_that_fail_are_tried_again_later_and_later() {
 fn nothing_begins_while_it_drains() {
     let mut ledger = filled(rules(1, 2, 4));
     ledger.ask(1, false);
-    let [Act::Lend(1, 1), Act::Start(3)] = acts(&mut ledger, 0, plenty())[..] else {
-        panic!()
-    };
+    assert_eq!(acts(&mut ledger, 0, plenty()), [Act::Lend(1, 1)]);
+    assert_eq!(acts(&mut ledger, 1, plenty()), [Act::Start(3)]);
     ledger.ask(2, false);
     assert_eq!(ledger.drain(), BTreeSet::from([2]));
     assert!(!ledger.ask(3, false));
-    assert_eq!(acts(&mut ledger, 0, plenty()), [Act::End(2)]);
+    assert_eq!(acts(&mut ledger, 1, plenty()), [Act::End(2)]);
     ledger.started(3, Duration::ZERO);
-    assert_eq!(acts(&mut ledger, 0, plenty()), [Act::End(3)]);
+    assert_eq!(acts(&mut ledger, 1, plenty()), [Act::End(3)]);
     ledger.returned();
     (0..3).for_each(|_| ledger.ended());
     assert_eq!(ledger.alive(), 0);
+}
+
+#[test]
+fn the_next_start_lets_the_one_that_was_lent_wake() {
+    let mut ledger = filled(rules(1, 2, 4));
+    ledger.ask(1, false);
+    let mut room = plenty();
+    let next = |ledger: &mut Ledger, now, room: &mut Room| ledger.next(now, room);
+    let lent = next(&mut ledger, Duration::ZERO, &mut room);
+    assert_eq!(lent, Some(Act::Lend(1, 1)));
+    assert_eq!(next(&mut ledger, Duration::ZERO, &mut room), None);
+    assert!(!ledger.wants_room(Duration::ZERO));
+    assert_eq!(ledger.due(Duration::ZERO), Some(WAKING));
+    assert_eq!(next(&mut ledger, WAKING, &mut room), Some(Act::Start(3)));
+    // Whoever waits has nothing of that.
+    ledger.ask(2, false);
+    ledger.ask(3, false);
+    let lent = next(&mut ledger, WAKING, &mut room);
+    assert_eq!(lent, Some(Act::Lend(2, 2)));
+    assert_eq!(next(&mut ledger, WAKING, &mut room), Some(Act::Start(4)));
 }
 
 /// Something that happens; numbers choose among what there is.
@@ -395,6 +414,8 @@ proptest! {
         world.room = plenty();
         world.now += PAUSES[1];
         for _ in 0..200 {
+            world.settle();
+            world.now += WAKING;
             world.settle();
             for _ in 0..world.ending {
                 world.happen(&Happens::Gone);
