@@ -438,10 +438,11 @@ fn a_builder_that_dies_leaves_nothing() {
     let mut command = bulkhead.command(&words);
     command.stderr(std::process::Stdio::piped());
     let mut child = command.spawn().unwrap();
-    let mut line = String::new();
-    let stderr = child.stderr.take().unwrap();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).unwrap();
-    assert_eq!(line, "warm\n");
+    let stderr = std::io::BufReader::new(child.stderr.take().unwrap());
+    let mut lines = std::io::BufRead::lines(stderr).map(Result::unwrap);
+    let told = lines.next().unwrap();
+    assert!(told.contains("65 minutes behind"), "{told}");
+    assert_eq!(lines.next().unwrap(), "warm");
     let templates = bulkhead.state().join("templates");
     let staged = || {
         entries(&templates)

@@ -20,7 +20,7 @@ use super::{File, Image, Manifest, apt, digest, packages};
 /// lz4 unpacks several times faster than zstd or gzip for a third more bytes.
 const COMPRESSOR: [&str; 4] = ["--compressor", "lz4", "--comp-extra", "hc"];
 /// Part of the key of an image's inputs: raise it when this module's output changes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 pub(super) const ROOT: &str = "root.squashfs";
 pub(super) const KERNEL: &str = "kernel";

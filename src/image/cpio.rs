@@ -3,8 +3,9 @@
 //!
 //! The same entries give the same bytes: owner 0, time 0, inodes counted.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 
+const PAGE: u64 = 4096;
 const DIR: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const CHAR: u32 = 0o020_000;
@@ -40,10 +41,15 @@ impl<W: Write> Cpio<W> {
         self.entry(path, CHAR | 0o600, (major, minor), &[])
     }
 
-    /// Writes the trailer.
+    /// Writes the trailer, and as many zeroes, which the kernel skips, as leave but
+    /// one byte in the last page. QEMU puts an initramfs at the end of a microvm's
+    /// memory, in whole pages, after the firmware has put the tables of ACPI into
+    /// the last of them: where it reached that far, the kernel hung.
     pub(super) fn finish(mut self) -> io::Result<W> {
         self.inode = u32::MAX;
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;
+        let zeroes = (PAGE + 1 - self.written % PAGE) % PAGE;
+        io::copy(&mut io::repeat(0).take(zeroes), &mut self.out)?;
         self.out.flush()?;
         Ok(self.out)
     }
@@ -91,7 +97,8 @@ mod tests {
         cpio.char("/dev/console", 5, 1).unwrap();
         cpio.file("/init", 0o755, b"#!/bin/sh\n").unwrap();
         let bytes = cpio.finish().unwrap();
-        assert_eq!(bytes.len() % 4, 0);
+        // The kernel's tables have the rest of the page.
+        assert_eq!(bytes.len() % 4096, 1);
         let text = String::from_utf8_lossy(&bytes);
         // Fields of the device: mode, then the major and minor numbers at 9, 10.
         let at = text.find("dev/console").unwrap();
