@@ -7,24 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use support::template::{SMALL, build};
 use support::{Bulkhead, accel, entries, machines};
-
-/// The smallest machine that boots soonest.
-const SMALL: [&str; 10] = [
-    "--image", "base", "--kernel", "tuned", "--memory", "256M", "--cpus", "1", "--disk", "64M",
-];
 
 /// The program with a state directory of its own: no other test's templates.
 fn bulkhead() -> Bulkhead {
     Bulkhead::new().with_own_state()
-}
-
-/// Builds a template and gives its id.
-#[track_caller]
-fn build(bulkhead: &Bulkhead, words: &[&str]) -> String {
-    let fixed = ["template", "build", "--accel", &accel()];
-    let built = bulkhead.must(&[&fixed, &SMALL[..], words].concat());
-    built.trim_end().to_owned()
 }
 
 /// Runs a command in a small machine; gives the outcome.

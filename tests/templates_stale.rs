@@ -5,19 +5,8 @@ mod support;
 use std::path::Path;
 
 use serde_json::Value;
+use support::template::{SMALL, build};
 use support::{Bulkhead, accel, entries};
-
-/// The smallest machine that boots soonest.
-const SMALL: [&str; 10] = [
-    "--image", "base", "--kernel", "tuned", "--memory", "256M", "--cpus", "1", "--disk", "64M",
-];
-
-#[track_caller]
-fn build(bulkhead: &Bulkhead, words: &[&str]) -> String {
-    let fixed = ["template", "build", "--accel", &accel()];
-    let built = bulkhead.must(&[&fixed, &SMALL[..], words].concat());
-    built.trim_end().to_owned()
-}
 
 /// Of one template: whether it is usable, and what differs, by name; `ls` and
 /// `inspect` tell the same.

@@ -7,13 +7,13 @@
 //! `Controller` each; reads and writes are limited where the host can.
 
 mod blkio;
+mod entrance;
 mod hierarchy;
 mod oom;
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use nix::libc;
 
 pub use self::blkio::device_of;
+pub use self::entrance::Entrance;
 use self::hierarchy::{Controller, Hierarchies, lists};
 pub use self::oom::Shortage;
 use super::lease::Lease;
@@ -96,29 +97,6 @@ pub struct Cgroup {
     dirs: Vec<PathBuf>,
 }
 
-/// The way into a control group for a process that is about to be made.
-///
-/// To move a process, or all threads of one, the kernel waits until each of the
-/// host's processors has been elsewhere: 5 to 30 ms here. It need not for who is
-/// born there (v2), nor for a thread that moves itself (v1).
-#[derive(Debug)]
-pub struct Entrance {
-    pub(crate) birthplace: Option<OwnedFd>,
-    pub(crate) files: Vec<OwnedFd>,
-}
-
-impl Entrance {
-    /// For CLONE_INTO_CGROUP, where the group is one directory of v2.
-    pub fn birthplace(&self) -> Option<RawFd> {
-        self.birthplace.as_ref().map(AsRawFd::as_raw_fd)
-    }
-
-    /// A process of one thread that writes `0` to each of these is in it.
-    pub fn files(&self) -> Vec<RawFd> {
-        self.files.iter().map(AsRawFd::as_raw_fd).collect()
-    }
-}
-
 impl Cgroup {
     /// Decides where the group of a machine will be. Makes nothing yet.
     ///
@@ -189,34 +167,6 @@ impl Cgroup {
             }
         }
         Ok(())
-    }
-
-    /// The way in for a new process.
-    ///
-    /// # Errors
-    /// The kernel refuses, for one because the group is gone.
-    pub fn entrance(&self) -> Result<Entrance, CgroupError> {
-        let is_v2 = |dir: &PathBuf| dir.join("cgroup.controllers").exists();
-        let open = |path: PathBuf, flags| {
-            let write = flags & libc::O_PATH == 0;
-            let mut options = fs::File::options();
-            let file = options.read(!write).write(write).custom_flags(flags);
-            let opened = file.open(&path).map(OwnedFd::from);
-            opened.map_err(io_error("open", &path))
-        };
-        let birthplace = match self.dirs.as_slice() {
-            [dir] if is_v2(dir) => Some(open(dir.clone(), libc::O_PATH | libc::O_DIRECTORY)?),
-            _ => None,
-        };
-        let file = |dir: &PathBuf| {
-            let name = if is_v2(dir) { "cgroup.procs" } else { "tasks" };
-            open(dir.join(name), 0)
-        };
-        let files: Result<_, _> = self.dirs.iter().map(file).collect();
-        Ok(Entrance {
-            birthplace,
-            files: files?,
-        })
     }
 
     #[cfg(test)]

@@ -107,6 +107,9 @@ mod tests {
         let found = Duration::from_millis(started_ms(start).unwrap());
         let before = before.duration_since(SystemTime::UNIX_EPOCH).unwrap();
         let slack = Duration::from_millis(SLACK_MS);
+        let after = SystemTime::now();
+        let after = after.duration_since(SystemTime::UNIX_EPOCH).unwrap();
         assert!(found + slack > before, "{found:?} {before:?}");
+        assert!(found < after + slack, "{found:?} {after:?}");
     }
 }

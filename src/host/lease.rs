@@ -370,10 +370,7 @@ impl Journal {
     fn write(&self) -> Result<(), LeaseError> {
         let bytes = serde_json::to_vec(&self.leases).map_err(io::Error::from);
         bytes
-            .and_then(|bytes| match self.lasts {
-                true => write_durably(&self.path, &bytes),
-                false => replace(&self.path, &bytes, false),
-            })
+            .and_then(|bytes| replace(&self.path, &bytes, self.lasts))
             .map_err(|source| LeaseError::Journal {
                 path: self.path.clone(),
                 source,

@@ -8,7 +8,7 @@ use super::error::MachineError;
 use super::machine::io_error;
 use super::options::StartOptions;
 use super::record::{Record, RecordError};
-use crate::host::cgroup::Cgroup;
+use crate::host::cgroup::{Cgroup, CgroupError, Entrance};
 use crate::host::fault;
 use crate::host::lease::Lease;
 use crate::host::uid::Uid;
@@ -119,7 +119,7 @@ pub(super) fn needs_cgroup(plan: &Plan) -> bool {
 pub(super) fn cgroup(
     plan: &Plan,
     record: &mut Record,
-) -> Result<Result<Cgroup, crate::host::cgroup::CgroupError>, MachineError> {
+) -> Result<Result<Cgroup, CgroupError>, MachineError> {
     let jail = &plan.jail;
     let needed = needs_cgroup(plan);
     let group = match Cgroup::choose(&plan.id) {
@@ -139,5 +139,31 @@ pub(super) fn cgroup(
     match made {
         Err(error) if needed => Err(error.into()),
         made => Ok(made.map(|()| group)),
+    }
+}
+
+/// The way into the control group; where it need not have one, a group that
+/// cannot be entered is none.
+pub(super) fn entrance(
+    plan: &Plan,
+    cgroup: &mut Result<Cgroup, CgroupError>,
+) -> Result<Option<Entrance>, MachineError> {
+    match cgroup.as_ref().ok().map(Cgroup::entrance).transpose() {
+        Err(error) if !needs_cgroup(plan) => {
+            *cgroup = Err(error);
+            Ok(None)
+        }
+        entrance => Ok(entrance?),
+    }
+}
+
+/// Looks whether the VMM is in its control group, where the start went on without.
+pub(super) fn entered(plan: &Plan, cgroup: &mut Result<Cgroup, CgroupError>, pid: i32) {
+    if !needs_cgroup(plan)
+        && let Ok(group) = &*cgroup
+        && !group.holds(pid)
+    {
+        let why = "its VMM may not enter it".to_owned();
+        *cgroup = Err(CgroupError::Unavailable { why });
     }
 }

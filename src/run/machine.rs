@@ -172,13 +172,7 @@ impl Machine {
         let words =
             ConsoleLog::start(words, &log_path).map_err(io_error("make QEMU's log", &log_path))?;
         let mut cgroup = jail::cgroup(&plan, record)?;
-        let group = match cgroup.as_ref().ok().map(Cgroup::entrance).transpose() {
-            Err(error) if !jail::needs_cgroup(&plan) => {
-                cgroup = Err(error);
-                None
-            }
-            entrance => entrance?,
-        };
+        let group = jail::entrance(&plan, &mut cgroup)?;
         let spawn = Spawn {
             program: plan.qemu.clone(),
             args: plan.args.clone(),
@@ -194,13 +188,7 @@ impl Machine {
             group_optional: !jail::needs_cgroup(&plan),
         };
         let process = spawn.run(|process| record.lease(process.lease()))?;
-        if !jail::needs_cgroup(&plan)
-            && let Ok(group) = &cgroup
-            && !group.holds(process.pid())
-        {
-            let why = "its VMM may not enter it".to_owned();
-            cgroup = Err(CgroupError::Unavailable { why });
-        }
+        jail::entered(&plan, &mut cgroup, process.pid());
         fault::at("spawned").map_err(io_error("start", &plan.qemu))?;
         let console_path = record.dir().join("console.log");
         let serial = ends.serial.take().ok_or(missing("the serial port"))?;

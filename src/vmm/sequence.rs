@@ -281,10 +281,12 @@ pub(super) fn confine(
     ask(Step::Session, Op::SetUmask, 0)?;
     // 11. Nothing it executes gains privileges; only now may we filter.
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
-    // 12. Who has its memory in a file gets that from us, whatever it may open.
+    // 12. Many like it fit into the host's memory: what an emulator translates for
+    //     one does not begin huge pages.
     if jail.small_pages {
         ask(Step::Ram, Op::SmallPages, 0)?;
     }
+    // 13. Who has its memory in a file gets that from us, whatever it may open.
     if jail.ram {
         ask(Step::Ram, Op::AskForRam, 0)?;
     }

@@ -5,6 +5,7 @@ pub(crate) mod live;
 pub(crate) mod net;
 pub(crate) mod printed;
 pub(crate) mod schema;
+pub(crate) mod template;
 pub(crate) mod terminal;
 pub(crate) mod vmms;
 

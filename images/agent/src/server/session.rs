@@ -273,8 +273,8 @@ impl Session {
                 identity,
             } => {
                 let step = move |lives: &Lives| lives.restored(generation, &identity);
-                // A thread is for what takes its time: under emulation
-                // the way there and back is a tenth of what a clone does.
+                // A thread is for what takes its time: under emulation the way there
+                // and back is a tenth of what a clone does.
                 match self.server.lives.is_quick() {
                     true => answer(stream, &Reply::Life(step(&self.server.lives)?)),
                     false => self.live(stream, step),
