@@ -383,9 +383,12 @@ fn a_machine_that_outlives_its_supervisor_while_it_is_saved_goes_on() {
     use nix::sys::signal::{Signal, kill};
     let bulkhead = bulkhead();
     let vm = started(&bulkhead, "vm", &["--survivors", "adopt"]);
-    for pause in [30, 80, 150] {
+    let save = ["snapshot", "save", "vm", "new"];
+    let disk_only = ["snapshot", "save", "--disk-only", "vm", "new"];
+    let saves = [(30, &save[..]), (80, &save), (150, &save), (50, &disk_only)];
+    for (pause, save) in saves {
         let supervisor = vm.supervisor();
-        let mut saving = bulkhead.command(&["snapshot", "save", "vm", "new"]);
+        let mut saving = bulkhead.command(save);
         let saving = saving.stdout(std::process::Stdio::null());
         let mut saving = saving.stderr(std::process::Stdio::null()).spawn().unwrap();
         std::thread::sleep(std::time::Duration::from_millis(pause));
@@ -393,6 +396,13 @@ fn a_machine_that_outlives_its_supervisor_while_it_is_saved_goes_on() {
         saving.wait().unwrap();
         assert!(bulkhead.must(&["gc"]).contains("took over vm"));
         assert_eq!(sh(&bulkhead, "vm", "echo fine"), "fine\n");
+        // That it stands still is its user's wish now, and stays.
+        bulkhead.must(&["pause", "vm"]);
+        kill(vm.supervisor(), Signal::SIGKILL).unwrap();
+        assert!(bulkhead.must(&["gc"]).contains("took over vm"));
+        let told: Value = bulkhead.json(&["inspect", "vm"]);
+        assert_eq!(told["live"]["state"], "paused", "{told}");
+        bulkhead.must(&["resume", "vm"]);
         bulkhead.must(&["gc"]);
         for name in entries(&bulkhead.state().join("runs/vm/snapshots")) {
             bulkhead.must(&["snapshot", "rm", "vm", &name]);

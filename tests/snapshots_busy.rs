@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 use support::{Bulkhead, Detached};
 
@@ -143,6 +145,22 @@ fn a_database_that_is_written_to_is_whole_in_every_snapshot() {
     assert!(now >= saved[1].2, "{now} rows and {saved:?}");
 }
 
+/// The bytes that whole pages of a saved memory consist of, and how many pages
+/// of each there are; pages of zeroes are not in the file.
+fn marks(state: &std::path::Path) -> BTreeMap<u8, usize> {
+    let (mut marks, mut last, mut run) = (BTreeMap::new(), None, 0);
+    for byte in std::fs::read(state).unwrap() {
+        run = if last == Some(byte) { run + 1 } else { 1 };
+        last = Some(byte);
+        if run % 4096 == 0 {
+            *marks.entry(byte).or_default() += 1;
+        }
+    }
+    // Others fill pages, too: few, or the kernel with what it frees of itself.
+    marks.retain(|byte, pages| *byte != 0xcc && *pages > 100);
+    marks
+}
+
 #[test]
 fn memory_that_is_written_to_all_the_while_is_saved_as_it_was_at_one_moment() {
     let bulkhead = Bulkhead::with_image("default").with_own_state();
@@ -164,6 +182,9 @@ fn memory_that_is_written_to_all_the_while_is_saved_as_it_was_at_one_moment() {
     let at = generation();
     bulkhead.must(&["snapshot", "save", "vm", "s"]);
     println!("it stood still for {} ms", paused_ms(&bulkhead, "s"));
+    // What was being written then, and what was written before.
+    let marks = marks(&bulkhead.state().join("runs/vm/snapshots/s/state"));
+    assert!((1..=2).contains(&marks.len()), "pages of {marks:?}");
     for _ in 0..3 {
         bulkhead.must(&["snapshot", "restore", "vm", "s"]);
         let restored = generation();

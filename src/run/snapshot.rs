@@ -23,7 +23,7 @@ use crate::plan::{Channel, Plan, Ram};
 use crate::snapshot::{
     DISK, Manifest, STATE, Saved, Snapshot, SnapshotError, SnapshotName, Store, Wish,
 };
-use crate::spec::{Spec, VmId};
+use crate::spec::{Accel, Spec, VmId};
 use crate::template::{Difference, Key};
 
 /// How long a machine is saved while it runs; then it stands still for the rest.
@@ -94,6 +94,8 @@ pub(crate) async fn save(
     let staged = store.stage()?;
     // Whom nobody could wake must not be put to rest.
     wake(machine).await?;
+    // Nobody may take it for want of space that it stands still.
+    machine.disk().hold(true);
     let begun = async {
         let life = rest(machine).await?;
         let taken = take(machine, staged.path(), key.is_some()).await;
@@ -105,6 +107,7 @@ pub(crate) async fn save(
     };
     let begun = begun.await;
     // Whatever came of it: the machine goes on.
+    machine.disk().hold(false);
     let went_on = machine.monitor().execute(cont {}).await;
     let woken = wake(machine).await;
     let (life, taken) = begun?;
@@ -295,7 +298,7 @@ async fn take(machine: &Machine, dir: &Path, memory: bool) -> Result<u64, RunErr
     Ok(u64::try_from(paused).unwrap_or(u64::MAX))
 }
 
-/// Has QEMU write memory and devices to a file while the machine runs, as far
+/// Has QEMU write memory and devices to a file, while the machine runs as far
 /// as it can. Gives since when it has stood still.
 async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError> {
     let (path, monitor) = (dir.join(STATE), machine.monitor());
@@ -306,6 +309,9 @@ async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError>
         .map_err(SnapshotError::io("make a socket for", &path))?;
     let write = write_down(ours, path.clone(), 2 * machine.plan().memory.0 + BESIDES);
     let begin = async {
+        if !runs_while_saved(machine.plan().accel) {
+            monitor.execute(stop {}).await?;
+        }
         tell_memory(monitor, false).await?;
         let speed = json!({ "max-bandwidth": BANDWIDTH });
         monitor.execute_raw("migrate-set-parameters", speed).await?;
@@ -344,15 +350,34 @@ async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError>
     }
 }
 
+/// Whether a machine can run while its memory is saved: the emulator misses
+/// pages that the guest writes to meanwhile, on a busy host in one of nine saves
+/// of a busy guest, and what is restored then is no moment of it (decision 0044).
+fn runs_while_saved(accel: Accel) -> bool {
+    accel == Accel::Kvm
+}
+
 /// Has a machine serve again whose supervisor died while it saved it.
 ///
 /// # Errors
 /// The guest does not answer.
 pub(super) async fn wake_after_loss(machine: &Machine, spec: &Spec) -> Result<(), MachineError> {
-    match Store::new(machine.dir(), &spec.id).is_unfinished() {
-        true => wake(machine).await,
-        false => Ok(()),
+    let store = Store::new(machine.dir(), &spec.id);
+    if !store.is_unfinished() {
+        return Ok(());
     }
+    wake(machine).await?;
+    // Kept, it would have whoever takes the machine over next think the same.
+    if let Err(error) = store.sweep() {
+        tracing::warn!("what was half saved stays: {error}");
+    }
+    Ok(())
+}
+
+/// Whether a machine that stands still does so because it was being saved when
+/// its supervisor died.
+pub(super) fn was_being_saved(record: &Path, vm: &VmId) -> bool {
+    Store::new(record, vm).is_unfinished()
 }
 
 /// Time since 1970, as QEMU's events have it.
