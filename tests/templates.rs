@@ -343,6 +343,26 @@ fn a_detached_machine_starts_as_a_clone_and_boots_with_its_disk_later() {
     );
 }
 
+/// What each clone did of itself in its first seconds, and need not: what the
+/// kernel and the agent leave for later after a boot (decision 0046).
+#[test]
+fn a_clone_has_nothing_left_to_do_from_the_boot() {
+    let bulkhead = bulkhead();
+    build(&bulkhead, &[]);
+    let _vm = bulkhead.create("idle", &["--disk", "64M", "--start"]);
+    let look = "dmesg | tail -n 1; \
+        for disk in /sys/block/vd*; do set -- $(cat $disk/stat); echo $disk wrote $5; done; \
+        for p in /proc/[0-9]*; do \
+            case $(cat $p/comm) in init) echo init has $(ls $p/task | wc -l);; esac; done";
+    let look = || bulkhead.must(&["exec", "-u", "root", "idle", "sh", "-c", look]);
+    let first = look();
+    println!("{first}");
+    assert!(first.contains("wrote ") && first.contains("init has 1\n"));
+    std::thread::sleep(std::time::Duration::from_secs(8));
+    // Its names, which reach the disk half a minute later, are its own.
+    assert_eq!(look(), first);
+}
+
 #[test]
 fn a_reset_machine_is_fresh_and_the_same() {
     let bulkhead = bulkhead();

@@ -72,7 +72,7 @@ pub(super) fn make(
         share,
         filters: filters.map_err(failed("the list of system calls"))?,
         ram: plan.ram.file().is_some(),
-        small_pages: plan.ram.file().is_some() && plan.accel == Accel::Tcg,
+        small: plan.ram.file().is_some() && plan.accel == Accel::Tcg,
         landlock: jail.has(JailLayer::Landlock),
     };
     Jail::new(jail, needs).map_err(failed("its root"))

@@ -31,6 +31,9 @@ use crate::template::{DISK, Described, RAM, STATE, Staged, Store, Template};
 
 /// Host name of a machine that is to be saved. No clone keeps it.
 const NAME: &str = "template";
+/// How long a machine is left alone before it is saved: what its kernel and its
+/// agent still do of themselves after a boot, and would do in every clone.
+const SETTLE: Duration = Duration::from_secs(3);
 /// How long the guest may take to write everything to its disk.
 const REST: Duration = Duration::from_secs(60);
 /// How long QEMU may take for the state of its devices.
@@ -114,6 +117,11 @@ pub async fn build(host: &Host, spec: &Spec, wish: &Build, mut io: Io) -> Result
     machine.hold(lock);
     let work = async {
         warm_up(&machine, spec, wish, &mut io).await?;
+        let settle = async {
+            tokio::time::sleep(SETTLE).await;
+            Ok(())
+        };
+        unless_interrupted(&mut io.signals, settle).await?;
         let life = rest(&machine).await?;
         save(&machine, staged.path()).await?;
         let of = Described {

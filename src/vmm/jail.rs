@@ -189,8 +189,8 @@ pub struct Needs<'a> {
     pub filters: Vec<BpfProgram>,
     /// It is given a file with its memory.
     pub ram: bool,
-    /// It emulates a clone, of which there may be many.
-    pub small_pages: bool,
+    /// It emulates a clone, of which there may be many: it is to take little memory.
+    pub small: bool,
     /// Whether Landlock is to be used where the kernel has it.
     pub landlock: bool,
 }
@@ -206,10 +206,15 @@ impl Jail {
         } = needs;
         let mut environment = None;
         let root = if plan.has(JailLayer::Files) {
-            environment = Some(vec![
+            let mut all = vec![
                 c"LD_LIBRARY_PATH=/lib".to_owned(),
                 c"QEMU_MODULE_DIR=/modules".to_owned(),
-            ]);
+            ];
+            if needs.small {
+                // One heap for all threads (mallopt(3)).
+                all.push(c"MALLOC_ARENA_MAX=1".to_owned());
+            }
+            environment = Some(all);
             Some(Root {
                 dir: c_string(dir)?,
                 entries: entries(plan, owner, needs.share)?,
@@ -233,7 +238,7 @@ impl Jail {
             landlock: landlock.map(|abi| Landlock::new(abi, plan)),
             filters: needs.filters,
             ram: needs.ram,
-            small_pages: needs.small_pages,
+            small_pages: needs.small,
             environment,
         })
     }

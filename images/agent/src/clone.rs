@@ -3,10 +3,10 @@
 
 mod hooks;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent::{Configure, FailureKind, HOOKS, Life};
@@ -15,6 +15,7 @@ use nix::unistd::sync;
 
 use crate::failure::{Context, Result, failure, invalid};
 use crate::identity;
+use crate::init::Scratch;
 use crate::names::Held;
 
 /// Where this machine is in its lives.
@@ -57,8 +58,16 @@ impl Lives {
     /// # Errors
     /// It has no random pool to name this life by, or was told to go on before
     /// everything was on its disk: then nobody waits for that any more.
-    pub(crate) fn quiesce(&self) -> Result<Life> {
-        self.quiesce_after(sync, || Held::take(Path::new("/")))
+    pub(crate) fn quiesce(&self, scratch: Option<&Scratch>) -> Result<Life> {
+        self.quiesce_after(sync, || {
+            let held = Held::take(Path::new("/"))?;
+            // To take hold of files changes them: that goes to the disk now, and
+            // not seconds later from every clone.
+            if let Some(scratch) = scratch {
+                scratch.commit();
+            }
+            Some(held)
+        })
     }
 
     fn quiesce_after(
@@ -146,10 +155,7 @@ impl Lives {
 fn life(now: &Now) -> Life {
     let clock = |id| clock_gettime(id).map_or(Duration::ZERO, Duration::from);
     Life {
-        boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .unwrap_or_default()
-            .trim()
-            .into(),
+        boot_id: boot_id(),
         generation: now.generation,
         session: now.session.clone(),
         uptime_ms: clock(ClockId::CLOCK_BOOTTIME).as_millis() as u64,
@@ -157,12 +163,26 @@ fn life(now: &Now) -> Life {
     }
 }
 
+/// What the kernel calls this boot. It is asked once: a clone remembers the
+/// answer, as it remembers its generation.
+fn boot_id() -> String {
+    static ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = ID.get() {
+        return id.clone();
+    }
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    match id.trim() {
+        "" => String::new(),
+        id => ID.get_or_init(|| id.to_owned()).clone(),
+    }
+}
+
 /// The name of a life.
 fn draw() -> Result<String> {
     let mut bytes = [0; 16];
-    File::open("/dev/urandom")
+    identity::pool()
         .and_then(|mut pool| pool.read_exact(&mut bytes))
-        .context(|| "cannot read /dev/urandom".into())?;
+        .context(|| "cannot read the random pool".into())?;
     Ok(bytes.map(|byte| format!("{byte:02x}")).concat())
 }
 

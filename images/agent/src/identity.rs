@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use bulkhead_agent::Configure;
 use nix::libc;
@@ -91,6 +92,22 @@ pub(crate) fn set_clock(ns: u64) -> Result<()> {
     clock_settime(ClockId::CLOCK_REALTIME, time).context(|| "cannot set the clock".into())
 }
 
+/// The kernel's random pool, opened once: a clone need not look for it.
+///
+/// # Errors
+/// There is none, or no descriptor is left.
+pub(crate) fn pool() -> io::Result<&'static File> {
+    static POOL: OnceLock<File> = OnceLock::new();
+    match POOL.get() {
+        Some(pool) => Ok(pool),
+        None => {
+            // To add to it takes a privilege, not the right to write.
+            let pool = File::open("/dev/urandom")?;
+            Ok(POOL.get_or_init(|| pool))
+        }
+    }
+}
+
 /// Adds entropy that counts, and has the generator use it at once.
 fn stir(seed: &[u8]) -> io::Result<()> {
     let mut entropy = Entropy {
@@ -99,7 +116,7 @@ fn stir(seed: &[u8]) -> io::Result<()> {
         bytes: [0; MAX_SEED],
     };
     entropy.bytes[..seed.len()].copy_from_slice(seed);
-    let pool = File::options().write(true).open("/dev/urandom")?;
+    let pool = pool()?;
     // SAFETY: the kernel reads the fixed part and `len` bytes after it.
     let added = unsafe { libc::ioctl(pool.as_raw_fd(), RNDADDENTROPY, &entropy) };
     nix::errno::Errno::result(added)?;

@@ -5,6 +5,7 @@ use std::fs;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::sysinfo::sysinfo;
 use nix::unistd::Pid;
 
 use crate::console::complain;
@@ -23,6 +24,10 @@ pub(crate) async fn watch() {
     let mut strikes = 0;
     loop {
         tokio::time::sleep(INTERVAL).await;
+        if half_is_free() {
+            strikes = 0;
+            continue;
+        }
         let text = |path| fs::read_to_string(path).unwrap_or_default();
         let reserve = text("/proc/sys/vm/min_free_kbytes");
         let Some(pages) = Pages::parse(&text("/proc/vmstat"), &reserve) else {
@@ -34,6 +39,12 @@ pub(crate) async fn watch() {
             strikes = 0;
         }
     }
+}
+
+/// Whether there is no need to look any closer, as in a machine that idles: one
+/// call, where the figures are a long text that the kernel has to write.
+fn half_is_free() -> bool {
+    sysinfo().is_ok_and(|info| info.ram_unused() > info.ram_total() / 2)
 }
 
 /// Figures of /proc/vmstat and /proc/sys/vm/min_free_kbytes, in pages.

@@ -13,8 +13,8 @@ use bulkhead_agent::{DEFAULT_USER, Exit, FileKind, Kind, Reply};
 use nix::mount::{MsFlags, mount};
 
 pub(crate) use self::track::Tracked;
-pub(crate) use self::transfer::run as work;
 use self::transfer::{Input, Output};
+pub(crate) use self::transfer::{alone, run as work};
 use crate::exec::user::Users;
 use crate::failure::{Context, Result, invalid};
 use crate::server::{Server, Stream};

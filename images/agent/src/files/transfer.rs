@@ -30,6 +30,27 @@ pub(crate) async fn run(
     }
 }
 
+/// Runs `work` on a thread that has ended when this is over. One of the runtime's
+/// is kept for a while, and each clone of this machine would have to end it.
+pub(crate) async fn alone<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (over, is_over) = tokio::sync::oneshot::channel::<()>();
+    let thread = std::thread::Builder::new().stack_size(512 * 1024);
+    let thread = thread.spawn(move || {
+        // Dropped however it ends.
+        let _over = over;
+        work()
+    });
+    let thread = thread.context(|| "cannot start a thread".into())?;
+    let _ = is_over.await;
+    // What is left of it takes no time.
+    thread.join().unwrap_or_else(|_| {
+        let what = "the work broke off".to_owned();
+        Err(failure(FailureKind::System, what))
+    })
+}
+
 /// The input of a stream.
 pub(super) struct Input {
     runtime: Handle,

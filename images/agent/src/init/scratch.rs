@@ -66,6 +66,12 @@ impl Scratch {
         }
     }
 
+    /// Has the file system finish what it would write a few seconds later. A
+    /// kernel that cannot be asked to does it then.
+    pub(crate) fn commit(&self) {
+        let _ = sys::flush_journal(&self.dir);
+    }
+
     /// Stops all writes, with everything on the disk.
     pub(super) fn freeze(&self) -> nix::Result<()> {
         sys::freeze(&self.dir)

@@ -12,12 +12,19 @@ use nix::unistd::{ForkResult, Pid, fork};
 
 // linux/fs/ext4/ext4.h, linux/fs.h
 nix::ioctl_write_ptr!(ext4_resize, b'f', 16, u64);
+nix::ioctl_write_ptr!(ext4_checkpoint, b'f', 43, u32);
 nix::ioctl_readwrite!(fs_freeze, b'X', 119, libc::c_int);
 
 /// Grows a mounted ext4 file system to `blocks` of its blocks.
 pub(super) fn resize_ext4(dir: &File, blocks: u64) -> nix::Result<()> {
     // SAFETY: the descriptor is open and the argument outlives the call.
     unsafe { ext4_resize(dir.as_raw_fd(), &blocks) }.map(drop)
+}
+
+/// Has ext4 commit its running transaction and write it to its place.
+pub(super) fn flush_journal(dir: &File) -> nix::Result<()> {
+    // SAFETY: the descriptor is open and the flags outlive the call.
+    unsafe { ext4_checkpoint(dir.as_raw_fd(), &0) }.map(drop)
 }
 
 /// Writes everything of a file system to its disk and stops further writes, so

@@ -27,6 +27,9 @@ use crate::memory;
 const OWN_FILES: rlim_t = 65_536;
 /// What a command of a machine gets, as under systemd on Debian.
 const COMMAND_FILES: (rlim_t, rlim_t) = (1024, 524_288);
+/// How long a thread that has nothing to do is kept: less than a template is
+/// left alone before it is saved, or each clone would end it.
+const KEEP: Duration = Duration::from_secs(2);
 /// How long a last answer may take to leave before the machine powers off.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -60,6 +63,7 @@ pub(crate) fn main(source: Source, role: Role, scratch: Option<Arc<Scratch>>) ->
         .enable_all()
         .thread_stack_size(512 * 1024)
         .max_blocking_threads(256)
+        .thread_keep_alive(KEEP)
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,

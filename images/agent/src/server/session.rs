@@ -267,7 +267,19 @@ impl Session {
                 });
                 self.follow(stream, None, work);
             }
-            Request::Quiesce => self.live(stream, Lives::quiesce),
+            Request::Quiesce => {
+                let (server, own) = (Arc::clone(&self.server), Arc::clone(stream));
+                let work = files::alone(move || server.lives.quiesce(server.scratch.as_deref()));
+                self.follow(stream, None, async move {
+                    match work.await {
+                        Ok(life) => {
+                            own.reply(&Reply::Life(life));
+                            done()
+                        }
+                        Err(failure) => own.refuse(failure),
+                    }
+                });
+            }
             Request::Restored {
                 generation,
                 identity,
@@ -351,10 +363,14 @@ fn lock(streams: &Streams) -> MutexGuard<'_, HashMap<u32, Entry>> {
 /// A request that is done with its answer.
 fn answer(stream: &Stream, reply: &Reply) {
     stream.reply(reply);
-    stream.exit(&Exit {
+    stream.exit(&done());
+}
+
+fn done() -> Exit {
+    Exit {
         code: Some(0),
         ..Exit::default()
-    });
+    }
 }
 
 fn parse<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<T, Violation> {
