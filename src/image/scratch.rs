@@ -51,23 +51,27 @@ pub fn template(cache_dir: &Path, size: u64) -> Result<PathBuf> {
     fs::File::create(&fresh)
         .and_then(|file| file.set_len(size))
         .map_err(fail)?;
-    let mut command = MKFS_EXT4.command();
-    command
-        .args(["-q", "-F", "-m", "0", "-U", UUID, "-L", "scratch"])
-        // The file is all zeroes: no kernel has to write them into tables, not
-        // even later. A small journal and large flexible groups keep the
-        // metadata in few places.
+    let make = |tables: &str| {
+        let mut command = MKFS_EXT4.command();
+        command.args(["-q", "-F", "-m", "0", "-U", UUID, "-L", "scratch"])
+        // A small journal and large flexible groups keep the metadata in few places.
         .args(["-J", "size=4", "-G", "256", "-i", "65536"])
         // Grown while mounted: the kernel refuses that with sparse_super2, and
         // without the resize inode it puts what it adds into meta groups.
         .args(["-O", "^resize_inode"])
         .arg("-E")
         .arg(format!(
-            "assume_storage_prezeroed=1,lazy_journal_init=1,nodiscard,root_owner=0:0,hash_seed={UUID}"
+            "{tables}=1,lazy_journal_init=1,nodiscard,root_owner=0:0,hash_seed={UUID}"
         ))
         .arg(&fresh)
         .env("E2FSPROGS_FAKE_TIME", "1");
-    MKFS_EXT4.output(&mut command, dir.path())?;
+        MKFS_EXT4.output(&mut command, dir.path())
+    };
+    // The file is all zeroes: no kernel has to write them into tables, not even
+    // later. Older than 1.47, mkfs cannot be told, and the kernel does it.
+    if make("assume_storage_prezeroed").is_err() {
+        make("lazy_itable_init")?;
+    }
     // Two processes may have made it: the same bytes, so either may win.
     fs::rename(&fresh, &path).map_err(fail)?;
     let allocated = fs::metadata(&path).map_err(fail)?.blocks() * 512;

@@ -18,7 +18,6 @@ use super::error::MachineError;
 use super::machine::{Live, Phases, io_error, missing, since};
 use super::network::Net;
 use super::options::StartOptions;
-use super::snapshot::was_being_saved;
 use super::violation::Audit;
 use crate::guest::{Channel, GuestError, connect_vsock};
 use crate::host::cgroup::{Cgroup, CgroupError, Shortage};
@@ -67,7 +66,7 @@ impl Parts {
             if spawned_us == 0
                 && ["paused", "postmigrate"].contains(&run_state(&monitor).await?.as_str())
             {
-                paused.set(!was_being_saved(dir, &self.plan.id));
+                paused.set(options.paused);
                 monitor.execute(qapi::qmp::cont {}).await?;
             }
             Ok::<_, MachineError>((monitor, since(begin)))

@@ -204,7 +204,8 @@ pub(crate) async fn standing_still(host: &Host, record: &Record) -> Option<DiskS
     }
 }
 
-/// Takes over the running machine of `record`, whose supervisor died.
+/// Takes over the running machine of `record`, whose supervisor died; one that its
+/// user has `paused` stands still on.
 ///
 /// # Errors
 /// It is gone or does not answer. The record comes back.
@@ -212,6 +213,7 @@ pub(crate) async fn take_over(
     host: &Host,
     spec: &Spec,
     record: Record,
+    paused: bool,
 ) -> Result<Detached, (RunError, Record)> {
     let prepared = || {
         let mut plan = record.plan()?;
@@ -231,15 +233,19 @@ pub(crate) async fn take_over(
     };
     let options = StartOptions {
         boot_timeout: host.boot_timeout.min(TAKE_OVER.max(host.boot_timeout / 4)),
+        paused,
         ..host.options(&plan, &record)
     };
     match Machine::take_over(plan, record, &options).await {
         Ok(mut machine) => {
             machine.hold(lock);
             let mut warnings = Vec::new();
-            let woken = super::snapshot::wake_after_loss(&machine, spec).await;
-            // It says why to whoever asks it for something.
-            warnings.extend(woken.err().map(|error| error.to_string()));
+            if !paused {
+                // Whoever died may have been saving it.
+                let woken = super::snapshot::wake_after_loss(&machine, spec).await;
+                // It says why to whoever asks it for something.
+                warnings.extend(woken.err().map(|error| error.to_string()));
+            }
             let bound = publish::bind(&spec.publish);
             let published = bound.and_then(|bound| publish::serve(bound, machine.channel()));
             // No reason to end the machine.

@@ -274,6 +274,7 @@ impl Host {
             violations: self.dirs.violations(),
             exceptions: self.dirs.exceptions(),
             memory: Memory::Empty,
+            paused: false,
             sockets: plan.adoptable.then(|| self.dirs.machine_sockets(&plan.id)),
         }
     }

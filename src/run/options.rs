@@ -46,6 +46,9 @@ pub struct StartOptions {
     pub exceptions: PathBuf,
     /// What its memory is at the start.
     pub memory: Memory,
+    /// For one that is taken over: its user has paused it. What stands still
+    /// otherwise was being saved, and goes on.
+    pub paused: bool,
 }
 
 /// What a machine's memory is at its start.

@@ -20,6 +20,7 @@ use crate::guest::GuestError;
 use crate::host::{fault, lease};
 use crate::image::Image;
 use crate::plan::{Channel, Plan, Ram};
+use crate::qmp::{Monitor, QmpError};
 use crate::snapshot::{
     DISK, Manifest, STATE, Saved, Snapshot, SnapshotError, SnapshotName, Store, Wish,
 };
@@ -37,6 +38,8 @@ const BANDWIDTH: u64 = 64 << 30;
 const BESIDES: u64 = 1 << 30;
 /// How long what QEMU has told already may take.
 const TOLD: Duration = Duration::from_secs(1);
+/// How long QEMU may take to clear up after a save.
+const GO_ON: Duration = Duration::from_secs(10);
 /// How long the guest may take to go on.
 const WAKE: Duration = Duration::from_secs(45);
 
@@ -94,10 +97,10 @@ pub(crate) async fn save(
     let staged = store.stage()?;
     // Whom nobody could wake must not be put to rest.
     wake(machine).await?;
-    // Nobody may take it for want of space that it stands still.
-    machine.disk().hold(true);
     let begun = async {
         let life = rest(machine).await?;
+        // Nobody may take it for want of space that it stands still from here on.
+        machine.disk().hold(true);
         let taken = take(machine, staged.path(), key.is_some()).await;
         if taken.is_err() {
             // Nobody reads any more what it still has to say.
@@ -108,10 +111,10 @@ pub(crate) async fn save(
     let begun = begun.await;
     // Whatever came of it: the machine goes on.
     machine.disk().hold(false);
-    let went_on = machine.monitor().execute(cont {}).await;
+    let went_on = go_on(machine.monitor()).await;
     let woken = wake(machine).await;
     let (life, taken) = begun?;
-    went_on.map_err(MachineError::from)?;
+    went_on?;
     woken?;
     let paused_ms = taken?;
     let qemu = machine.monitor().version().clone();
@@ -350,6 +353,19 @@ async fn migrate_to(machine: &Machine, dir: &Path) -> Result<Duration, RunError>
     }
 }
 
+/// Has a machine run on. QEMU refuses that for a moment after a save that failed.
+async fn go_on(monitor: &Monitor) -> Result<(), MachineError> {
+    let deadline = tokio::time::Instant::now() + GO_ON;
+    loop {
+        match monitor.execute(cont {}).await {
+            Err(QmpError::Refused { .. }) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            done => return Ok(done.map(drop)?),
+        }
+    }
+}
+
 /// Whether a machine can run while its memory is saved: the emulator misses
 /// pages that the guest writes to meanwhile, on a busy host in one of nine saves
 /// of a busy guest, and what is restored then is no moment of it (decision 0044).
@@ -362,22 +378,15 @@ fn runs_while_saved(accel: Accel) -> bool {
 /// # Errors
 /// The guest does not answer.
 pub(super) async fn wake_after_loss(machine: &Machine, spec: &Spec) -> Result<(), MachineError> {
-    let store = Store::new(machine.dir(), &spec.id);
-    if !store.is_unfinished() {
-        return Ok(());
+    match wake(machine).await {
+        // It cannot have been saved.
+        Err(MachineError::OldAgent { .. })
+            if !Store::new(machine.dir(), &spec.id).is_unfinished() =>
+        {
+            Ok(())
+        }
+        woken => woken,
     }
-    wake(machine).await?;
-    // Kept, it would have whoever takes the machine over next think the same.
-    if let Err(error) = store.sweep() {
-        tracing::warn!("what was half saved stays: {error}");
-    }
-    Ok(())
-}
-
-/// Whether a machine that stands still does so because it was being saved when
-/// its supervisor died.
-pub(super) fn was_being_saved(record: &Path, vm: &VmId) -> bool {
-    Store::new(record, vm).is_unfinished()
 }
 
 /// Time since 1970, as QEMU's events have it.

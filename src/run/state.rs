@@ -304,6 +304,13 @@ impl Status {
         self.provisioned && self.restore.is_none()
     }
 
+    /// Whether it was paused when its supervisor was lost, if that was. While it
+    /// is saved it counts as one that runs.
+    pub(crate) fn was_paused(&self) -> bool {
+        let mut known = self.history.iter().rev().map(|one| one.to);
+        known.find(|state| *state != State::Lost) == Some(State::Paused)
+    }
+
     /// A machine that was just created.
     pub(super) fn new(image: ImageUse) -> Self {
         let mut status = Self {
@@ -376,6 +383,27 @@ mod tests {
             );
             // A dead supervisor can be said of every state that needs one.
             assert_eq!(state.is_live(), state.may_become(State::Lost), "{state}");
+        }
+    }
+
+    #[test]
+    fn whether_a_lost_machine_was_paused_is_known() {
+        let id: VmId = "vm1".parse().unwrap();
+        let mut status = Status::new(ImageUse {
+            name: "base".into(),
+            id: "sha256-1".into(),
+        });
+        for (state, paused) in [
+            (State::Starting, false),
+            (State::Running, false),
+            (State::Lost, false),
+            (State::Running, false),
+            (State::Paused, true),
+            (State::Lost, true),
+            (State::Running, false),
+        ] {
+            status.advance(&id, state, "why").unwrap();
+            assert_eq!(status.was_paused(), paused, "{state:?}");
         }
     }
 

@@ -271,6 +271,7 @@ impl Supervisor<'_> {
     ) -> Result<(Detached, bool), (SuperviseError, Record)> {
         let (host, spec) = (self.host.clone(), self.spec.clone());
         let restore = self.state.status().restore.clone();
+        let paused = self.state.status().was_paused();
         let how = detached::Start {
             first: !self.state.status().provisioned && restore.is_none(),
             restore,
@@ -283,7 +284,7 @@ impl Supervisor<'_> {
                     let cancelled = cancel.notified();
                     detached::boot(&host, &spec, record, how, cancelled).await
                 }
-                Start::TakeOver => detached::take_over(&host, &spec, record).await,
+                Start::TakeOver => detached::take_over(&host, &spec, record, paused).await,
             }
         };
         let mut boot = std::pin::pin!(boot);
@@ -416,6 +417,7 @@ impl Supervisor<'_> {
                 return true;
             }
             // Standing still it would not hear. One that runs does not mind.
+            machine.disk().hold(false);
             let _ = up.monitor().execute(qapi::qmp::cont {}).await;
             machine.power_off(grace).await
         };

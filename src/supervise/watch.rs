@@ -136,7 +136,8 @@ impl Supervisor<'_> {
                 answered = finished(&mut pinging) => {
                     pinging = Some(Box::pin(ping(up)));
                     let running = self.state.status().state == State::Running;
-                    health.look(answered || !running, cpu(up))
+                    // While it is saved it may stand still for long.
+                    health.look(answered || !running || self.saving, cpu(up))
                 }
                 () = until(clock.deadline) => Next::Stop {
                     grace: None,

@@ -42,9 +42,9 @@ pub struct Jail {
     pub(super) limits: Vec<(u32, u64)>,
     /// Its memory is in a file that it is given.
     pub(super) ram: bool,
-    /// No huge pages: an emulator asks for them for the code that it translates,
-    /// and each that an idle clone begins is 2 MiB.
-    pub(super) small_pages: bool,
+    /// One heap for all threads, and no huge pages: an emulator asks for them for
+    /// the code that it translates, and each that an idle clone begins is 2 MiB.
+    pub(super) small: bool,
     /// Its whole environment; the owner's where it is absent.
     pub(super) environment: Option<Vec<CString>>,
 }
@@ -206,15 +206,10 @@ impl Jail {
         } = needs;
         let mut environment = None;
         let root = if plan.has(JailLayer::Files) {
-            let mut all = vec![
+            environment = Some(vec![
                 c"LD_LIBRARY_PATH=/lib".to_owned(),
                 c"QEMU_MODULE_DIR=/modules".to_owned(),
-            ];
-            if needs.small {
-                // One heap for all threads (mallopt(3)).
-                all.push(c"MALLOC_ARENA_MAX=1".to_owned());
-            }
-            environment = Some(all);
+            ]);
             Some(Root {
                 dir: c_string(dir)?,
                 entries: entries(plan, owner, needs.share)?,
@@ -238,7 +233,7 @@ impl Jail {
             landlock: landlock.map(|abi| Landlock::new(abi, plan)),
             filters: needs.filters,
             ram: needs.ram,
-            small_pages: needs.small,
+            small: needs.small,
             environment,
         })
     }

@@ -283,7 +283,7 @@ pub(super) fn confine(
     ask(Step::NoNewPrivs, Op::NoNewPrivs, 0)?;
     // 12. Many like it fit into the host's memory: what an emulator translates for
     //     one does not begin huge pages.
-    if jail.small_pages {
+    if jail.small {
         ask(Step::Ram, Op::SmallPages, 0)?;
     }
     // 13. Who has its memory in a file gets that from us, whatever it may open.
@@ -371,7 +371,7 @@ mod tests {
             filters: vec![Vec::new(), Vec::new()],
             limits: vec![(7, 256)],
             ram: true,
-            small_pages: true,
+            small: true,
             environment: None,
         }
     }

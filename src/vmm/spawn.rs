@@ -168,7 +168,11 @@ impl Spawn {
                 })
                 .collect()
         };
-        let env: Vec<CString> = self.jail.environment.clone().unwrap_or_else(of_owner);
+        let mut env: Vec<CString> = self.jail.environment.clone().unwrap_or_else(of_owner);
+        if self.jail.small {
+            // mallopt(3)
+            env.push(c"MALLOC_ARENA_MAX=1".to_owned());
+        }
         let mut env_pointers: Vec<*const libc::c_char> =
             env.iter().map(|word| word.as_ptr()).collect();
         env_pointers.push(std::ptr::null());

@@ -77,22 +77,33 @@ impl Lives {
     ) -> Result<Life> {
         let resumed = self.now().resumed;
         sync();
-        let mut now = self.now();
-        if now.resumed != resumed {
-            return Err(failure(
-                FailureKind::System,
-                "the machine was told to go on meanwhile",
-            ));
-        }
+        let mut now = self.unless_resumed(resumed)?;
         if now.session.is_empty() {
             now.session = draw()?;
         }
         now.rests = true;
-        // After everything was written down, which takes the hold off.
-        now.held = hold();
+        drop(now);
+        // After everything was written down, which takes the hold off. It may
+        // wait for the disk: whoever asks for something meanwhile is refused.
+        let held = hold();
+        let mut now = self.unless_resumed(resumed)?;
+        now.held = held;
         // A clone looks there again, and the kernel need not ask the disk then.
         hooks::any(Path::new(HOOKS));
         Ok(life(&now))
+    }
+
+    /// # Errors
+    /// It was told to go on, more often than this.
+    fn unless_resumed(&self, resumed: u64) -> Result<MutexGuard<'_, Now>> {
+        let now = self.now();
+        match now.resumed == resumed {
+            true => Ok(now),
+            false => Err(failure(
+                FailureKind::System,
+                "the machine was told to go on meanwhile",
+            )),
+        }
     }
 
     /// Whether becoming another takes no time to speak of: no hook is there, and
@@ -165,7 +176,7 @@ fn life(now: &Now) -> Life {
 
 /// What the kernel calls this boot. It is asked once: a clone remembers the
 /// answer, as it remembers its generation.
-fn boot_id() -> String {
+pub(crate) fn boot_id() -> String {
     static ID: OnceLock<String> = OnceLock::new();
     if let Some(id) = ID.get() {
         return id.clone();

@@ -278,6 +278,7 @@ async fn start(host: &Host, spec: &Spec) -> Result<(), RunError> {
         violations: host.dirs.violations(),
         exceptions: host.dirs.exceptions(),
         memory: Memory::Empty,
+        paused: false,
     };
     Machine::start(plan, record, &options).await?;
     Ok(())

@@ -1,7 +1,6 @@
 //! From one `Hello` of the host to the next: the streams and who works on them.
 
 use std::collections::HashMap;
-use std::fs;
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +13,7 @@ use super::stream::{Stream, Violation};
 use super::wire::Reader;
 use super::{Role, Server};
 use crate::channel::Channel;
-use crate::clone::Lives;
+use crate::clone::{Lives, boot_id};
 use crate::console::complain;
 use crate::exec::{self, Command};
 use crate::failure::{Result, invalid};
@@ -71,11 +70,10 @@ impl Session {
 
     /// Sends our `Hello`.
     pub(super) fn greet(&self) {
-        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let hello = Hello {
             version: VERSION,
             program: env!("CARGO_PKG_VERSION").into(),
-            boot_id: boot_id.trim().into(),
+            boot_id: boot_id(),
         };
         self.outbox.send_urgent(0, Kind::Hello, &hello);
     }
