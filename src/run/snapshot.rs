@@ -373,7 +373,7 @@ fn runs_while_saved(accel: Accel) -> bool {
     accel == Accel::Kvm
 }
 
-/// Has a machine serve again whose supervisor died while it saved it.
+/// Has a machine serve again whose supervisor died, maybe while it saved it.
 ///
 /// # Errors
 /// The guest does not answer.

@@ -416,8 +416,8 @@ impl Supervisor<'_> {
             if grace.is_zero() {
                 return true;
             }
-            // Standing still it would not hear. One that runs does not mind.
             machine.disk().hold(false);
+            // Standing still it would not hear. One that runs does not mind.
             let _ = up.monitor().execute(qapi::qmp::cont {}).await;
             machine.power_off(grace).await
         };
