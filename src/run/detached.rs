@@ -242,7 +242,7 @@ pub(crate) async fn take_over(
             let mut warnings = Vec::new();
             if !paused {
                 // Whoever died may have been saving it.
-                let woken = super::snapshot::wake_after_loss(&machine, spec).await;
+                let woken = super::snapshot::wake_after_loss(&machine).await;
                 // It says why to whoever asks it for something.
                 warnings.extend(woken.err().map(|error| error.to_string()));
             }

@@ -377,14 +377,10 @@ fn runs_while_saved(accel: Accel) -> bool {
 ///
 /// # Errors
 /// The guest does not answer.
-pub(super) async fn wake_after_loss(machine: &Machine, spec: &Spec) -> Result<(), MachineError> {
+pub(super) async fn wake_after_loss(machine: &Machine) -> Result<(), MachineError> {
     match wake(machine).await {
-        // It cannot have been saved.
-        Err(MachineError::OldAgent { .. })
-            if !Store::new(machine.dir(), &spec.id).is_unfinished() =>
-        {
-            Ok(())
-        }
+        // It cannot be saved, so nobody put it to rest.
+        Err(MachineError::OldAgent { .. }) => Ok(()),
         woken => woken,
     }
 }

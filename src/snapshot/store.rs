@@ -255,13 +255,6 @@ impl Store {
         Ok(Staged(Staging::new(&self.dir)?))
     }
 
-    /// Whether somebody died, or is at it, while one was made.
-    pub(crate) fn is_unfinished(&self) -> bool {
-        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        let mut names = entries.map(|entry| entry.file_name());
-        names.any(|name| name.to_string_lossy().starts_with(Staging::PREFIX))
-    }
-
     /// Removes what interrupted makers left.
     ///
     /// # Errors

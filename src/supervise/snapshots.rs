@@ -6,7 +6,7 @@ use super::machines::Machines;
 use super::supervisor::{Supervisor, save_spec};
 use crate::host::fault;
 use crate::run::{
-    Beginning, Machine, Record, RecordError, RunError, Saving, check, copy_disk, look, save_disk,
+    Beginning, Machine, Record, RecordError, RunError, Saving, check, copy_disk, save_disk,
 };
 use crate::snapshot::{SnapshotError, SnapshotName, Store, Wish};
 use crate::spec::{Bytes, Spec, VmId};
@@ -59,13 +59,7 @@ impl Machines {
                 .to_str()
                 .and_then(|name| name.parse().ok())
             {
-                let dir = entry.path();
-                // What is half made tells the one that takes over a machine that
-                // lives without a supervisor that it rests.
-                if look::has_vmm(&dir) && !look::is_owned(&dir)? {
-                    continue;
-                }
-                Store::new(&dir, &id).sweep()?;
+                Store::new(&entry.path(), &id).sweep()?;
             }
         }
         Ok(())
